@@ -1,0 +1,24 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace oodk {
+
+// Asks for huge pages under a large output that is about to be written for the first time: with
+// 4 KiB pages its page faults cost more than writing it.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page;
+  const uintptr_t end = (uintptr_t(data) + bytes) / page * page;
+  if (end > begin)
+    madvise((void*)begin, end - begin, MADV_HUGEPAGE); // advice: failing is no error
+#endif
+}
+
+} // namespace oodk

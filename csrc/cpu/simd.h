@@ -1,0 +1,449 @@
+// Vectors as wide as the instruction set this file is compiled for. Everything is in an unnamed
+// namespace: the same source is compiled once per instruction set, and the linker must never take
+// one build's inline function for another's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+#define OODK_INLINE inline __attribute__((always_inline))
+
+namespace oodk {
+namespace OODK_CPU_NS {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Int;
+template <>
+struct Int<float> {
+  using type = int32_t;
+};
+template <>
+struct Int<double> {
+  using type = int64_t;
+};
+template <typename T>
+using int_t = typename Int<T>::type;
+
+template <typename T>
+struct Simd {
+  typedef T type __attribute__((vector_size(kBytes)));
+  typedef int_t<T> mask __attribute__((vector_size(kBytes))); // all ones where true
+};
+template <typename T>
+using vec = typename Simd<T>::type; // T = float or double
+template <typename T>
+using ivec = typename Simd<T>::mask;
+
+template <typename T>
+constexpr int lanes = kBytes / int(sizeof(T));
+
+template <typename To, typename From>
+OODK_INLINE To bitcast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename T>
+OODK_INLINE vec<T> splat(T value) {
+  return value - vec<T>{};
+}
+
+// --- element types: what is read is float64 or float32, or becomes float32 ----------------------
+
+template <typename S>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename S>
+using acc_t = typename Accumulate<S>::type;
+
+OODK_INLINE float widen(BFloat16 value) {
+  return bitcast<float>(uint32_t(value.bits) << 16);
+}
+
+OODK_INLINE float widen(Half value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#else
+  // The exponent is moved by a multiplication, which is right for subnormals too.
+  const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
+  const bool special = magnitude >= 0x0f800000; // inf or NaN
+  const float number = bitcast<float>(magnitude) * 0x1p112f;
+  return bitcast<float>((special ? magnitude | 0x7f800000 : bitcast<uint32_t>(number)) | sign);
+#endif
+}
+
+OODK_INLINE float widen(float value) {
+  return value;
+}
+OODK_INLINE double widen(double value) {
+  return value;
+}
+
+OODK_INLINE void narrow(float value, BFloat16* to) { // round to nearest even
+  const uint32_t bits = bitcast<uint32_t>(value);
+  to->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+OODK_INLINE void narrow(float value, Half* to) {
+#if defined(__F16C__)
+  to->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t bits = bitcast<uint32_t>(value), sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000)
+    half = 0x7e00; // NaN
+  else if (magnitude >= 0x477ff000)
+    half = 0x7c00; // rounds to inf
+  else if (magnitude < 0x38800000) // subnormal: the addition rounds at the right bit
+    half = bitcast<uint32_t>(bitcast<float>(magnitude) + 0.5f) - 0x3f000000;
+  else
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  to->bits = uint16_t(half | sign);
+#endif
+}
+
+OODK_INLINE void narrow(float value, float* to) {
+  *to = value;
+}
+OODK_INLINE void narrow(double value, double* to) {
+  *to = value;
+}
+
+template <typename S>
+OODK_INLINE vec<acc_t<S>> load(const S* from) {
+  using T = acc_t<S>;
+  vec<T> value;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    typedef uint16_t packed_t __attribute__((vector_size(kBytes / 2)));
+    typedef uint32_t wide_t __attribute__((vector_size(kBytes)));
+    packed_t packed;
+    std::memcpy(&packed, from, sizeof(packed));
+    return (vec<T>)(__builtin_convertvector(packed, wide_t) << 16);
+  } else {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+    for (int i = 0; i < lanes<T>; ++i)
+      value[i] = widen(from[i]);
+    return value;
+#endif
+  }
+}
+
+template <typename S>
+OODK_INLINE void store(S* to, vec<acc_t<S>> value) {
+  using T = acc_t<S>;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    std::memcpy(to, &value, sizeof(value));
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    typedef uint16_t packed_t __attribute__((vector_size(kBytes / 2)));
+    typedef uint32_t wide_t __attribute__((vector_size(kBytes)));
+    const wide_t bits = (wide_t)value;
+    const wide_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const wide_t nan = (wide_t)(value != value);
+    const packed_t packed =
+        __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), packed_t);
+    std::memcpy(to, &packed, sizeof(packed));
+  } else {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < lanes<T>; ++i)
+      narrow(value[i], to + i);
+#endif
+  }
+}
+
+// The first n < lanes values; the other lanes hold `fill`.
+template <typename S>
+OODK_INLINE vec<acc_t<S>> load_first(const S* from, int n, acc_t<S> fill) {
+  using T = acc_t<S>;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>)
+    return _mm512_mask_loadu_ps(splat(fill), __mmask16((1u << n) - 1), from);
+#endif
+  vec<T> value = splat(fill);
+  for (int i = 0; i < n; ++i)
+    value[i] = widen(from[i]);
+  return value;
+}
+
+template <typename S>
+OODK_INLINE void store_first(S* to, int n, vec<acc_t<S>> value) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), value);
+    return;
+  }
+#endif
+  S full[lanes<acc_t<S>>];
+  store(full, value);
+  std::memcpy(to, full, n * sizeof(S));
+}
+
+// --- arithmetic ---------------------------------------------------------------------------------
+
+// The second operand where either is NaN.
+OODK_INLINE vec<float> max(vec<float> a, vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+OODK_INLINE vec<double> max(vec<double> a, vec<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_max_pd(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_pd(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Halves meet: log2(lanes) steps in a fixed order, so the same bits on every call.
+template <typename T, typename F>
+OODK_INLINE T reduce(vec<T> value, F combine) {
+  T lane[lanes<T>];
+  std::memcpy(lane, &value, sizeof(value));
+#pragma GCC unroll 8
+  for (int half = lanes<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      lane[i] = combine(lane[i], lane[i + half]);
+  return lane[0];
+}
+OODK_INLINE float reduce_max(vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  return reduce<float>(v, [](float a, float b) { return a > b ? a : b; });
+#endif
+}
+OODK_INLINE double reduce_max(vec<double> v) {
+  return reduce<double>(v, [](double a, double b) { return a > b ? a : b; });
+}
+OODK_INLINE float reduce_add(vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  return reduce<float>(v, [](float a, float b) { return a + b; });
+#endif
+}
+OODK_INLINE double reduce_add(vec<double> v) {
+  return reduce<double>(v, [](double a, double b) { return a + b; });
+}
+
+// e^x for x <= 0 (or NaN, which stays NaN); 0 below the smallest normal number. Within 2 ulp:
+// x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r.
+OODK_INLINE vec<float> exp(vec<float> x) {
+  const vec<float> shifter = splat(0x1.8p23f);
+  const vec<float> t = x * 1.44269504f + shifter;
+  const vec<float> n = t - shifter;
+  vec<float> r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec<float> p = splat(1.38255653e-3f);
+  p = p * r + 8.37272895e-3f;
+  p = p * r + 4.16664779e-2f;
+  p = p * r + 1.66664049e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, splat(-87.33654f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(kept, p, n);
+#else
+  const ivec<float> bits = (ivec<float>)t << 23; // the low bits of t are n
+  const vec<float> scale = (vec<float>)(bits + (127 << 23));
+  return x < -87.33654f ? vec<float>{} : p * scale;
+#endif
+}
+
+OODK_INLINE vec<double> exp(vec<double> x) {
+  const vec<double> shifter = splat(0x1.8p52);
+  const vec<double> t = x * 1.4426950408889634 + shifter;
+  const vec<double> n = t - shifter;
+  vec<double> r = x - n * 6.93145751953125e-1;
+  r = r - n * 1.42860682030941723212e-6;
+  vec<double> p = splat(1.0 / 6227020800.0); // 1 / 13!
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const ivec<double> bits = (ivec<double>)t << 52;
+  const vec<double> scale = (vec<double>)(bits + (int64_t(1023) << 52));
+  return x < -708.39641853226408 ? vec<double>{} : p * scale;
+}
+
+// log x for x >= 0: -inf at 0, NaN for NaN. Once or twice a group, so the library's will do.
+template <typename T>
+OODK_INLINE vec<T> log(vec<T> x) {
+  for (int i = 0; i < lanes<T>; ++i)
+    x[i] = std::log(x[i]);
+  return x;
+}
+
+// --- rows as lanes ------------------------------------------------------------------------------
+
+template <typename V, int... I>
+OODK_INLINE V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I % 2 ? n + I / 2 : I / 2)...);
+}
+template <typename V, int... I>
+OODK_INLINE V interleave_high(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (n / 2 + (I % 2 ? n + I / 2 : I / 2))...);
+}
+
+// Transposes in place: after log2(lanes) perfect shuffles column j is in m[j].
+template <typename T>
+OODK_INLINE void transpose(vec<T>* m) {
+  constexpr int n = lanes<T>;
+  constexpr auto all = std::make_integer_sequence<int, n>{};
+  vec<T> other[n];
+#pragma GCC unroll 8
+  for (int step = 1; step < n; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) {
+      other[2 * i] = interleave_low(m[i], m[i + n / 2], all);
+      other[2 * i + 1] = interleave_high(m[i], m[i + n / 2], all);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+      m[i] = other[i];
+  }
+}
+
+// Columns [begin, end) of `lanes` rows, each column a vector whose lanes are the rows. Reads
+// nothing outside the rows' `width` columns.
+template <typename S>
+OODK_INLINE void load_columns(const S* const* rows, int64_t width, int64_t begin, int64_t end,
+    vec<acc_t<S>>* columns) {
+  using T = acc_t<S>;
+  constexpr int n = lanes<T>;
+  vec<T> tile[n];
+  for (int64_t c = begin; c < end; c += n) {
+    // The last tile is moved left to end with the row, and overlaps the one before.
+    const int64_t from = c + n <= width ? c : width - n;
+    if (from < 0) {
+      for (int64_t j = c; j < end; ++j)
+        for (int r = 0; r < n; ++r)
+          columns[j - begin][r] = widen(rows[r][j]);
+      return;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < n; ++r)
+      tile[r] = load(rows[r] + from);
+    transpose<T>(tile);
+    const int64_t stop = c + n < end ? c + n : end;
+    for (int64_t j = c; j < stop; ++j)
+      columns[j - begin] = tile[j - from];
+  }
+}
+
+// First of n adjacent values that equals `value`; 0 where none does (NaN).
+template <typename S, typename T = acc_t<S>>
+int64_t find_first(const S* z, int64_t n, T value) {
+  constexpr int L = lanes<T>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    const ivec<T> equal = load(z + i) == value;
+    int_t<T> any = 0;
+    for (int j = 0; j < L; ++j)
+      any |= equal[j];
+    if (any)
+      break;
+  }
+  for (; i < n; ++i)
+    if (widen(z[i]) == value)
+      return i;
+  return 0;
+}
+
+// Calls f(S{}) with the element type that dtype names.
+template <typename F>
+OODK_INLINE void dispatch(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(BFloat16{});
+    case DType::f16: return f(Half{});
+  }
+}
+
+// Uninitialised values, aligned for vectors.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n)
+      : data_((T*)std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {}
+  ~Scratch() {
+    std::free(data_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const {
+    return data_;
+  }
+
+ private:
+  T* data_;
+};
+
+} // namespace
+} // namespace OODK_CPU_NS
+} // namespace oodk

@@ -1,0 +1,29 @@
+// Every op's schema. `groups` is CSR offsets (K + 1,), int32 or int64: group k owns the columns
+// [groups[k], groups[k + 1]), the first of which is its "others".
+#include "stable.h"
+
+STABLE_TORCH_LIBRARY(oodk, m) {
+  // MOS, Huang & Li, CVPR 2021.
+  m.def("mos_score(Tensor logits, Tensor groups) -> Tensor");
+  m.def(
+      "mos_predict(Tensor logits, Tensor groups) -> "
+      "(Tensor score, Tensor log_odds, Tensor label, Tensor group, Tensor prob)");
+  m.def("mos_log_others(Tensor logits, Tensor groups) -> Tensor");
+  m.def("mos_loss(Tensor logits, Tensor target, Tensor groups, int ignore_index=-100) -> Tensor");
+
+  // mos_log_others and mos_loss are made of these; `stats` is (..., K, 2), see ops/mos.h.
+  m.def("_mos_log_others(Tensor logits, Tensor groups) -> (Tensor log_others, Tensor stats)");
+  m.def(
+      "_mos_log_others_backward(Tensor grad, Tensor logits, Tensor groups, Tensor stats) -> Tensor");
+  m.def(
+      "_mos_loss(Tensor logits, Tensor target, Tensor groups, int ignore_index) -> "
+      "(Tensor loss, Tensor stats)");
+  m.def(
+      "_mos_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor groups, Tensor stats, "
+      "int ignore_index) -> Tensor");
+
+  // The scores that need nothing but logits, from one read of them.
+  m.def(
+      "logit_scores(Tensor logits, float temperature=1.0) -> "
+      "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
+}

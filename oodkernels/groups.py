@@ -1,0 +1,745 @@
+"""Partitions of the class ids into groups, and the layout of the head they imply (MOS)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import operator
+import os
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
+PathLike: TypeAlias = str | os.PathLike[str]
+
+__all__ = ["WORDNET_GROUPS", "Groups", "as_offsets"]
+
+WORDNET_GROUPS = (
+    "animal",
+    "artifact",
+    "geological formation",
+    "fungus",
+    "misc",
+    "natural object",
+    "person",
+    "plant",
+)
+"""Super-classes of ImageNet-1k in MOS, in the column order of the authors' models."""
+
+# Offsets in WordNet 3.0's data.noun. The first one found in a synset's hypernym closure wins; in
+# the whole database only "bar" and "sandbar" have two, and MOS has sandbar as a natural object.
+_WORDNET_ROOTS = {
+    "animal": 15388,
+    "artifact": 21939,
+    "natural object": 19128,
+    "geological formation": 9287968,
+    "fungus": 12992868,
+    "person": 7846,
+    "plant": 17222,
+}
+_WORDNET_DIRECTORIES = (
+    "/usr/share/wordnet",
+    "/usr/share/wordnet/dict",
+    "/usr/share/wordnet-3.0/dict",
+    "/usr/local/WordNet-3.0/dict",
+)
+_FORMAT, _VERSION = "oodkernels.groups", 1
+
+
+class Groups:
+    """A partition of the class ids 0..C-1 into K groups, and the head layout it implies.
+
+    A MOS head (Huang & Li, CVPR 2021, section 3) has C + K columns: group k owns the columns
+    ``[offsets[k], offsets[k + 1])``, of which the first is its "others" and its classes follow.
+    Three numberings meet here:
+
+    - the *class id*, 0..C-1, which belongs to the user; ids of a group need not be neighbours;
+    - the *grouped index*, 0..C-1, which counts the classes in the order of the columns: the ops
+      take targets and return labels as grouped indices;
+    - the *column* of the head, 0..C+K-1.
+
+    A ``Groups`` is immutable and compares by value (layout and names, wherever its tensors live).
+    All its tensors are int64. It can be pickled; what comes back lives on the CPU.
+
+    Args:
+        class_to_group: group 0..K-1 of each class id, shape (C,). Every group has a class.
+        names: K distinct names; "0".."K-1" by default.
+        index_in_group: rank of each class id among the classes of its group, shape (C,). By
+            default the classes of a group stand in the order of their ids.
+
+    Raises:
+        ValueError: an entry is out of range, a group has no class, or lengths disagree.
+        TypeError: not integers.
+    """
+
+    def __init__(
+        self,
+        class_to_group: Ints,
+        names: Sequence[str] | None = None,
+        index_in_group: Ints | None = None,
+    ) -> None:
+        group = _ints("Groups: class_to_group", class_to_group)
+        end = group.size if names is None else len(names)
+        _check(
+            f"Groups: class_to_group must be in 0..{end - 1}", group, (group >= 0) & (group < end)
+        )
+        num_groups = int(group.max()) + 1 if names is None else len(names)
+        sizes = np.bincount(group, minlength=num_groups)
+        if not sizes.all():
+            raise ValueError(
+                f"Groups: every group must have a class, group {sizes.argmin()} has none"
+            )
+
+        rank = np.arange(group.size)
+        if index_in_group is not None:
+            rank = _ints("Groups: index_in_group", index_in_group)
+            if rank.size != group.size:
+                raise ValueError(
+                    f"Groups: index_in_group must have {group.size} entries, one per class, "
+                    f"got {rank.size}"
+                )
+        classes = np.lexsort((rank, group))
+        if index_in_group is not None:
+            expected = np.empty_like(rank)
+            expected[classes] = np.arange(group.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            _check(
+                "Groups: index_in_group must number the classes of each group from 0",
+                rank,
+                rank == expected,
+            )
+
+        self.names = _check_names(num_groups, names)
+        offsets = np.concatenate(([0], np.cumsum(sizes + 1)))
+        grouped = np.empty_like(classes)
+        grouped[classes] = np.arange(classes.size)
+        column = grouped + group + 1
+        class_at = np.full(offsets[-1], -1)
+        class_at[column] = np.arange(classes.size)
+        self._offsets = _tensor(offsets)
+        self._classes = _tensor(classes)
+        self._class_to_group = _tensor(group)
+        self._grouped = _tensor(grouped)
+        self._column = _tensor(column)
+        self._class_at = _tensor(class_at)
+        self._key = (self.names, offsets.tobytes(), classes.tobytes())
+        self._on: dict[torch.device, Groups] = {self.device: self}
+
+    # Constructors
+
+    @classmethod
+    def from_labels(
+        cls,
+        class_to_group: Sequence[Hashable] | NDArray[Any] | Tensor,
+        names: Sequence[str] | None = None,
+        index_in_group: Ints | None = None,
+    ) -> Groups:
+        """Groups from one group label per class id.
+
+        Args:
+            class_to_group: C labels: the ints 0..K-1, or any hashable values such as strings.
+                The latter become the names, in the order in which they are first seen.
+            names: names of the groups 0..K-1; with string labels, the order of the groups.
+            index_in_group: as in :class:`Groups`.
+
+        Raises:
+            ValueError: as :class:`Groups`, or a label is not among the names.
+            TypeError: labels are floats or not hashable.
+        """
+        where = "Groups.from_labels: class_to_group"
+        if isinstance(class_to_group, (str, bytes)):
+            raise TypeError(f"{where} must hold one label per class, got {class_to_group!r}")
+        if isinstance(class_to_group, (np.ndarray, Tensor)):
+            class_to_group = class_to_group.tolist()
+        labels = list(class_to_group)
+        if labels and all(isinstance(x, (int, np.integer)) for x in labels):
+            return cls(labels, names, index_in_group)
+        if any(isinstance(x, (float, np.floating)) for x in labels):
+            raise TypeError(f"{where} must hold ints or hashables such as strings, got floats")
+        try:
+            first_seen = list(dict.fromkeys(labels))
+        except TypeError as error:
+            raise TypeError(f"{where} must hold hashable labels, got an {error}") from None
+        if names is None:
+            names = [str(x) for x in first_seen]
+            index: dict[Hashable, int] = {x: k for k, x in enumerate(first_seen)}
+        else:
+            index = {x: k for k, x in enumerate(names)}
+            for x in first_seen:
+                if x not in index:
+                    raise ValueError(
+                        f"{where} must hold labels that are in names, "
+                        f"got {x!r} at index {labels.index(x)}"
+                    )
+        return cls(np.array([index[x] for x in labels], np.int64), names, index_in_group)
+
+    @classmethod
+    def from_sizes(cls, sizes: Ints, names: Sequence[str] | None = None) -> Groups:
+        """Groups of consecutive class ids: the first ``sizes[0]`` classes, the next, ...
+
+        Args:
+            sizes: number of classes per group, others not counted, shape (K,).
+            names: as in :class:`Groups`.
+
+        Raises:
+            ValueError: a size is below 1.
+        """
+        array = _ints("Groups.from_sizes: sizes", sizes)
+        _check("Groups.from_sizes: sizes must be >= 1", array, array >= 1)
+        return cls(np.repeat(np.arange(array.size), array), names)
+
+    @classmethod
+    def from_slices(
+        cls,
+        slices: Sequence[Sequence[int]] | NDArray[Any] | Tensor,
+        names: Sequence[str] | None = None,
+    ) -> Groups:
+        """Groups of consecutive class ids from the ``group_slices`` of MOS's published code.
+
+        Args:
+            slices: first and past-the-end column per group, others included, shape (K, 2).
+            names: as in :class:`Groups`.
+
+        Raises:
+            ValueError: the slices do not follow one another from column 0, or one is narrower
+                than 2 columns.
+        """
+        where = "Groups.from_slices: slices"
+        array = _ints(where, slices, ndim=2)
+        if array.shape[1] != 2:
+            raise ValueError(f"{where} must have shape (K, 2), got {tuple(array.shape)}")
+        start, end = array.T
+        follows = start == np.concatenate(([0], end[:-1]))
+        _check(f"{where} must start at 0, then where the one before ends", start, follows)
+        width = end - start
+        _check(f"{where} must be >= 2 columns wide", width, width >= 2)
+        return cls.from_sizes(width - 1, names)
+
+    @classmethod
+    def from_table(cls, path: PathLike, names: Sequence[str] | None = None) -> Groups:
+        """Groups from a CSV file with a header and one row per class, in the order of class ids.
+
+        Args:
+            path: the file. Column ``group`` holds the group, as an int or a name; the optional
+                column ``index_in_group`` is as in :class:`Groups`; others are not read.
+            names: as in :meth:`from_labels`.
+
+        Raises:
+            ValueError: a column is missing or holds something else.
+        """
+        where = f"Groups.from_table: {os.fspath(path)}"
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or "group" not in rows[0]:
+            raise ValueError(f"{where} must have a header with a column 'group' and a row a class")
+        labels: list[Any] = [row["group"] for row in rows]
+        if all(re.fullmatch(r"\d+", label or "") for label in labels):
+            labels = [int(label) for label in labels]
+        rank = None
+        if "index_in_group" in rows[0]:
+            try:
+                rank = [int(row["index_in_group"]) for row in rows]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: index_in_group must hold ints: {error}") from None
+        return cls.from_labels(labels, names, rank)
+
+    @classmethod
+    def random(cls, num_classes: int, k: int, seed: int = 0) -> Groups:
+        """Classes to groups at random, group sizes equal to within one (MOS, random grouping).
+
+        The same arguments give the same groups on any platform and version of NumPy.
+
+        Args:
+            num_classes: C.
+            k: number of groups, 1..C.
+            seed: >= 0.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        where = "Groups.random"
+        num_classes = _int(f"{where}: num_classes", num_classes, 1)
+        k = _int(f"{where}: k", k, 1, num_classes)
+        # NumPy keeps the raw stream of a bit generator fixed, but not Generator.permutation.
+        draws = np.random.PCG64(_int(f"{where}: seed", seed, 0)).random_raw(num_classes)
+        group = np.empty(num_classes, np.int64)
+        group[np.argsort(draws, kind="stable")] = np.arange(num_classes) % k
+        return cls(group)
+
+    @classmethod
+    def from_features(cls, class_means: NDArray[Any] | Tensor, k: int, seed: int = 0) -> Groups:
+        """Groups by K-means on one mean embedding per class (MOS, feature clustering).
+
+        Groups are numbered by their lowest class id. Where K-means leaves clusters empty, each
+        takes the class that lies farthest from the centroid of a cluster of several.
+
+        Args:
+            class_means: mean embedding per class id, finite, shape (C, d), clustered as float64.
+            k: number of groups, 1..C.
+            seed: of the initialisation, >= 0.
+
+        Raises:
+            ValueError: wrong shape, a value is not finite, or k is out of range.
+            ImportError: scikit-learn is missing.
+        """
+        where = "Groups.from_features"
+        if isinstance(class_means, Tensor):
+            class_means = class_means.detach().double().cpu().numpy()
+        x = np.asarray(class_means, np.float64)
+        if x.ndim != 2 or 0 in x.shape:
+            raise ValueError(f"{where}: class_means must have shape (C, d), got {x.shape}")
+        k = _int(f"{where}: k", k, 1, len(x))
+        seed = _int(f"{where}: seed", seed, 0)
+        infinite = np.flatnonzero(~np.isfinite(x).all(1))
+        if infinite.size:
+            raise ValueError(
+                f"{where}: class_means must be finite, got {infinite.size} classes that are "
+                f"not, the first of them {infinite[0]}"
+            )
+        try:
+            from sklearn.cluster import KMeans
+        except ImportError as error:
+            raise ImportError(
+                f"{where} needs scikit-learn: pip install 'oodkernels[demo]'"
+            ) from error
+        fitted = KMeans(n_clusters=k, n_init=10, random_state=seed).fit(x)
+        group = fitted.labels_.astype(np.int64)
+        distance = np.linalg.norm(x - fitted.cluster_centers_[group], axis=1)
+        sizes = np.bincount(group, minlength=k)
+        for empty in np.flatnonzero(sizes == 0):
+            farthest = np.where(sizes[group] > 1, distance, -1).argmax()
+            sizes[group[farthest]] -= 1
+            sizes[empty] = 1
+            group[farthest] = empty
+        first = np.unique(group, return_index=True)[1]
+        order = np.empty(k, np.int64)
+        order[np.argsort(first)] = np.arange(k)
+        return cls(order[group])
+
+    @classmethod
+    def from_wordnet(cls, wnids: Sequence[str], wordnet: PathLike | None = None) -> Groups:
+        """Groups by WordNet super-class (MOS, taxonomy): see :data:`WORDNET_GROUPS`.
+
+        A class belongs to the super-class found in the closure of its hypernyms, to "natural
+        object" if that and "geological formation" are both there, to "misc" if none is. Groups
+        stand in the order of :data:`WORDNET_GROUPS`; those without a class are left out.
+
+        Args:
+            wnids: WordNet 3.0 id of each class id, such as "n01440764", as ImageNet has them.
+            wordnet: directory with WordNet 3.0's file ``data.noun``. By default ``$WNSEARCHDIR``,
+                or else where systems keep it (Debian: package wordnet-base).
+
+        Raises:
+            ValueError: an id is malformed or not in the database, or that is not WordNet 3.0.
+            FileNotFoundError: there is no ``data.noun``.
+        """
+        where = "Groups.from_wordnet"
+        if isinstance(wnids, str):
+            raise TypeError(f"{where}: wnids must hold one id per class, got {wnids!r}")
+        path = _wordnet_file(where, wordnet)
+        hypernyms = _read_hypernyms(where, path)
+        labels = []
+        for i, wnid in enumerate(wnids):
+            if not isinstance(wnid, str) or not re.fullmatch(r"n\d{8}", wnid):
+                raise ValueError(
+                    f"{where}: wnids must look like 'n01440764', got {wnid!r} at index {i}"
+                )
+            if int(wnid[1:]) not in hypernyms:
+                raise ValueError(
+                    f"{where}: wnids must be nouns of {path}, got {wnid!r} at index {i}"
+                )
+            closure = _closure(int(wnid[1:]), hypernyms)
+            labels.append(
+                next((name for name, root in _WORDNET_ROOTS.items() if root in closure), "misc")
+            )
+        return cls.from_labels(labels, [name for name in WORDNET_GROUPS if name in labels])
+
+    # Layout
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self._classes.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        """K, the number of groups; also ``len(groups)``."""
+        return len(self.names)
+
+    @property
+    def width(self) -> int:
+        """C + K, the number of columns of the head."""
+        return self._class_at.shape[0]
+
+    @property
+    def offsets(self) -> Tensor:
+        """First column of each group, then the width: int64, shape (K + 1,)."""
+        return self._offsets
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of classes per group, others not counted: int64, shape (K,)."""
+        return self._offsets.diff() - 1
+
+    @property
+    def classes(self) -> Tensor:
+        """Class id at each grouped index: int64, shape (C,)."""
+        return self._classes
+
+    @property
+    def class_to_group(self) -> Tensor:
+        """Group of each class id: int64, shape (C,)."""
+        return self._class_to_group
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self._offsets.device
+
+    def slices(self) -> Tensor:
+        """First and past-the-end column per group, as MOS's published code has it: (K, 2)."""
+        return torch.stack((self._offsets[:-1], self._offsets[1:]), 1)
+
+    # Mappings
+
+    def to_grouped(self, class_ids: Tensor, ignore_index: int = -100) -> Tensor:
+        """Grouped indices of class ids: the targets that the ops take.
+
+        Args:
+            class_ids: integers, any shape and device.
+            ignore_index: a value outside 0..C-1 that is kept as it is.
+
+        Returns:
+            int64, the shape and device of ``class_ids``.
+
+        Raises:
+            ValueError: an id is neither in 0..C-1 nor ``ignore_index`` (-1, the label of OOD
+                samples, is neither unless ``ignore_index`` says so), or ``ignore_index`` is a
+                class. Contents are looked at on the CPU, elsewhere only under
+                ``OODK_VALIDATE=1``: reading them back would wait for the device. Unchecked, an
+                id that is no class stays as it is, for the op that takes it to refuse.
+            TypeError: not an integer tensor.
+        """
+        where = "Groups.to_grouped"
+        if 0 <= ignore_index < self.num_classes:
+            raise ValueError(f"{where}: ignore_index must be no class id, got {ignore_index}")
+        _check_ids(f"{where}: class_ids", class_ids, self.num_classes, ignore_index)
+        # What is no class id is no grouped index either: passed on, it is still recognised.
+        return _look_up(self.to(class_ids.device)._grouped, class_ids, class_ids.long())
+
+    def to_class(self, grouped: Tensor) -> Tensor:
+        """Class ids of grouped indices: the labels that the ops return, as the user has them.
+
+        Args:
+            grouped: integers, any shape and device. -1, no label, is kept as it is.
+
+        Returns:
+            int64, the shape and device of ``grouped``.
+
+        Raises:
+            ValueError: an index is outside -1..C-1. Checked as in :meth:`to_grouped`; unchecked,
+                such an index gives -1.
+            TypeError: not an integer tensor.
+        """
+        _check_ids("Groups.to_class: grouped", grouped, self.num_classes, -1)
+        return _look_up(self.to(grouped.device)._classes, grouped)
+
+    def to_column(self, class_ids: Tensor) -> Tensor:
+        """Columns of the head that hold the given classes.
+
+        Args:
+            class_ids: integers, any shape and device.
+
+        Returns:
+            int64, the shape and device of ``class_ids``.
+
+        Raises:
+            ValueError: an id is outside 0..C-1. Checked as in :meth:`to_grouped`; unchecked,
+                such an id gives -1.
+            TypeError: not an integer tensor.
+        """
+        _check_ids("Groups.to_column: class_ids", class_ids, self.num_classes)
+        return _look_up(self.to(class_ids.device)._column, class_ids)
+
+    def from_column(self, columns: Tensor) -> Tensor:
+        """Class ids of columns of the head, -1 for a column that is some group's "others".
+
+        Args:
+            columns: integers, any shape and device.
+
+        Returns:
+            int64, the shape and device of ``columns``.
+
+        Raises:
+            ValueError: a column is outside 0..C+K-1. Checked as in :meth:`to_grouped`;
+                unchecked, such a column gives -1.
+            TypeError: not an integer tensor.
+        """
+        _check_ids("Groups.from_column: columns", columns, self.width)
+        return _look_up(self.to(columns.device)._class_at, columns)
+
+    # Where it lives, and how it is kept
+
+    def to(self, device: torch.device | str | int) -> Groups:
+        """These groups with their tensors on ``device``; made once a device and kept."""
+        device = torch.device(device)
+        if device not in self._on:
+            device = torch.empty(0, device=device).device  # "cuda" has an index then
+        if device in self._on:
+            return self._on[device]
+        moved = object.__new__(Groups)
+        with torch.inference_mode(False):  # see _tensor
+            for name, value in vars(self._on[torch.device("cpu")]).items():
+                setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+        if not torch.compiler.is_compiling():
+            self._on[device] = moved
+        return moved
+
+    def to_json(self) -> str:
+        """The groups as JSON: per group its name and its class ids, in the order of columns."""
+        here = self.to("cpu")
+        members = torch.split(here._classes, here.sizes.tolist())
+        groups = [
+            {"name": name, "classes": classes.tolist()}
+            for name, classes in zip(self.names, members, strict=True)
+        ]
+        return json.dumps({"format": _FORMAT, "version": _VERSION, "groups": groups})
+
+    @classmethod
+    def from_json(cls, text: str) -> Groups:
+        """Groups from :meth:`to_json`.
+
+        Raises:
+            ValueError: ``text`` is not JSON, not of this format, of a later version, or its
+                groups do not hold every class id once.
+        """
+        where = "Groups.from_json"
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: text must be JSON: {error}") from None
+        found = content.get("format") if isinstance(content, dict) else content
+        if found != _FORMAT or not isinstance(content, dict):
+            raise ValueError(f"{where}: format must be {_FORMAT!r}, got {str(found)[:80]!r}")
+        if content.get("version") != _VERSION:
+            raise ValueError(f"{where}: version must be {_VERSION}, got {content.get('version')!r}")
+        try:
+            names = [group["name"] for group in content["groups"]]
+            _check_names(len(names), names)
+            members = [_ints("classes", group["classes"]) for group in content["groups"]]
+            classes = np.concatenate(members)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where}: groups must hold a name and a list of class ids each: {error!r}"
+            ) from None
+        if not np.array_equal(np.sort(classes), np.arange(classes.size)):
+            raise ValueError(
+                f"{where}: groups must hold each of the class ids 0..{classes.size - 1} once"
+            )
+        group, rank = np.empty_like(classes), np.empty_like(classes)
+        group[classes] = np.repeat(np.arange(len(members)), [m.size for m in members])
+        rank[classes] = np.concatenate([np.arange(m.size) for m in members])
+        return cls(group, names, rank)
+
+    def save(self, path: PathLike) -> None:
+        """Write the groups to a JSON file. The file is replaced whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: PathLike) -> Groups:
+        """Groups from a file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: as :meth:`from_json`, or the file is not text.
+            OSError: the file cannot be read.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"Groups.load: {os.fspath(path)}: {error}") from error
+
+    def __len__(self) -> int:
+        return self.num_groups
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Groups) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Groups:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Groups.from_json, (self.to_json(),)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{name} {size}" for name, size in zip(self.names[:8], self.sizes[:8], strict=True)
+        )
+        more = ", ..." if len(self) > 8 else ""
+        return f"Groups({self.num_classes} classes in {len(self)} groups: {shown}{more})"
+
+
+def as_offsets(groups: Groups | Tensor, like: Tensor | None = None) -> Tensor:
+    """The offsets that an op takes as ``groups``: shape (K + 1,).
+
+    Args:
+        groups: a :class:`Groups`, or offsets, which are returned as they are.
+        like: where a ``Groups``' offsets have to be; copied there once and kept.
+
+    Raises:
+        TypeError: ``groups`` is neither.
+    """
+    if isinstance(groups, Tensor):
+        return groups
+    if not isinstance(groups, Groups):
+        raise TypeError(
+            f"groups must be Groups or a Tensor of offsets, got {type(groups).__name__}"
+        )
+    return groups.offsets if like is None else groups.to(like.device).offsets
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    # from_numpy, because torch's factories follow its default device; and no inference tensor,
+    # because autograd refuses to save one.
+    with torch.inference_mode(False):
+        return torch.from_numpy(array.astype(np.int64))
+
+
+def _look_up(table: Tensor, index: Tensor, otherwise: Tensor | int = -1) -> Tensor:
+    index = index.long()
+    last = table.shape[0] - 1
+    return torch.where((index >= 0) & (index <= last), table[index.clamp(0, last)], otherwise)
+
+
+def _check_ids(what: str, ids: Tensor, end: int, other: int | None = None) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{what} must be an integer tensor, got {type(ids).__name__}")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"{what} must be an integer tensor, got {ids.dtype}")
+    if torch.compiler.is_compiling():
+        return
+    if ids.device.type != "cpu" and os.environ.get("OODK_VALIDATE") != "1":
+        return
+    ids = ids.detach().long()
+    wrong = (ids < 0) | (ids >= end)
+    if other is not None:
+        wrong &= ids != other
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        allowed = f"in 0..{end - 1}" + ("" if other is None else f" or {other}")
+        index = at[0] if len(at) == 1 else at
+        raise ValueError(f"{what} must be {allowed}, got {int(ids[at])} at index {index}")
+
+
+def _check_names(num_groups: int, names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(str(k) for k in range(num_groups))
+    seen: set[str] = set()
+    for k, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"Groups: names must be strings, got {name!r} at index {k}")
+        if name in seen:
+            raise ValueError(f"Groups: names must be distinct, got {name!r} again at index {k}")
+        seen.add(name)
+    return tuple(names)
+
+
+def _check(expectation: str, array: NDArray[np.int64], fine: NDArray[np.bool_]) -> None:
+    wrong = np.flatnonzero(~fine)
+    if wrong.size:
+        raise ValueError(f"{expectation}, got {array[wrong[0]]} at index {wrong[0]}")
+
+
+def _int(what: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be an int, got {value!r}") from None
+    if value < low or (high is not None and value > high):
+        allowed = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{what} must be {allowed}, got {value}")
+    return value
+
+
+def _ints(what: str, values: Any, ndim: int = 1) -> NDArray[np.int64]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values.numpy()
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{what} must be a regular array: {error}") from None
+    if array.size == 0:
+        raise ValueError(f"{what} must not be empty")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be integers, got {array.dtype}")
+    if array.ndim != ndim:
+        raise ValueError(f"{what} must be {ndim}-dimensional, got shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def _wordnet_file(where: str, wordnet: PathLike | None) -> Path:
+    given = wordnet or os.environ.get("WNSEARCHDIR")
+    directories = [given] if given else _WORDNET_DIRECTORIES
+    for directory in directories:
+        path = Path(directory, "data.noun")
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{where}: no data.noun in {', '.join(map(str, directories))}: install WordNet 3.0 "
+        "(Debian: wordnet-base) or give its directory as wordnet"
+    )
+
+
+def _read_hypernyms(where: str, path: Path) -> dict[int, list[int]]:
+    """Hypernyms of each synset, by offset. File format: WordNet's manual page wndb(5)."""
+    hypernyms: dict[int, list[int]] = {}
+    roots = {offset: name.replace(" ", "_") for name, offset in _WORDNET_ROOTS.items()}
+    try:
+        with path.open(encoding="latin-1") as file:
+            for line in file:
+                if line.startswith(" "):  # the licence
+                    continue
+                fields = line.partition("|")[0].split()
+                offset, words = int(fields[0]), int(fields[3], 16)
+                pointers = fields[5 + 2 * words :]  # symbol, offset, part of speech, source/target
+                hypernyms[offset] = [
+                    int(target)
+                    for symbol, target in zip(pointers[::4], pointers[1::4], strict=True)
+                    if symbol in ("@", "@i")
+                ]
+                if roots.get(offset) == fields[4]:
+                    del roots[offset]
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"{where}: {path} must be a WordNet database: {error}") from None
+    if roots:
+        raise ValueError(
+            f"{where}: {path} must be of WordNet 3.0, whose numbers ImageNet uses: it has no "
+            f"{roots.popitem()[1]!r} where that has it"
+        )
+    return hypernyms
+
+
+def _closure(synset: int, hypernyms: dict[int, list[int]]) -> set[int]:
+    closure: set[int] = set()
+    pending = [synset]
+    while pending:
+        synset = pending.pop()
+        if synset not in closure:
+            closure.add(synset)
+            pending += hypernyms[synset]
+    return closure

@@ -1,0 +1,55 @@
+"""What the ops' fake kernels, autograd and vmap rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    """Raise TypeError unless x holds one of the four floating-point types of scores and logits."""
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, bfloat16 or float16, got {x.dtype}"
+        )
+    if x.dim() < 1:
+        raise ValueError(f"{op}: {name} must have at least one dimension, got a scalar")
+
+
+def accumulate_type(dtype: torch.dtype) -> torch.dtype:
+    """The type half precision is accumulated and returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def register_batch_rule(op: str, batched: tuple[int, ...], shared: tuple[int, ...] = ()) -> None:
+    """Let ``torch.func.vmap`` treat a mapped dimension as one more leading dimension.
+
+    Args:
+        op: Name of the op, without namespace.
+        batched: Positions of the arguments that have the op's leading dimensions.
+        shared: Positions of the tensors that all rows share and that cannot be mapped over.
+    """
+    call: Callable[..., Any] = getattr(torch.ops.oodk, op)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        for i in shared:
+            if in_dims[i] is not None:
+                raise ValueError(
+                    f"{op}: vmap over groups is not supported: all rows share one grouping"
+                )
+        moved = list(args)
+        for i in batched:
+            dim = in_dims[i]
+            if dim is None:
+                moved[i] = args[i].unsqueeze(0).expand(info.batch_size, *args[i].shape)
+            else:
+                moved[i] = args[i].movedim(dim, 0)
+        out = call(*moved)
+        return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
+
+    torch.library.register_vmap(f"oodk::{op}", rule)

@@ -1,0 +1,257 @@
+"""MOS, minimum others score (Huang & Li, CVPR 2021): group-softmax scores, prediction and loss.
+
+The head has C + K columns for C classes in K groups: group k owns the columns
+``[offsets[k], offsets[k + 1])``; the first of them is its "others", the classes of the group
+follow. p^k is the softmax over all columns of group k, others included.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oodkernels.groups import Groups, as_offsets
+from oodkernels.ops._common import accumulate_type, check_floating, register_batch_rule
+
+
+class MOSPrediction(NamedTuple):
+    """What :func:`mos_predict` returns, each of shape (...,)."""
+
+    score: Tensor
+    """S_MOS = -min_k p^k_others, in [-1, 0]; higher = more in-distribution."""
+    log_odds: Tensor
+    """max_k (logsumexp of group k's class logits - its others logit). Ranks as ``score`` does and
+    never saturates; ``score = -sigmoid(-log_odds)``."""
+    label: Tensor
+    """Predicted class, int64, an index 0..C-1 in grouped order (``Groups.to_class`` maps back)."""
+    group: Tensor
+    """Group of the predicted class, int64."""
+    prob: Tensor
+    """p^group of the predicted class."""
+
+
+def mos_score(logits: Tensor, groups: Groups | Tensor) -> Tensor:
+    """Minimum others score, S_MOS = -min_k p^k_others (eq. 5).
+
+    Args:
+        logits: (..., C + K), float64, float32, bfloat16 or float16; any strides.
+        groups: A :class:`~oodkernels.Groups`, or its offsets (K + 1,), int32 or int64, on the
+            device of ``logits``.
+
+    Returns:
+        (...,) scores in [-1, 0], higher = more in-distribution; float64 for float64 logits, else
+        float32 (half precision is accumulated in float32). NaN where a group's softmax is NaN, as
+        in ``torch.softmax``: it holds NaN or +inf, or nothing but -inf. Not differentiable.
+
+    Raises:
+        ValueError: ``groups`` does not start at 0, end at C + K, or has a group narrower than 2.
+        TypeError: ``logits`` is not of a floating-point type above, or ``groups`` not integer.
+    """
+    return torch.ops.oodk.mos_score(logits, as_offsets(groups, logits))
+
+
+def mos_predict(logits: Tensor, groups: Groups | Tensor) -> MOSPrediction:
+    """Predicted class with both forms of the score, from one read of the logits.
+
+    The class is the largest p^k_c over each group's classes (others excluded), then over the
+    groups (Huang & Li, eq. 4). Ties: the lowest index.
+
+    Args:
+        logits: (..., C + K), as for :func:`mos_score`.
+        groups: As for :func:`mos_score`.
+
+    Returns:
+        A :class:`MOSPrediction`. Where a group's softmax is NaN, so are score, log_odds and prob,
+        and the label is the first class of the first such group. Not differentiable.
+
+    Raises:
+        ValueError: As :func:`mos_score`.
+        TypeError: As :func:`mos_score`.
+    """
+    return MOSPrediction(*torch.ops.oodk.mos_predict(logits, as_offsets(groups, logits)))
+
+
+def mos_log_others(logits: Tensor, groups: Groups | Tensor) -> Tensor:
+    """Log probability of "others" in every group, log p^k_others.
+
+    Args:
+        logits: (..., C + K), as for :func:`mos_score`.
+        groups: As for :func:`mos_score`.
+
+    Returns:
+        (..., K), <= 0; float64 for float64 logits, else float32. Differentiable once in ``logits``.
+
+    Raises:
+        ValueError: As :func:`mos_score`.
+        TypeError: As :func:`mos_score`.
+    """
+    return torch.ops.oodk.mos_log_others(logits, as_offsets(groups, logits))
+
+
+def mos_loss(
+    logits: Tensor,
+    target: Tensor,
+    groups: Groups | Tensor,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Group-softmax loss: the sum over the groups of each group's cross entropy (eq. 2).
+
+    In the group of its class a sample's target is that class, in every other group "others". The
+    sum is unweighted, as in the paper.
+
+    Args:
+        logits: (..., C + K), as for :func:`mos_score`.
+        target: (...,) int64, class indices 0..C-1 in grouped order (``Groups.to_grouped`` maps
+            from your own class ids), or ``ignore_index``.
+        groups: As for :func:`mos_score`.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, the mean over the rows not ignored (NaN
+            where there are none), as in ``torch.nn.functional.cross_entropy``.
+        ignore_index: Rows with this target have loss and gradient 0.
+
+    Returns:
+        The loss, >= 0, in nats: (...,) for ``"none"``, else a scalar; float64 for float64 logits,
+        else float32, under autocast too. Differentiable once in ``logits``.
+
+    Raises:
+        ValueError: As :func:`mos_score`; ``target`` has the wrong shape or a class out of range
+            (checked on CPU; on CUDA the row's loss is NaN unless ``OODK_VALIDATE=1``).
+        TypeError: As :func:`mos_score`; ``target`` is not int64.
+    """
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"mos_loss: reduction must be none, sum or mean, got {reduction!r}")
+    loss = torch.ops.oodk.mos_loss(logits, target, as_offsets(groups, logits), ignore_index)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum()
+
+
+# --- fake kernels: shapes and types, with the errors of the real ones ------------------------------
+
+
+def _check(op: str, logits: Tensor, groups: Tensor) -> None:
+    check_floating(op, "logits", logits)
+    if groups.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: groups must be int32 or int64 offsets, got {groups.dtype}")
+    if groups.dim() != 1:
+        raise ValueError(f"{op}: groups must have shape (K + 1,), got {tuple(groups.shape)}")
+    if groups.shape[0] < 2:
+        raise ValueError(f"{op}: groups must hold K + 1 >= 2 offsets, got {groups.shape[0]}")
+    if groups.device != logits.device:
+        raise ValueError(
+            f"{op}: groups must be on the device of logits, {logits.device}, got {groups.device}"
+        )
+
+
+def _check_target(op: str, logits: Tensor, target: Tensor) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must be int64, got {target.dtype}")
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{op}: target must have shape logits.shape[:-1], one class a row, got "
+            f"{tuple(target.shape)} for logits {tuple(logits.shape)}"
+        )
+    if target.device != logits.device:
+        raise ValueError(
+            f"{op}: target must be on the device of logits, {logits.device}, got {target.device}"
+        )
+
+
+def _rows(logits: Tensor, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype or accumulate_type(logits.dtype)
+    return logits.new_empty((*logits.shape[:-1], *tail), dtype=dtype)
+
+
+@torch.library.register_fake("oodk::mos_score")
+def _(logits: Tensor, groups: Tensor) -> Tensor:
+    _check("mos_score", logits, groups)
+    return _rows(logits)
+
+
+@torch.library.register_fake("oodk::mos_predict")
+def _(logits: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
+    _check("mos_predict", logits, groups)
+    score, log_odds, prob = _rows(logits), _rows(logits), _rows(logits)
+    label, group = _rows(logits, dtype=torch.int64), _rows(logits, dtype=torch.int64)
+    return score, log_odds, label, group, prob
+
+
+@torch.library.register_fake("oodk::_mos_log_others")
+def _(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    _check("mos_log_others", logits, groups)
+    k = groups.shape[0] - 1
+    return _rows(logits, k), _rows(logits, k, 2)
+
+
+@torch.library.register_fake("oodk::_mos_loss")
+def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    _check("mos_loss", logits, groups)
+    _check_target("mos_loss", logits, target)
+    return _rows(logits), _rows(logits, groups.shape[0] - 1, 2)
+
+
+@torch.library.register_fake("oodk::_mos_log_others_backward")
+def _(grad: Tensor, logits: Tensor, groups: Tensor, stats: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("oodk::_mos_loss_backward")
+def _(
+    grad: Tensor, logits: Tensor, target: Tensor, groups: Tensor, stats: Tensor, ignore_index: int
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+# --- differentiation ------------------------------------------------------------------------------
+# The public ops drop the statistics that their inner ops save for the backward.
+
+
+@torch.library.impl("oodk::mos_log_others", "CompositeImplicitAutograd")
+def _(logits: Tensor, groups: Tensor) -> Tensor:
+    return torch.ops.oodk._mos_log_others(logits, groups)[0]
+
+
+@torch.library.impl("oodk::mos_loss", "CompositeImplicitAutograd")
+def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
+    return torch.ops.oodk._mos_loss(logits, target, groups, ignore_index)[0]
+
+
+def _save_log_others(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, groups = inputs
+    ctx.save_for_backward(logits, groups, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _log_others_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    logits, groups, stats = ctx.saved_tensors
+    return torch.ops.oodk._mos_log_others_backward(grad, logits, groups, stats), None
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, target, groups, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, target, groups, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _loss_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, target, groups, stats = ctx.saved_tensors
+    grad = torch.ops.oodk._mos_loss_backward(
+        grad, logits, target, groups, stats, ctx.ignore_index
+    )
+    return grad, None, None, None
+
+
+torch.library.register_autograd(
+    "oodk::_mos_log_others", _log_others_backward, setup_context=_save_log_others
+)
+torch.library.register_autograd("oodk::_mos_loss", _loss_backward, setup_context=_save_loss)
+
+register_batch_rule("mos_score", batched=(0,), shared=(1,))
+register_batch_rule("mos_predict", batched=(0,), shared=(1,))
+register_batch_rule("_mos_log_others", batched=(0,), shared=(1,))
+register_batch_rule("_mos_log_others_backward", batched=(0, 1, 3), shared=(2,))
+register_batch_rule("_mos_loss", batched=(0, 1), shared=(2,))
+register_batch_rule("_mos_loss_backward", batched=(0, 1, 2, 4), shared=(3,))

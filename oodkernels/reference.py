@@ -1,0 +1,84 @@
+"""Every op of ``torch.ops.oodk`` in plain torch: documentation, and the oracle of the tests.
+
+Written to be read, not to be fast. Pass float64 for a result to hold others against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _split(logits: Tensor, groups: Tensor) -> list[Tensor]:
+    offsets = groups.tolist()
+    logits = _accumulated(logits)
+    return [logits[..., a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
+    """S_MOS = -min_k p_others^k, Huang & Li, CVPR 2021, eq. 5."""
+    others = [z.softmax(-1)[..., 0] for z in _split(logits, groups)]
+    return -torch.stack(others, -1).amin(-1)
+
+
+def mos_predict(
+    logits: Tensor, groups: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, log-odds, class, group and probability of the class: eqs. 4 and 5."""
+    log_odds, prob, label = [], [], []
+    first_class = 0
+    for z in _split(logits, groups):
+        p = z.softmax(-1)
+        odds = z[..., 1:].logsumexp(-1) - z[..., 0]
+        log_odds.append(torch.where(p[..., 0].isnan(), p[..., 0], odds))
+        # Equal logits may get unequal probabilities in the last bit, so the logits decide.
+        best = torch.where(p.isnan().any(-1, keepdim=True), torch.zeros_like(z), z)
+        index = best[..., 1:].argmax(-1)
+        prob.append(p[..., 1:].gather(-1, index.unsqueeze(-1)).squeeze(-1))
+        label.append(index + first_class)
+        first_class += z.shape[-1] - 1
+    probs = torch.stack(prob, -1)
+    group = probs.argmax(-1)
+
+    def pick(per_group: list[Tensor]) -> Tensor:
+        return torch.stack(per_group, -1).gather(-1, group.unsqueeze(-1)).squeeze(-1)
+
+    score = mos_score(logits, groups)
+    return score, torch.stack(log_odds, -1).amax(-1), pick(label), group, pick(prob)
+
+
+def mos_log_others(logits: Tensor, groups: Tensor) -> Tensor:
+    """Log p_others of every group, (..., K)."""
+    return torch.stack([z.log_softmax(-1)[..., 0] for z in _split(logits, groups)], -1)
+
+
+def mos_loss(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
+    """Sum over the groups of each group's cross entropy, (...,): eq. 2 before the mean.
+
+    A group that does not hold the target's class has target "others", its first column.
+    """
+    ignored = target == ignore_index
+    loss = torch.zeros(target.shape, dtype=_accumulated(logits[:0]).dtype, device=logits.device)
+    first_class = 0
+    for z in _split(logits, groups):
+        n_classes = z.shape[-1] - 1
+        inside = (target >= first_class) & (target < first_class + n_classes) & ~ignored
+        index = torch.where(inside, target - first_class + 1, 0)
+        loss = loss - z.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        first_class += n_classes
+    return torch.where(ignored, torch.zeros_like(loss), loss)
+
+
+def logit_scores(
+    logits: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """MSP, maximum logit, energy, entropy and label; every score higher = more ID."""
+    z = _accumulated(logits)
+    p = (z / temperature).softmax(-1)
+    energy = temperature * (z / temperature).logsumexp(-1)
+    negative_entropy = -torch.special.entr(p).sum(-1)
+    return p.amax(-1), z.amax(-1), energy, negative_entropy, z.argmax(-1)
