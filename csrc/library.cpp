@@ -26,4 +26,9 @@ STABLE_TORCH_LIBRARY(oodk, m) {
   m.def(
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
+
+  // Streaming metrics: counts (rows, bins + atoms + 4), table (65536,), see ops/histogram.h.
+  m.def(
+      "roc_histogram_(Tensor(a!) counts, Tensor table, Tensor scores, int side, "
+      "Tensor? rows=None, Tensor? atoms=None) -> ()");
 }

@@ -82,3 +82,36 @@ def logit_scores(
     energy = temperature * (z / temperature).logsumexp(-1)
     negative_entropy = -torch.special.entr(p).sum(-1)
     return p.amax(-1), z.amax(-1), energy, negative_entropy, z.argmax(-1)
+
+
+def roc_histogram_(
+    counts: Tensor,
+    table: Tensor,
+    scores: Tensor,
+    side: int,
+    rows: Tensor | None = None,
+    atoms: Tensor | None = None,
+) -> None:
+    """Each score's counter from its order-preserving key; NaN is counted as refused."""
+    n_atoms = 0 if atoms is None else atoms.numel()
+    bins = counts.shape[1] - n_atoms - 4
+    scores = scores.reshape(-1)
+    row = torch.full_like(scores, side, dtype=torch.int64)
+    if rows is not None:
+        row += rows.reshape(-1)
+    single = scores.float()
+    bits = (single + 0.0).view(torch.int32)
+    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+
+    entry = table[(key >> 16) + 32768]
+    counter = (entry >> 5 & 0x7FFFFFF) + ((key & 0xFFFF) >> (entry & 31))
+    if atoms is not None and n_atoms:
+        place = torch.searchsorted(atoms.long(), key).clamp(max=n_atoms - 1)
+        counter = torch.where(atoms[place] == key, bins + place, counter)
+    facts = counts.shape[1] - 4
+    counter = torch.where(scores.isnan(), facts + 1, counter)
+    counts.index_put_((row, counter), torch.ones_like(key), accumulate=True)
+    counts[:, facts] += torch.bincount(row[~scores.isnan()], minlength=counts.shape[0])
+    counts[side, facts + 2] += (~scores.isnan() & (single.double() != scores.double())).sum()
+    for low in (bits & 0xFFFF).unique().tolist():
+        counts[side, facts + 3] |= low
