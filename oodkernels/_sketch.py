@@ -1,0 +1,473 @@
+"""A histogram of scores in bounded memory, whose bins go where the scores are.
+
+An axis of float32 keys (:func:`~oodkernels.ops.histogram.order_key`) is cut into 65536 prefixes, a
+prefix into blocks of 1, 4, 16 ... or 65536 equal bins. At first each prefix has one block, which
+resolves every bfloat16 and, where memory allows, every float16 number. Before scores are counted, a
+sample of them tells which bins hold, or are about to hold, too large a share of one side's scores.
+Their prefixes get a finer block, which counts from then on; what the coarser block holds stays
+there, known to a wider interval only. Keys that many scores share get a counter of their own, an
+atom. When the bins run out, blocks that turned out finer than their share merits are made coarser.
+
+All of this only steers where resolution is spent. Whatever is counted is counted in an interval
+that holds the score, and :func:`Sketch.intervals` says in which, so bounds drawn from it are
+certain for every stream. Nothing here waits for an accelerator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oodkernels._bounds import Floats, Intervals, Ints
+from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, order_key, roc_histogram_
+
+LEVELS = 9
+"""A block of level l has 4^l bins."""
+MAX_ATOMS = 127
+"""In one prefix."""
+NO_ATOM = 0x7FFFFFFF
+"""The key of a NaN."""
+_FIRST_SAMPLE = 1 << 17
+_SAMPLE = 1 << 13
+_PROBE = 1 << 10
+_CROWD = 12
+_TAIL = 1 / 1000
+"""A bin may hold this share of the scores beyond it, on the side where fewer are."""
+_COUNTED, _REFUSED, _ROUNDED, _LOW_BITS = range(4)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a number of bytes is divided.
+
+    Attributes:
+        bins: Bins a row.
+        atoms: Atoms a row.
+        base: (65536,) level of each prefix's first block.
+        share: The share of a side's scores that a bin may hold.
+    """
+
+    bins: int
+    atoms: int
+    base: Tensor
+    share: float
+
+    @classmethod
+    def of(cls, n_bytes: int, rows: int) -> Layout:
+        """For ``n_bytes`` with counts of ``rows`` rows.
+
+        Raises:
+            ValueError: That is too little for one bin a prefix and as many to spare.
+        """
+        tables = N_PREFIXES * (4 * LEVELS + 8)
+        # Beside eight bytes a counter: four for an atom's key, of which there is one to 16 bins.
+        bins = int((n_bytes - tables - 64 * rows) / ((8 + 0.5) * rows + 0.25))
+        if bins < 2 * N_PREFIXES:
+            least = tables + 64 * rows + 2 * N_PREFIXES * ((8 + 0.5) * rows + 0.25)
+            raise ValueError(
+                f"memory must be at least {least / 2**20:.1f} MiB for {rows} sets of scores, got "
+                f"{n_bytes / 2**20:.3g} MiB"
+            )
+        prefix = torch.arange(N_PREFIXES, dtype=torch.int32) - N_PREFIXES // 2
+        low = prefix << 16
+        magnitude = torch.where(prefix < 0, low ^ 0x7FFFFFFF, low) & 0x7F800000
+        # The exponents of float16, subnormals included, and the two zeros and infinities.
+        half = (magnitude >= 0x33800000) & (magnitude <= 0x47000000)
+        level = torch.where(half, 2, 0)
+        if int((4**level).sum()) > bins // 3:
+            level = torch.zeros_like(level)
+        return cls(bins, bins // 16, level, 12 / bins)
+
+
+@dataclass
+class Sketch:
+    """The state: tensors only, on one device.
+
+    Attributes:
+        counts: (R, bins + atoms + 4) int64, see :func:`~oodkernels.ops.histogram.roc_histogram_`.
+        blocks: (9, 65536) int32, where the block of each level and prefix starts, -1 for none.
+        table: (65536,) int64, the finest block and the atoms of each prefix.
+        atoms: (atoms,) int32 keys, ascending, then :data:`NO_ATOM`.
+        used: () int64, bins that belong to a block.
+        scale: () float64, by how much bins may exceed their share for want of memory.
+        adapted: () int64, how many scores had been counted when the blocks were last looked at.
+    """
+
+    counts: Tensor
+    blocks: Tensor
+    table: Tensor
+    atoms: Tensor
+    used: Tensor
+    scale: Tensor
+    adapted: Tensor
+
+    @classmethod
+    def empty(cls, layout: Layout, rows: int, device: torch.device) -> Sketch:
+        """With the first blocks only."""
+        level = layout.base.to(device)
+        size = 1 << 2 * level
+        start = size.cumsum(0) - size
+        blocks = torch.full((LEVELS, N_PREFIXES), -1, dtype=torch.int32, device=device)
+        blocks.scatter_(0, level[None], start.int()[None])
+        width = layout.bins + layout.atoms + N_FACTS
+        sketch = cls(
+            torch.zeros(rows, width, dtype=torch.int64, device=device),
+            blocks,
+            torch.zeros(N_PREFIXES, dtype=torch.int64, device=device),
+            torch.full((layout.atoms,), NO_ATOM, dtype=torch.int32, device=device),
+            size.sum(),
+            torch.ones((), dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+        sketch._build_table()
+        return sketch
+
+    @property
+    def facts(self) -> Tensor:
+        """(R, 4): the last columns of ``counts``."""
+        return self.counts[:, -N_FACTS:]
+
+    @property
+    def bins(self) -> int:
+        """Bins a row."""
+        return self.counts.shape[1] - self.atoms.shape[0] - N_FACTS
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
+
+    def with_rows(self, rows: int) -> None:
+        """Make room for more sets of scores."""
+        missing = rows - self.counts.shape[0]
+        if missing > 0:
+            self.counts = torch.nn.functional.pad(self.counts, (0, 0, 0, missing))
+
+    def count(self, scores: Tensor, rows: Tensor, layout: Layout, *, first: bool = False) -> None:
+        """Count ``scores`` (n,), each in the row of ``counts`` that ``rows`` (n,) uint8 says.
+
+        Args:
+            scores: (n,) of any floating-point type.
+            rows: (n,) uint8.
+            layout: What this sketch was made with.
+            first: These are the first scores: look closer at them.
+
+        Raises:
+            ValueError: On CPU, a score is NaN; nothing is counted then.
+        """
+        n = scores.shape[0]
+        if n == 0:
+            return
+        if first or not scores.is_cpu or not self._is_steady(scores):
+            keys, sides = _sample(scores, rows, _FIRST_SAMPLE if first else _SAMPLE)
+            for _ in range(4 if first else 1):
+                self._adapt(keys, sides, n, layout)
+            self.adapted = self.facts[:, _COUNTED].sum() + n
+        roc_histogram_(self.counts, self.table, scores, 0, rows, self.atoms)
+
+    # --- steering ---------------------------------------------------------------------------------
+
+    def _is_steady(self, scores: Tensor) -> bool:
+        """Whether, on CPU, blocks need no look: little is new, and it crowds no bin."""
+        facts = self.facts.numpy()
+        if facts[:, _COUNTED].sum() + scores.shape[0] > 1.125 * float(self.adapted):
+            return False
+        step = -(-scores.shape[0] // _PROBE)
+        index = torch.arange(0, scores.shape[0], step)
+        index = (index + _jitter(index) % step).clamp(max=scores.shape[0] - 1)
+        keys = order_key(scores[index]).sort().values.numpy()
+        low = int(np.bitwise_or.reduce(facts[:, _LOW_BITS] | np.bitwise_or.reduce(_raw_bits(keys))))
+        entry = self.table.numpy()[(keys >> 16) + N_PREFIXES // 2]
+        shift = entry & 31
+        counter = (entry >> 5 & 0x7FFFFFF) + ((keys & 0xFFFF) >> shift)
+        alone = (1 << shift) <= (low & -low)
+        # As many samples of a bin as no bin should have; a lone key has nothing to be refined.
+        crowd = (counter[_CROWD:] == counter[:-_CROWD]) & ~alone[_CROWD:]
+        if not crowd.any():
+            return True
+        return bool(self._are_atoms(torch.from_numpy(keys[_CROWD:][crowd])).all())
+
+    def _adapt(self, keys: Tensor, sides: Tensor, n: int, layout: Layout) -> None:
+        """Refine what n scores, of which this is a sorted sample, would overfill."""
+        rows, sampled = self.counts.shape[0], keys.shape[0]
+        number = (keys >= -NO_ATOM + 0x7FFFFF) & (keys <= 0x7F800000)
+        side = sides == torch.arange(rows, device=keys.device)[:, None]  # (R, n)
+        side &= number
+        n_side = side.sum(1, keepdim=True).clamp(min=1)
+        total = self.facts[:, _COUNTED, None] + n_side * (n / sampled)
+        unit = (n / sampled) / total  # (R, 1) the share of its side that a sample stands for
+        weight = side * unit
+
+        prefix = (keys >> 16).long() + N_PREFIXES // 2
+        entry = self.table[prefix]
+        shift = entry & 31
+        bits = 16 - self._spare_bits(keys)
+        is_atom = self._add_atoms(keys, number & (shift > 16 - bits))
+        rest = number & ~is_atom
+        weight_rest = weight * rest
+
+        counter = (entry >> 5 & 0x7FFFFFF) + ((keys & 0xFFFF) >> shift)
+        # One sample less than there are, lest a lone one pass for a crowd.
+        _, in_bin = _per_run(counter, weight_rest)
+        _, in_prefix = _per_run(prefix, weight_rest)
+        load = self.counts[:, counter] / total
+        load = load + torch.where(in_bin >= 4 * unit, in_bin - unit, 0)
+        load = torch.maximum(load, (in_prefix - unit) / (1 << 16 - shift))
+
+        below = side.cumsum(1)
+        tail = torch.minimum(below, n_side - below + 1) / n_side
+        share = layout.share * self.scale
+        allowed = torch.minimum(_TAIL * tail, share).maximum(share / 64).maximum(4 / total)
+        excess = (load / allowed).amax(0)
+        finer = torch.where(rest & (excess > 2), (excess.log2() / 2).ceil(), 0).long()
+
+        level = (16 - (self.table & 31)) // 2
+        most = (bits + 1) // 2
+        wanted = torch.minimum((16 - shift) // 2 + finer, most)
+        target = level.scatter_reduce(0, prefix, wanted, "amax")
+        if target.is_cpu and bool((target <= level).all()):
+            return
+        if not self._allocate(target, level):
+            self._compact(layout)
+            self._allocate(target, (16 - (self.table & 31)) // 2)
+        self._build_table()
+
+    def _spare_bits(self, keys: Tensor) -> Tensor:
+        """How many of the low bits are 0 in every score so far and in the sample."""
+        raw = keys ^ ((keys >> 31) & 0x7FFFFFFF)
+        place = torch.arange(16, device=keys.device)
+        low = ((raw[:, None] >> place) & 1).amax(0)
+        low = low | ((self.facts[:, _LOW_BITS, None] >> place) & 1).amax(0)
+        return (low.cumsum(0) == 0).sum()
+
+    def _add_atoms(self, keys: Tensor, eligible: Tensor) -> Tensor:
+        """Give frequent keys of a sorted sample counters of their own; which keys are atoms."""
+        size = self.atoms.shape[0]
+        known = self._are_atoms(keys)
+        first, length = _per_run(keys, torch.ones_like(keys)[None])
+        few_values = first.sum() * 8 <= keys.shape[0]
+        new = first & eligible & ~known & (length[0] >= torch.where(few_values, 1, 8))
+        if new.is_cpu and not bool(new.any()):
+            return known
+        new &= new.cumsum(0) <= size - (self.atoms != NO_ATOM).sum()
+        atoms = torch.cat((self.atoms, torch.where(new, keys, NO_ATOM))).sort().values[:size]
+        moved = torch.searchsorted(atoms, self.atoms).clamp(max=size - 1)
+        counters = self.counts[:, self.bins : self.bins + size]
+        old = counters.clone()
+        counters.zero_().scatter_add_(1, moved.expand_as(old), old)
+        self.atoms = atoms
+        self._build_table()
+        return self._are_atoms(keys)
+
+    def _are_atoms(self, keys: Tensor) -> Tensor:
+        place = torch.searchsorted(self.atoms, keys).clamp(max=self.atoms.shape[0] - 1)
+        return self.atoms[place] == keys
+
+    def _allocate(self, target: Tensor, level: Tensor) -> bool:
+        """Give the prefixes blocks of the target level; False where, on CPU, memory is short."""
+        grow = target > level
+        size = torch.where(grow, 1 << 2 * target, 0)
+        start = self.used + size.cumsum(0) - size
+        fits = grow & (start + size <= self.bins)
+        if grow.is_cpu and bool((grow & ~fits).any()):
+            return False
+        place = target[None]
+        old = self.blocks.gather(0, place)
+        self.blocks.scatter_(0, place, torch.where(fits, start.int(), old))
+        self.used = torch.where(fits, start + size, self.used).amax()
+        return True
+
+    def _build_table(self) -> None:
+        rank = torch.arange(1, LEVELS + 1, device=self.blocks.device)[:, None]
+        level = ((self.blocks >= 0) * rank).amax(0) - 1
+        start = self.blocks.gather(0, level[None])[0].long()
+        prefixes = (self.atoms >> 16).long() + N_PREFIXES // 2
+        bounds = torch.arange(N_PREFIXES + 1, device=self.atoms.device)
+        first = torch.searchsorted(prefixes, bounds)
+        n_atoms = first.diff().clamp(max=MAX_ATOMS)
+        n_atoms[(NO_ATOM >> 16) + N_PREFIXES // 2] = 0
+        self.table = (16 - 2 * level) | start << 5 | first[:-1] << 32 | n_atoms << 56
+
+    def compact(self, layout: Layout) -> None:
+        """Where more than half of the bins are used, make blocks coarser that merit it."""
+        if self.used.is_cpu and int(self.used) * 2 <= self.bins:
+            return
+        self._compact(layout)
+
+    def _compact(self, layout: Layout) -> None:
+        device, bins = self.blocks.device, self.bins
+        old = self.counts[:, :bins]
+        exists = self.blocks >= 0
+        level = (16 - (self.table & 31)) // 2
+        start = (self.table >> 5) & 0x7FFFFFF
+        total = self.facts[:, _COUNTED, None].clamp(min=1)
+
+        # The share of its side that the average score of a block has for company in its bin.
+        def sums(values: Tensor) -> Tensor:
+            ends = torch.nn.functional.pad(values.cumsum(1), (1, 0))
+            return ends[:, start + (1 << 2 * level)] - ends[:, start]
+
+        share = old / total
+        company = (share - 1 / total).clamp(min=0)
+        met = (sums(share * company) / sums(share).clamp(min=1e-300)).amax(0)
+        base, rank = layout.base.to(device), torch.arange(LEVELS, device=device)[:, None]
+        best = level
+        scale = self.scale
+        enough = torch.zeros((), dtype=torch.bool, device=device)
+        for exponent in range(9):
+            factor = float(4**exponent)
+            slack = (layout.share * factor / met.clamp(min=1e-300)).log2() / 2
+            kept = (level - slack.floor().clamp(0, 16).long()).maximum(base)
+            sizes = (1 << 2 * rank) * ((exists & (rank <= kept)) | (rank == kept))
+            fits = sizes.sum() * 2 <= bins
+            best = torch.where(enough, best, kept)
+            scale = torch.where(enough, scale, factor)
+            enough = enough | fits
+        roomy = self.used * 2 <= bins
+        best, scale = torch.where(roomy, level, best), torch.where(roomy, self.scale, scale)
+
+        present = (exists & (rank <= best)) | (rank == best)
+        size = torch.where(present, 1 << 2 * rank, 0).reshape(-1)
+        begin = size.cumsum(0) - size
+        blocks = torch.where(present, begin.reshape(LEVELS, -1), -1).int()
+
+        # From each bin to the block it is in, and on to its place in the new layout.
+        place = torch.arange(bins, device=device)
+        heads = torch.full((bins + 1,), -1, dtype=torch.int64, device=device)
+        names = torch.arange(LEVELS * N_PREFIXES, device=device)
+        where = torch.where(exists, self.blocks, bins).reshape(-1).long()
+        heads.scatter_(0, where, names)
+        head = torch.where(heads[:-1] >= 0, place, 0).cummax(0).values
+        block = heads[head]
+        of_level, of_prefix = block // N_PREFIXES, block % N_PREFIXES
+        to_level = torch.minimum(of_level, best[of_prefix])
+        to = blocks[to_level, of_prefix] + ((place - head) >> 2 * (of_level - to_level))
+        to = torch.where(place < self.used, to.long(), 0)
+        new = torch.zeros_like(old).scatter_add_(1, to.expand_as(old), old)
+        old.copy_(new)
+        self.blocks, self.used, self.scale = blocks, size.sum(), scale
+        self._build_table()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def cells(self) -> Cells:
+        """Every interval that holds a score, on the host."""
+        counts = self.counts.cpu().numpy()
+        rows, bins = counts.shape[0], self.bins
+        blocks = self.blocks.cpu().numpy().astype(np.int64)
+        level, prefix = np.nonzero(blocks >= 0)
+        start = blocks[level, prefix]
+        order = np.argsort(start)
+        level, prefix, start = level[order], prefix[order], start[order]
+
+        held = np.flatnonzero(counts[:, :bins].any(0))
+        block = np.searchsorted(start, held, "right") - 1
+        shift = 16 - 2 * level[block]
+        key = (prefix[block] - N_PREFIXES // 2 << 16) + (held - start[block] << shift)
+
+        atoms = self.atoms.cpu().numpy().astype(np.int64)
+        held_atoms = np.flatnonzero(counts[:, bins : bins + atoms.size].any(0))
+        return Cells(
+            np.concatenate((key, atoms[held_atoms])),
+            np.concatenate((shift, np.zeros_like(held_atoms))),
+            np.concatenate((counts[:, held], counts[:, bins + held_atoms]), 1).reshape(rows, -1),
+        )
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Counts of scores by interval of keys, on the host.
+
+    Attributes:
+        key: (n,) first key of each interval.
+        shift: (n,) an interval has 2^shift keys and starts at a multiple of that.
+        counts: (R, n).
+    """
+
+    key: Ints
+    shift: Ints
+    counts: Ints
+
+    @classmethod
+    def of_scores(cls, scores: Tensor, rows: Tensor, n_rows: int) -> Cells:
+        """One interval of one key for each distinct score as float32."""
+        codes = order_key(scores).cpu().numpy().astype(np.int64)
+        key, place = np.unique(codes, return_inverse=True)
+        counts = np.zeros((n_rows, key.size), np.int64)
+        np.add.at(counts, (rows.cpu().numpy(), place), 1)
+        return cls(key, np.zeros_like(key), counts)
+
+    @classmethod
+    def sum(cls, parts: list[Cells]) -> Cells:
+        """All parts, equal intervals as one, in an order that only depends on the total."""
+        code = np.concatenate([(p.key << 5) | p.shift for p in parts])
+        counts = np.concatenate([p.counts for p in parts], 1)
+        order = np.argsort(code, kind="stable")
+        code = code[order]
+        first = np.flatnonzero(np.diff(code, prepend=code[:1] - 1))
+        if not first.size:
+            return cls(code, code, counts)
+        total = np.add.reduceat(counts[:, order], first, axis=1)
+        return cls(code[first] >> 5, code[first] & 31, total)
+
+    def intervals(self, row: int, low_bits: int, rounded: bool) -> Intervals:
+        """Row 0 against another.
+
+        Args:
+            row: Row of the OOD scores.
+            low_bits: OR of the low 16 bits of all scores as float32: bits that are 0 in all of them
+                do not tell scores apart.
+            rounded: Scores were float64 that float32 does not hold: equal keys need not tie.
+        """
+        spare = (low_bits & -low_bits).bit_length() - 1 if low_bits else 16
+        low = self.key >> spare
+        high = (self.key + (1 << self.shift) - 1) >> spare
+
+        def key_floats(keys: Ints) -> Floats:
+            bits = keys ^ ((keys >> 63) & 0x7FFFFFFF)
+            return bits.astype(np.int32).view(np.float32).astype(np.float64)
+
+        def decode(coordinates: Ints) -> tuple[Floats, Floats]:
+            if not rounded:
+                filled = np.where(coordinates < 0, (1 << spare) - 1, 0)
+                values = key_floats((coordinates << spare) | filled)
+                return values, values
+            keys = coordinates >> 1
+            return key_floats(np.maximum(keys - 1, -0x7F800001)), key_floats(
+                np.minimum(keys + 1, 0x7F800000)
+            )
+
+        if rounded:
+            low, high, spare = 2 * self.key, 2 * (self.key + (1 << self.shift) - 1) + 1, 0
+        return Intervals(low, high, self.counts[0], self.counts[row], decode)
+
+
+def _jitter(index: Tensor) -> Tensor:
+    return (index * 2654435761) >> 11 & 0xFFFFF
+
+
+def _raw_bits(keys: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The low 16 bits of the float32 values that have these keys."""
+    return (keys ^ (keys >> 31 & 0x7FFFFFFF)) & 0xFFFF
+
+
+def _sample(scores: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """About evenly spread over the scores, with jitter against periods: keys, ascending, and rows."""
+    n = scores.shape[0]
+    step = -(-n // most)
+    index = torch.arange(0, n, step, device=scores.device)
+    index = (index + _jitter(index) % step).clamp(max=n - 1)
+    keys, order = order_key(scores[index]).sort()
+    return keys, rows[index][order]
+
+
+def _per_run(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of equal values (n,): where one starts, and per element its run's sum of weights."""
+    first = torch.ones_like(values, dtype=torch.bool)
+    first[1:] = values[1:] != values[:-1]
+    run = (first.cumsum(0) - 1).expand_as(weights)
+    return first, torch.zeros_like(weights).scatter_add_(1, run, weights).gather(1, run)
