@@ -143,6 +143,27 @@ def figures(intervals: Intervals, tpr: float) -> dict[str, Bounded]:
     }
 
 
+def curves(intervals: Intervals, points: int = 2048) -> tuple[NDArray[np.float64], ...]:
+    """The outermost ROC curves (FPR, TPR), (2, P) each: of the best placement and of the worst."""
+    grid, place = np.unique(np.concatenate((intervals.low, intervals.high)), return_inverse=True)
+    first, last = place[: intervals.low.size], place[intervals.low.size :]
+
+    def curve(at_id: NDArray[np.intp], at_ood: NDArray[np.intp]) -> NDArray[np.float64]:
+        kept = []
+        for weights, at in ((intervals.n_ood, at_ood), (intervals.n_id, at_id)):
+            total = np.zeros(grid.size + 1, np.int64)
+            np.add.at(total, grid.size - at, weights)
+            kept.append(np.cumsum(total) / max(1, int(weights.sum())))
+        path = np.stack(kept)
+        # Evenly along the curve, not along the scores.
+        steps = np.abs(np.diff(path, axis=1)).sum(0).cumsum()
+        wanted = np.searchsorted(steps, np.linspace(0, steps[-1], points))
+        chosen = np.unique(np.concatenate(([0], np.minimum(wanted, steps.size - 1) + 1)))
+        return path[:, chosen]
+
+    return curve(last, first), curve(first, last)
+
+
 def _dot(a: Ints, b: Ints) -> int:
     """The exact sum of products, which may exceed 64 bits."""
     used = a != 0
@@ -155,9 +176,7 @@ def _dot(a: Ints, b: Ints) -> int:
     low = (1 << 31) - 1
     parts = ((a & low, 0), (a >> 31, 31)), ((b & low, 0), (b >> 31, 31))
     return sum(
-        int((x * y >> 31).sum()) << (i + j + 31)
-        for x, i in parts[0]
-        for y, j in parts[1]
+        int((x * y >> 31).sum()) << (i + j + 31) for x, i in parts[0] for y, j in parts[1]
     ) + sum(int((x * y & low).sum()) << (i + j) for x, i in parts[0] for y, j in parts[1])
 
 

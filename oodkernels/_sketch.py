@@ -141,18 +141,24 @@ class Sketch:
         """Of all tensors."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))
 
+    def same_table(self, other: Sketch) -> bool:
+        """Whether equal counters stand for equal intervals."""
+        return torch.equal(self.blocks, other.blocks) and torch.equal(self.atoms, other.atoms)
+
     def with_rows(self, rows: int) -> None:
         """Make room for more sets of scores."""
         missing = rows - self.counts.shape[0]
         if missing > 0:
             self.counts = torch.nn.functional.pad(self.counts, (0, 0, 0, missing))
 
-    def count(self, scores: Tensor, rows: Tensor, layout: Layout, *, first: bool = False) -> None:
-        """Count ``scores`` (n,), each in the row of ``counts`` that ``rows`` (n,) uint8 says.
+    def count(
+        self, scores: Tensor, rows: Tensor | int, layout: Layout, *, first: bool = False
+    ) -> None:
+        """Count scores.
 
         Args:
             scores: (n,) of any floating-point type.
-            rows: (n,) uint8.
+            rows: The row of ``counts`` for all, or for each, (n,) uint8.
             layout: What this sketch was made with.
             first: These are the first scores: look closer at them.
 
@@ -167,7 +173,10 @@ class Sketch:
             for _ in range(4 if first else 1):
                 self._adapt(keys, sides, n, layout)
             self.adapted = self.facts[:, _COUNTED].sum() + n
-        roc_histogram_(self.counts, self.table, scores, 0, rows, self.atoms)
+        if isinstance(rows, int):
+            roc_histogram_(self.counts, self.table, scores, rows, atoms=self.atoms)
+        else:
+            roc_histogram_(self.counts, self.table, scores, 0, rows, self.atoms)
 
     # --- steering ---------------------------------------------------------------------------------
 
@@ -392,6 +401,17 @@ class Cells:
     shift: Ints
     counts: Ints
 
+    @property
+    def codes(self) -> Ints:
+        """(n,) key and shift in one."""
+        return (self.key << 5) | self.shift
+
+    @classmethod
+    def of_codes(cls, codes: Tensor, counts: Tensor) -> Cells:
+        """From :attr:`codes` and counts as tensors."""
+        code = codes.cpu().numpy()
+        return cls(code >> 5, code & 31, counts.cpu().numpy())
+
     @classmethod
     def of_scores(cls, scores: Tensor, rows: Tensor, n_rows: int) -> Cells:
         """One interval of one key for each distinct score as float32."""
@@ -404,7 +424,7 @@ class Cells:
     @classmethod
     def sum(cls, parts: list[Cells]) -> Cells:
         """All parts, equal intervals as one, in an order that only depends on the total."""
-        code = np.concatenate([(p.key << 5) | p.shift for p in parts])
+        code = np.concatenate([p.codes for p in parts])
         counts = np.concatenate([p.counts for p in parts], 1)
         order = np.argsort(code, kind="stable")
         code = code[order]
@@ -455,13 +475,15 @@ def _raw_bits(keys: NDArray[np.int32]) -> NDArray[np.int32]:
     return (keys ^ (keys >> 31 & 0x7FFFFFFF)) & 0xFFFF
 
 
-def _sample(scores: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """About evenly spread over the scores, with jitter against periods: keys, ascending, and rows."""
+def _sample(scores: Tensor, rows: Tensor | int, most: int) -> tuple[Tensor, Tensor]:
+    """Keys, ascending, and rows of scores picked evenly, with jitter against periods."""
     n = scores.shape[0]
     step = -(-n // most)
     index = torch.arange(0, n, step, device=scores.device)
     index = (index + _jitter(index) % step).clamp(max=n - 1)
     keys, order = order_key(scores[index]).sort()
+    if isinstance(rows, int):
+        return keys, torch.full_like(keys, rows)
     return keys, rows[index][order]
 
 
