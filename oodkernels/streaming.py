@@ -67,9 +67,10 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
     so do frequent values of any type; for float64 scores beyond float32's precision the bounds
     allow for the rounding. With ``exact=True`` all scores are kept instead.
 
-    Figures by name, all by the rules of :func:`oodkernels.metrics.ood_metrics`: ``auroc``; ``aupr_in``, ``aupr_out``; ``fpr95`` and ``fpr95_out`` (named after ``tpr``);
-    ``threshold``, ``threshold_out``; ``detection_error``; ``base_rate_in``, ``base_rate_out``;
-    ``tie_fraction``; each with ``..._lower`` and ``..._upper``; and the counts ``n_id``, ``n_ood``.
+    Figures by name, all by the rules of :func:`oodkernels.metrics.ood_metrics`: ``auroc``;
+    ``aupr_in``, ``aupr_out``; ``fpr95`` and ``fpr95_out`` (named after ``tpr``); ``threshold``,
+    ``threshold_out``; ``detection_error``; ``base_rate_in``, ``base_rate_out``; ``tie_fraction``;
+    each with ``..._lower`` and ``..._upper``; and the counts ``n_id``, ``n_ood``.
 
     States merge (``merge_state``, or by themselves under ``torch.distributed``) without loss, in
     any order with the same result: scores counted in equal bins are added up, others are kept
