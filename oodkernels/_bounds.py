@@ -143,25 +143,27 @@ def figures(intervals: Intervals, tpr: float) -> dict[str, Bounded]:
     }
 
 
-def curves(intervals: Intervals, points: int = 2048) -> tuple[NDArray[np.float64], ...]:
-    """The outermost ROC curves (FPR, TPR), (2, P) each: of the best placement and of the worst."""
-    grid, place = np.unique(np.concatenate((intervals.low, intervals.high)), return_inverse=True)
-    first, last = place[: intervals.low.size], place[intervals.low.size :]
+def curves(intervals: Intervals, points: int = 2048) -> tuple[Floats, Floats, Floats]:
+    """ROC curves as (FPR, TPR), (2, P) each: outermost, estimated and innermost.
 
-    def curve(at_id: NDArray[np.intp], at_ood: NDArray[np.intp]) -> NDArray[np.float64]:
-        kept = []
-        for weights, at in ((intervals.n_ood, at_ood), (intervals.n_id, at_id)):
-            total = np.zeros(grid.size + 1, np.int64)
-            np.add.at(total, grid.size - at, weights)
-            kept.append(np.cumsum(total) / max(1, int(weights.sum())))
-        path = np.stack(kept)
-        # Evenly along the curve, not along the scores.
-        steps = np.abs(np.diff(path, axis=1)).sum(0).cumsum()
-        wanted = np.searchsorted(steps, np.linspace(0, steps[-1], points))
-        chosen = np.unique(np.concatenate(([0], np.minimum(wanted, steps.size - 1) + 1)))
-        return path[:, chosen]
+    The outer and the inner one are of the best and the worst placement; in between, the scores of an
+    interval tie.
+    """
+    low, high = 2 * intervals.low, 2 * intervals.high
 
-    return curve(last, first), curve(first, last)
+    def curve(at_id: Ints, at_ood: Ints) -> Floats:
+        _, place = np.unique(np.concatenate((at_id, at_ood)), return_inverse=True)
+        steps = np.zeros((2, int(place.max(initial=-1)) + 1))
+        np.add.at(steps[1], place[: at_id.size], intervals.n_id / intervals.n_id.sum())
+        np.add.at(steps[0], place[at_id.size :], intervals.n_ood / intervals.n_ood.sum())
+        path = np.pad(steps[:, ::-1].cumsum(1), ((0, 0), (1, 0)))
+        # Points chosen evenly along the curve, not along the scores.
+        along = path.sum(0)
+        chosen = np.searchsorted(along, np.linspace(0, along[-1], points))
+        return path[:, np.unique(np.minimum(chosen, along.size - 1))]
+
+    middle = low // 2 + high // 2
+    return curve(high, low), curve(middle, middle), curve(low, high)
 
 
 def _dot(a: Ints, b: Ints) -> int:

@@ -473,15 +473,14 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
             sides = self._sides()
             for name, side in sides.items():
                 auroc = self._figures(side)["auroc"]
-                best, worst = curves(side)
+                outer, middle, inner = curves(side)
                 label = f"{name}: " if name != _UNNAMED else ""
                 digits = f"{auroc.estimate:.4f}"
                 if auroc.lower < auroc.upper:
-                    digits += f" ± {(auroc.upper - auroc.lower) / 2:.0e}"
-                fpr = np.union1d(best[0], worst[0])
-                low, high = np.interp(fpr, *worst), np.interp(fpr, *best)
-                (line,) = ax.plot(fpr, (low + high) / 2, lw=1.5, label=f"{label}AUROC {digits}")
-                ax.fill_between(fpr, low, high, color=line.get_color(), alpha=0.25, lw=0)
+                    digits += f" \N{PLUS-MINUS SIGN} {(auroc.upper - auroc.lower) / 2:.0e}"
+                (line,) = ax.plot(*middle, lw=1.5, label=f"{label}AUROC {digits}")
+                band = np.concatenate((outer, inner[:, ::-1]), 1)
+                ax.fill(*band, color=line.get_color(), alpha=0.25, lw=0)
         ax.axhline(self.tpr, color="0.6", lw=0.8, ls=":")
         ax.plot([0, 1], [0, 1], color="0.6", lw=0.8, ls="--")
         ax.set(xlabel="FPR: share of OOD kept", ylabel="TPR: share of ID kept")
