@@ -20,7 +20,7 @@ def _split(logits: Tensor, groups: Tensor) -> list[Tensor]:
 
 
 def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
-    """S_MOS = -min_k p_others^k, Huang & Li, CVPR 2021, eq. 5."""
+    """S_MOS = -min_k p_others^k: Huang & Li, CVPR 2021, section 3."""
     others = [z.softmax(-1)[..., 0] for z in _split(logits, groups)]
     return -torch.stack(others, -1).amin(-1)
 
@@ -28,7 +28,7 @@ def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
 def mos_predict(
     logits: Tensor, groups: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Score, log-odds, class, group and probability of the class: eqs. 4 and 5."""
+    """Score, log-odds, class, group and probability of the class."""
     log_odds, prob, label = [], [], []
     first_class = 0
     for z in _split(logits, groups):
@@ -57,7 +57,7 @@ def mos_log_others(logits: Tensor, groups: Tensor) -> Tensor:
 
 
 def mos_loss(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
-    """Sum over the groups of each group's cross entropy, (...,): eq. 2 before the mean.
+    """Sum over the groups of each group's cross entropy, (...,): the paper's loss before the mean over the batch.
 
     A group that does not hold the target's class has target "others", its first column.
     """

@@ -286,11 +286,11 @@ OODK_INLINE vec<float> exp(vec<float> x) {
   const vec<float> n = t - shifter;
   vec<float> r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  vec<float> p = splat(1.38255653e-3f);
-  p = p * r + 8.37272895e-3f;
-  p = p * r + 4.16664779e-2f;
-  p = p * r + 1.66664049e-1f;
-  p = p * r + 0.5f;
+  vec<float> p = splat(1.381454e-3f);
+  p = p * r + 8.368745e-3f;
+  p = p * r + 4.166839e-2f;
+  p = p * r + 1.6666521e-1f;
+  p = p * r + 0.49999994f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)

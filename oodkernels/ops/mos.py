@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from oodkernels.groups import Groups, as_offsets
-from oodkernels.ops._common import accumulate_type, check_floating, register_batch_rule
+from oodkernels.ops._common import (
+    accumulate_type,
+    check_floating,
+    register_batch_rule,
+    register_not_differentiable,
+)
 
 
 class MOSPrediction(NamedTuple):
@@ -33,7 +38,7 @@ class MOSPrediction(NamedTuple):
 
 
 def mos_score(logits: Tensor, groups: Groups | Tensor) -> Tensor:
-    """Minimum others score, S_MOS = -min_k p^k_others (eq. 5).
+    """Minimum others score, S_MOS = -min_k p^k_others (Huang & Li, section 3).
 
     Args:
         logits: (..., C + K), float64, float32, bfloat16 or float16; any strides.
@@ -56,7 +61,7 @@ def mos_predict(logits: Tensor, groups: Groups | Tensor) -> MOSPrediction:
     """Predicted class with both forms of the score, from one read of the logits.
 
     The class is the largest p^k_c over each group's classes (others excluded), then over the
-    groups (Huang & Li, eq. 4). Ties: the lowest index.
+    groups (Huang & Li, section 3). Ties: the lowest index.
 
     Args:
         logits: (..., C + K), as for :func:`mos_score`.
@@ -97,7 +102,7 @@ def mos_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
-    """Group-softmax loss: the sum over the groups of each group's cross entropy (eq. 2).
+    """Group-softmax loss: the sum over the groups of each group's cross entropy (Huang & Li, section 3).
 
     In the group of its class a sample's target is that class, in every other group "others". The
     sum is unweighted, as in the paper.
@@ -238,9 +243,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 def _loss_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, target, groups, stats = ctx.saved_tensors
-    grad = torch.ops.oodk._mos_loss_backward(
-        grad, logits, target, groups, stats, ctx.ignore_index
-    )
+    grad = torch.ops.oodk._mos_loss_backward(grad, logits, target, groups, stats, ctx.ignore_index)
     return grad, None, None, None
 
 
@@ -249,8 +252,13 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("oodk::_mos_loss", _loss_backward, setup_context=_save_loss)
 
+register_not_differentiable("mos_score", instead="mos_log_others")
+register_not_differentiable("mos_predict", instead="mos_log_others")
+
 register_batch_rule("mos_score", batched=(0,), shared=(1,))
 register_batch_rule("mos_predict", batched=(0,), shared=(1,))
+register_batch_rule("mos_log_others", batched=(0,), shared=(1,))
+register_batch_rule("mos_loss", batched=(0, 1), shared=(2,))
 register_batch_rule("_mos_log_others", batched=(0,), shared=(1,))
 register_batch_rule("_mos_log_others_backward", batched=(0, 1, 3), shared=(2,))
 register_batch_rule("_mos_loss", batched=(0, 1), shared=(2,))
