@@ -5,6 +5,8 @@ Written to be read, not to be fast. Pass float64 for a result to hold others aga
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def _accumulated(x: Tensor) -> Tensor:
 def _split(logits: Tensor, groups: Tensor) -> list[Tensor]:
     offsets = groups.tolist()
     logits = _accumulated(logits)
-    return [logits[..., a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [logits[..., a:b] for a, b in pairwise(offsets)]
 
 
 def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
@@ -25,9 +27,7 @@ def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
     return -torch.stack(others, -1).amin(-1)
 
 
-def mos_predict(
-    logits: Tensor, groups: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mos_predict(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score, log-odds, class, group and probability of the class."""
     log_odds, prob, label = [], [], []
     first_class = 0
@@ -57,7 +57,7 @@ def mos_log_others(logits: Tensor, groups: Tensor) -> Tensor:
 
 
 def mos_loss(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
-    """Sum over the groups of each group's cross entropy, (...,): the paper's loss before the mean over the batch.
+    """Sum over the groups of each group's cross entropy, (...,); the paper averages the batch.
 
     A group that does not hold the target's class has target "others", its first column.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ def compare_predictions(sample: Sample, actual: Any, expected: Any) -> None:
     """Labels may differ only among classes whose probabilities the precision cannot tell apart."""
     z, groups = sample.args
     offsets = groups.tolist()
-    parts = [z[..., a:b].double() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    parts = [z[..., a:b].double() for a, b in pairwise(offsets)]
     probs = torch.cat([p.softmax(-1)[..., 1:] for p in parts], -1)
     chosen = probs.gather(-1, actual[2][..., None])[..., 0]
     first_class = [a - k for k, a in enumerate(offsets)]

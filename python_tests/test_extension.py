@@ -45,7 +45,7 @@ def test_capability(capability: str) -> None:
     code = (
         f"import sys, pytest; from oodkernels import _C; "
         f"assert _C.cpu_capability() == {capability!r}; "
-        f"sys.exit(pytest.main(['test_ops.py', '-q', '-x', '-k', {tests!r}, '-p', 'no:cacheprovider']))"
+        f"sys.exit(pytest.main(['test_ops.py', '-q', '-x', '-k', {tests!r}]))"
     )
     result = run("-c", code, OODK_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

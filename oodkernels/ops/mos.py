@@ -48,7 +48,8 @@ def mos_score(logits: Tensor, groups: Groups | Tensor) -> Tensor:
     Returns:
         (...,) scores in [-1, 0], higher = more in-distribution; float64 for float64 logits, else
         float32 (half precision is accumulated in float32). NaN where a group's softmax is NaN, as
-        in ``torch.softmax``: it holds NaN or +inf, or nothing but -inf. Not differentiable.
+        in ``torch.softmax``: it holds NaN or +inf, or nothing but -inf. A backward
+        through it raises RuntimeError.
 
     Raises:
         ValueError: ``groups`` does not start at 0, end at C + K, or has a group narrower than 2.
@@ -69,7 +70,8 @@ def mos_predict(logits: Tensor, groups: Groups | Tensor) -> MOSPrediction:
 
     Returns:
         A :class:`MOSPrediction`. Where a group's softmax is NaN, so are score, log_odds and prob,
-        and the label is the first class of the first such group. Not differentiable.
+        and the label is the first class of the first such group. A backward
+        through it raises RuntimeError.
 
     Raises:
         ValueError: As :func:`mos_score`.
@@ -102,10 +104,10 @@ def mos_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
-    """Group-softmax loss: the sum over the groups of each group's cross entropy (Huang & Li, section 3).
+    """Group-softmax loss: the sum over the groups of each group's cross entropy.
 
     In the group of its class a sample's target is that class, in every other group "others". The
-    sum is unweighted, as in the paper.
+    sum is unweighted (Huang & Li, section 3).
 
     Args:
         logits: (..., C + K), as for :func:`mos_score`.
@@ -134,7 +136,7 @@ def mos_loss(
     return total if reduction == "sum" else total / (target != ignore_index).sum()
 
 
-# --- fake kernels: shapes and types, with the errors of the real ones ------------------------------
+# --- fake kernels: shapes and types, with the errors of the real ones -----------------------------
 
 
 def _check(op: str, logits: Tensor, groups: Tensor) -> None:
