@@ -77,7 +77,7 @@ def test_threshold_is_exact() -> None:
 def test_metrics_refuse_nan_with_count_and_index() -> None:
     with pytest.raises(ValueError, match="ood_scores must not hold NaN, got 2, the first at ind"):
         ood_metrics([1.0, 2.0], [0.0, np.nan, 1.0, np.nan])
-    with pytest.raises(ValueError, match="id_scores must not hold NaN, got 1, .* index 0"):
+    with pytest.raises(ValueError, match=r"id_scores must not hold NaN, got 1, .* index 0"):
         ood_metrics([np.nan], [0.0])
 
 
