@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from oodkernels.groups import Groups, as_offsets
 from oodkernels.ops._common import (
@@ -213,46 +214,47 @@ def _(
 
 
 # --- differentiation ------------------------------------------------------------------------------
-# The public ops drop the statistics that their inner ops save for the backward.
+
+
+class _LogOthers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, groups: Tensor) -> Tensor:
+        log_others, stats = torch.ops.oodk._mos_log_others(logits, groups)
+        ctx.save_for_backward(logits, groups, stats)
+        return log_others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.oodk._mos_log_others_backward(grad, *ctx.saved_tensors), None
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int
+    ) -> Tensor:
+        loss, stats = torch.ops.oodk._mos_loss(logits, target, groups, ignore_index)
+        ctx.save_for_backward(logits, target, groups, stats)
+        ctx.ignore_index = ignore_index
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out = torch.ops.oodk._mos_loss_backward(grad, *ctx.saved_tensors, ctx.ignore_index)
+        return out, None, None, None
 
 
 @torch.library.impl("oodk::mos_log_others", "CompositeImplicitAutograd")
 def _(logits: Tensor, groups: Tensor) -> Tensor:
-    return torch.ops.oodk._mos_log_others(logits, groups)[0]
+    return _LogOthers.apply(logits, groups)
 
 
 @torch.library.impl("oodk::mos_loss", "CompositeImplicitAutograd")
 def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
-    return torch.ops.oodk._mos_loss(logits, target, groups, ignore_index)[0]
+    return _Loss.apply(logits, target, groups, ignore_index)
 
-
-def _save_log_others(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, groups = inputs
-    ctx.save_for_backward(logits, groups, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _log_others_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-    logits, groups, stats = ctx.saved_tensors
-    return torch.ops.oodk._mos_log_others_backward(grad, logits, groups, stats), None
-
-
-def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, groups, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target, groups, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _loss_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, target, groups, stats = ctx.saved_tensors
-    grad = torch.ops.oodk._mos_loss_backward(grad, logits, target, groups, stats, ctx.ignore_index)
-    return grad, None, None, None
-
-
-torch.library.register_autograd(
-    "oodk::_mos_log_others", _log_others_backward, setup_context=_save_log_others
-)
-torch.library.register_autograd("oodk::_mos_loss", _loss_backward, setup_context=_save_loss)
 
 register_not_differentiable("mos_score", instead="mos_log_others")
 register_not_differentiable("mos_predict", instead="mos_log_others")
