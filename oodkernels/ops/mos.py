@@ -248,12 +248,12 @@ class _Loss(torch.autograd.Function):
 
 @torch.library.impl("oodk::mos_log_others", "CompositeImplicitAutograd")
 def _(logits: Tensor, groups: Tensor) -> Tensor:
-    return _LogOthers.apply(logits, groups)
+    return _LogOthers.apply(logits, groups)  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl("oodk::mos_loss", "CompositeImplicitAutograd")
 def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
-    return _Loss.apply(logits, target, groups, ignore_index)
+    return _Loss.apply(logits, target, groups, ignore_index)  # type: ignore[no-untyped-call]
 
 
 register_not_differentiable("mos_score", instead="mos_log_others")
