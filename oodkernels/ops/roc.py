@@ -213,10 +213,10 @@ def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
 
 
 @torch.library.register_fake("oodk::_roc_keys")
-def _(scores: Tensor, function: str, argument: str) -> Tensor:
-    check_floating(function, argument, scores)
+def _(scores: Tensor, op: str, argument: str) -> Tensor:
+    check_floating(op, argument, scores)
     if scores.numel() == 0:
-        raise ValueError(f"{function}: {argument} must not be empty")
+        raise ValueError(f"{op}: {argument} must not be empty")
     return scores.new_empty((scores.numel(),), dtype=_KEY_TYPE[scores.dtype])
 
 
