@@ -25,7 +25,7 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
   const RocScores scores = roc_scores(op, argument, t);
   const RocKernels& kernels = OODK_SELECT_KERNELS(roc_kernels);
   const int64_t n = scores.count;
-  const int digits = scores.width;
+  const int digits = radix_digits(scores.width);
   constexpr int64_t least = 1 << 15; // scores that are worth a thread
   const int64_t parts = std::clamp<int64_t>(n / least, 1, torch::stable::get_num_threads());
   const auto begin = [&](int64_t part) { return part * n / parts; };
@@ -69,7 +69,6 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
   }
   const Tensor other =
       passes.size() > 1 ? advised(empty({n}, scores.key_type, t)) : keys;
-  const bool stream = 2 * n * scores.width > (int64_t(16) << 20); // more than caches hold
   bool to_keys = passes.size() % 2 == 1; // so that the last pass ends there
   for (size_t pass = 0; pass < passes.size(); ++pass, to_keys = !to_keys) {
     const int digit = passes[pass];
@@ -87,7 +86,7 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
         place += std::exchange(places[p * kRadix + d], place);
     void* out = (to_keys ? keys : other).mutable_data_ptr();
     for_parts(parts, [&](int64_t p) {
-      kernels.scatter(source, begin(p), begin(p + 1), digit, &places[p * kRadix], out, stream);
+      kernels.scatter(source, begin(p), begin(p + 1), digit, &places[p * kRadix], out);
     });
     source = {out, 1, scores.width, true};
   }

@@ -27,7 +27,8 @@ OODK_INLINE K key_of(K bits) { // K is unsigned
 
 template <typename K>
 OODK_INLINE int digit_of(K key, int digit) {
-  return int(K(key ^ kSign<K>) >> (digit * kRadixBits)) & (kRadix - 1);
+  constexpr int bits = radix_bits(sizeof(K));
+  return int(K(key ^ kSign<K>) >> (digit * bits)) & ((1 << bits) - 1);
 }
 
 // f(K{}, read) with read(i) the i-th key.
@@ -55,6 +56,7 @@ void count_all(RadixSource source, int64_t begin, int64_t end, int64_t inf_bits,
     NanCount* nan) {
   with_reader(source, [&](auto zero, auto read) {
     using K = decltype(zero);
+    constexpr int digits = radix_digits(sizeof(K));
     // Keys beyond those of both infinities: the largest magnitudes, as NaN's are.
     const K span = K(2 * K(inf_bits) + 1), low = K(~K(inf_bits));
     for (int64_t i = begin; i < end; ++i) {
@@ -64,7 +66,7 @@ void count_all(RadixSource source, int64_t begin, int64_t end, int64_t inf_bits,
           nan->first = i;
       }
 #pragma GCC unroll 8
-      for (int digit = 0; digit < int(sizeof(K)); ++digit)
+      for (int digit = 0; digit < digits; ++digit)
         ++counts[digit * kRadix + digit_of(key, digit)];
     }
   });
@@ -77,28 +79,25 @@ void count(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* c
   });
 }
 
-template <bool stream>
+// Past the caches, which would first read the line.
 OODK_INLINE void write_line(void* to, const void* from) {
 #if defined(__AVX512F__)
-  const __m512i line = _mm512_load_si512(from);
-  stream ? _mm512_stream_si512((__m512i*)to, line) : _mm512_store_si512(to, line);
+  _mm512_stream_si512((__m512i*)to, _mm512_load_si512(from));
 #elif defined(__AVX2__)
-  for (int i = 0; i < 2; ++i) {
-    const __m256i half = _mm256_load_si256((const __m256i*)from + i);
-    stream ? _mm256_stream_si256((__m256i*)to + i, half)
-           : _mm256_store_si256((__m256i*)to + i, half);
-  }
+  for (int i = 0; i < 2; ++i)
+    _mm256_stream_si256((__m256i*)to + i, _mm256_load_si256((const __m256i*)from + i));
 #else
   std::memcpy(to, from, 64);
 #endif
 }
 
-template <bool stream, typename K, typename Read>
+template <typename K, typename Read>
 OODK_INLINE void scatter_keys(
     Read read, int64_t begin, int64_t end, int digit, int64_t* places, K* out) {
   constexpr int64_t L = 64 / sizeof(K);
-  alignas(64) K lines[kRadix][L];
-  int64_t first[kRadix];
+  constexpr int values = 1 << radix_bits(sizeof(K));
+  alignas(64) K lines[values][L];
+  int64_t first[values];
   std::memcpy(first, places, sizeof(first));
   // A line may begin before this digit's first place; that part of it is another's.
   const auto write_part = [&](int d, int64_t from, int64_t to) {
@@ -112,28 +111,23 @@ OODK_INLINE void scatter_keys(
     lines[d][place % L] = key;
     if (place % L == L - 1) {
       if (place + 1 - L >= first[d])
-        write_line<stream>(out + (place + 1 - L), lines[d]);
+        write_line(out + (place + 1 - L), lines[d]);
       else
         write_part(d, place + 1 - L, place + 1);
     }
   }
-  for (int d = 0; d < kRadix; ++d)
+  for (int d = 0; d < values; ++d)
     if (places[d] % L != 0 && places[d] > first[d])
       write_part(d, places[d] / L * L, places[d]);
 #if defined(__AVX2__)
-  if (stream)
-    _mm_sfence();
+  _mm_sfence();
 #endif
 }
 
-void scatter(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places, void* out,
-    bool stream) {
+void scatter(
+    RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places, void* out) {
   with_reader(source, [&](auto zero, auto read) {
-    using K = decltype(zero);
-    if (stream)
-      scatter_keys<true>(read, begin, end, digit, places, (K*)out);
-    else
-      scatter_keys<false>(read, begin, end, digit, places, (K*)out);
+    scatter_keys(read, begin, end, digit, places, (decltype(zero)*)out);
   });
 }
 
@@ -146,33 +140,63 @@ void copy(RadixSource source, int64_t begin, int64_t end, void* out) {
 
 // --- sums -----------------------------------------------------------------------------------------
 
-// The points at which a level of [begin, end) begins, and `end`, relative to `begin`.
+// A merge of two arrays that lists the points at which levels begin. It branches on no key: a point
+// is written at every step and kept where the key is new.
 template <typename K>
-int64_t list_levels(
-    const K* id, const K* ood, int32_t ends_i, int32_t ends_j, int32_t* at_i, int32_t* at_j) {
-  int32_t i = 0, j = 0;
+struct Merge {
+  const K *id, *ood;
+  int32_t i, j;
+  K last; // the key before
+  int32_t *at_i, *at_j;
   int64_t count = 0;
-  K last = ends_i && (!ends_j || id[0] <= ood[0]) ? id[0] : ood[0];
-  last = K(~last); // of no level
-  const auto step = [&](K key, bool from_id) {
+
+  OODK_INLINE void take(K key, bool from_id) {
     at_i[count] = i;
     at_j[count] = j;
     count += key != last;
     last = key;
     i += from_id;
     j += !from_id;
-  };
-  while (i < ends_i && j < ends_j) {
-    const K x = id[i], y = ood[j];
-    step(x <= y ? x : y, x <= y);
   }
-  while (i < ends_i)
-    step(id[i], true);
-  while (j < ends_j)
-    step(ood[j], false);
-  at_i[count] = i;
-  at_j[count] = j;
-  return count;
+  OODK_INLINE void step() {
+    const K x = id[i], y = ood[j];
+    take(x <= y ? x : y, x <= y);
+  }
+};
+
+// Levels of `size_i` and `size_j` keys, then their end. `has_more`: either array goes on, with
+// greater keys, so that the merge need not mind their ends, and two halves can run side by side.
+template <typename K>
+int64_t list_levels(const K* id, const K* ood, int32_t size_i, int32_t size_j, bool has_more,
+    int32_t* at_i, int32_t* at_j) {
+  const K least = size_i && (!size_j || id[0] <= ood[0]) ? id[0] : ood[0];
+  Merge<K> merge{id, ood, 0, 0, K(~least), at_i, at_j};
+  if (has_more) {
+    const int32_t half = (size_i + size_j) / 2;
+    const int32_t i = int32_t(merge_path(id, size_i, ood, size_j, half)), j = half - i;
+    const K before = i && (!j || id[i - 1] > ood[j - 1]) ? id[i - 1] : j ? ood[j - 1] : K(~least);
+    int32_t more_i[kRocChunk / 2 + 1], more_j[kRocChunk / 2 + 1];
+    Merge<K> more{id, ood, i, j, before, more_i, more_j};
+    for (int32_t s = 0; s < half; ++s) {
+      merge.step();
+      more.step();
+    }
+    if ((size_i + size_j) % 2)
+      more.step();
+    std::memcpy(at_i + merge.count, more_i, more.count * sizeof(*at_i));
+    std::memcpy(at_j + merge.count, more_j, more.count * sizeof(*at_j));
+    merge.count += more.count;
+  } else {
+    while (merge.i < size_i && merge.j < size_j)
+      merge.step();
+    while (merge.i < size_i)
+      merge.take(id[merge.i], true);
+    while (merge.j < size_j)
+      merge.take(ood[merge.j], false);
+  }
+  at_i[merge.count] = size_i;
+  at_j[merge.count] = size_j;
+  return merge.count;
 }
 
 typedef int32_t offsets_t __attribute__((vector_size(kBytes / 2)));
@@ -192,8 +216,8 @@ void sums_of(const K* id, int64_t n, const K* ood, int64_t m, RocPoint begin, Ro
   const int64_t size_i = end.i - begin.i, size_j = end.j - begin.j;
   if (size_i + size_j <= 0)
     return;
-  const int64_t count =
-      list_levels(id + begin.i, ood + begin.j, int32_t(size_i), int32_t(size_j), at_i, at_j);
+  const int64_t count = list_levels(id + begin.i, ood + begin.j, int32_t(size_i), int32_t(size_j),
+      end.i < n && end.j < m, at_i, at_j);
   // Vectors reach beyond the last point; what they find there is empty levels.
   const int64_t padded = count / W * W + 2 * W;
   for (int64_t k = count + 1; k < padded; ++k) {

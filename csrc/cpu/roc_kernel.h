@@ -8,7 +8,15 @@
 
 namespace oodk {
 
-constexpr int kRadixBits = 8, kRadix = 1 << kRadixBits;
+// Digits of the sort, by the bytes of a key: three passes for 32 bits, six for 64.
+constexpr int radix_bits(int width) {
+  return width == 2 ? 8 : 11;
+}
+constexpr int radix_digits(int width) {
+  return (8 * width + radix_bits(width) - 1) / radix_bits(width);
+}
+constexpr int kRadix = 1 << radix_bits(8); // places for the values of one digit
+
 // Scores of a chunk: few enough that the sums over it are exact in float64.
 constexpr int64_t kRocChunk = 8192;
 
@@ -31,9 +39,9 @@ struct RocKernels {
       NanCount* nan);
   // The same for one digit.
   void (*count)(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* counts);
-  // Moves [begin, end) to `out`, each to the next place of its digit. `stream` goes past the caches.
-  void (*scatter)(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places,
-      void* out, bool stream);
+  // Moves [begin, end) to `out`, aligned to 64 bytes, each to the next place of its digit.
+  void (*scatter)(
+      RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places, void* out);
   void (*copy)(RadixSource source, int64_t begin, int64_t end, void* out);
   // Sums over the levels of [begin, end), at most kRocChunk scores of keys `width` bytes wide.
   void (*sums)(const void* id, int64_t n, const void* ood, int64_t m, int width, RocPoint begin,

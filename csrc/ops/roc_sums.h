@@ -87,6 +87,21 @@ OODK_HOST_DEVICE inline int64_t bound(const K* keys, int64_t n, K key, bool equa
   return low;
 }
 
+// How many of the d least keys are IDs; of equal keys, IDs come first.
+template <typename K>
+OODK_HOST_DEVICE inline int64_t merge_path(
+    const K* id, int64_t n, const K* ood, int64_t m, int64_t d) {
+  int64_t low = d > m ? d - m : 0, high = d < n ? d : n;
+  while (low < high) {
+    const int64_t i = low + (high - low) / 2;
+    if (id[i] <= ood[d - 1 - i])
+      low = i + 1;
+    else
+      high = i;
+  }
+  return low;
+}
+
 // Both ends of the level that holds the d-th of all scores in ascending order.
 struct RocCut {
   RocPoint low, high;
@@ -97,15 +112,7 @@ OODK_HOST_DEVICE inline RocCut cut_at(
     const K* id, int64_t n, const K* ood, int64_t m, int64_t d) {
   if (d >= n + m)
     return {{n, m}, {n, m}};
-  int64_t low = d > m ? d - m : 0, high = d < n ? d : n; // merge path: i of i + j = d
-  while (low < high) {
-    const int64_t i = low + (high - low) / 2;
-    if (id[i] <= ood[d - 1 - i])
-      low = i + 1;
-    else
-      high = i;
-  }
-  const int64_t i = low, j = d - low;
+  const int64_t i = merge_path(id, n, ood, m, d), j = d - i;
   const K key = j >= m || (i < n && id[i] <= ood[j]) ? id[i] : ood[j];
   return {{bound(id, i, key, false), bound(ood, j, key, false)},
       {i + bound(id + i, n - i, key, true), j + bound(ood + j, m - j, key, true)}};
