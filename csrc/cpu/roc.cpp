@@ -93,23 +93,6 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
   return keys;
 }
 
-// Neumaier's compensated sum.
-class Sum {
- public:
-  void add(double value) {
-    const double total = total_ + value;
-    lost_ += std::abs(total_) >= std::abs(value) ? (total_ - total) + value
-                                                 : (value - total) + total_;
-    total_ = total;
-  }
-  double value() const {
-    return total_ + lost_;
-  }
-
- private:
-  double total_ = 0, lost_ = 0;
-};
-
 template <typename K>
 void sum_chunks(const RocKeys& keys, std::vector<RocSums>& partial) {
   const K* id = (const K*)keys.id.const_data_ptr();
@@ -133,17 +116,11 @@ std::tuple<Tensor, Tensor> roc_counts(const Tensor& id_keys, const Tensor& ood_k
     case 4: sum_chunks<int32_t>(keys, partial); break;
     default: sum_chunks<int64_t>(keys, partial);
   }
-  RocSums sums{};
-  Sum areas[kRocAreas];
-  for (const RocSums& chunk : partial) {
-    add_counts(sums, chunk);
-    for (int k = 0; k < kRocAreas; ++k)
-      areas[k].add(chunk.area[k]);
-  }
-  for (int k = 0; k < kRocAreas; ++k)
-    sums.area[k] = areas[k].value();
+  RocTotal total{};
+  for (const RocSums& chunk : partial)
+    total.add(chunk);
   const Tensor counts = keys.new_counts(), out = keys.new_areas();
-  write_sums(sums, keys.n, keys.m, counts.mutable_data_ptr<int64_t>(),
+  write_sums(total.value(), keys.n, keys.m, counts.mutable_data_ptr<int64_t>(),
       out.mutable_data_ptr<double>());
   return {counts, out};
 }

@@ -65,14 +65,35 @@ OODK_HOST_DEVICE inline void add_level(
   sums.area[3] += b * (0.5 * (out + out_below));
 }
 
-// Integers only: areas are added by whoever minds their rounding.
-OODK_HOST_DEVICE inline void add_counts(RocSums& sums, const RocSums& more) {
+OODK_HOST_DEVICE inline void add_sums(RocSums& sums, const RocSums& more) {
   sums.wins += more.wins;
   sums.ties += more.ties;
   sums.id_squares += more.id_squares;
   sums.ood_squares += more.ood_squares;
   sums.separation = more.separation > sums.separation ? more.separation : sums.separation;
+  for (int k = 0; k < kRocAreas; ++k)
+    sums.area[k] += more.area[k];
 }
+
+// Sums of many chunks, in the order they come, with Neumaier's compensation.
+struct RocTotal {
+  RocSums sums;
+  double lost[kRocAreas];
+
+  OODK_HOST_DEVICE void add(const RocSums& chunk) {
+    for (int k = 0; k < kRocAreas; ++k) {
+      const double before = sums.area[k], more = chunk.area[k], after = before + more;
+      lost[k] += before >= more ? (before - after) + more : (more - after) + before;
+    }
+    add_sums(sums, chunk);
+  }
+  OODK_HOST_DEVICE RocSums value() const {
+    RocSums total = sums;
+    for (int k = 0; k < kRocAreas; ++k)
+      total.area[k] += lost[k];
+    return total;
+  }
+};
 
 // First index of keys[0, n) whose key is not below (`equal` false) or above (true) `key`.
 template <typename K>
