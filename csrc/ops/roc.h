@@ -50,7 +50,7 @@ inline RocScores roc_scores(const std::string& op, const std::string& argument, 
 
 [[noreturn]] inline void throw_nan(
     const std::string& op, const std::string& argument, int64_t count, int64_t first) {
-  throw std::invalid_argument(concat(
+  throw_value_error(concat(
       op, ": ", argument, " must not hold NaN, got ", count, ", the first at index ", first));
 }
 

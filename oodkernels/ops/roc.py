@@ -176,8 +176,8 @@ def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
             f"roc_metrics: ood_scores must be on the device of id_scores, {id_scores.device}, got "
             f"{ood_scores.device}"
         )
-    id_keys = torch.ops.oodk._roc_keys(id_scores.detach(), "roc_metrics", "id_scores")
-    ood_keys = torch.ops.oodk._roc_keys(ood_scores.detach(), "roc_metrics", "ood_scores")
+    id_keys = torch.ops.oodk._roc_keys(id_scores, "roc_metrics", "id_scores")
+    ood_keys = torch.ops.oodk._roc_keys(ood_scores, "roc_metrics", "ood_scores")
     counts, areas = torch.ops.oodk._roc_counts(id_keys, ood_keys)
     n_id, n_ood = id_keys.shape[0], ood_keys.shape[0]
     sums = counts[:, 0].double() * 2.0**62 + counts[:, 1].double()
