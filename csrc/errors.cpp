@@ -4,6 +4,10 @@
 
 namespace oodk {
 
+void throw_value_error(const std::string& message) {
+  throw pybind11::value_error(message);
+}
+
 void throw_type_error(const std::string& message) {
   throw pybind11::type_error(message);
 }

@@ -4,8 +4,9 @@
 
 namespace oodk {
 
-// Raises Python's TypeError. In a file of its own because it needs pybind11, which no file that
-// includes torch does.
+// Python's ValueError and TypeError. In a file of their own because they need pybind11, which no
+// file that includes torch does; torch has other exceptions end as RuntimeError since 2.15.
+[[noreturn]] void throw_value_error(const std::string& message);
 [[noreturn]] void throw_type_error(const std::string& message);
 
 } // namespace oodk

@@ -9,7 +9,6 @@
 
 #include <cstdint>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -29,11 +28,10 @@ std::string concat(const Args&... args) {
   return out.str();
 }
 
-// pybind11 turns std::invalid_argument into ValueError on its way to Python.
 #define OODK_CHECK_VALUE(condition, ...)                         \
   do {                                                           \
     if (!(condition)) [[unlikely]]                               \
-      throw std::invalid_argument(::oodk::concat(__VA_ARGS__));  \
+      ::oodk::throw_value_error(::oodk::concat(__VA_ARGS__));    \
   } while (false)
 
 #define OODK_CHECK_TYPE(condition, ...)                          \

@@ -1,5 +1,33 @@
-"""Fast, exact out-of-distribution detection: C++/CUDA kernels for PyTorch."""
+"""Fast, exact out-of-distribution detection: C++/CUDA kernels for PyTorch.
+
+Importing it registers ``torch.ops.oodk.*``. Every score is higher = more in-distribution.
+"""
 
 from oodkernels._extension import build_info
+from oodkernels._version import __version__
+from oodkernels.groups import Groups
+from oodkernels.nn import MOSHead, MOSLoss
+from oodkernels.ops import (
+    LogitScores,
+    MOSPrediction,
+    logit_scores,
+    mos_log_others,
+    mos_loss,
+    mos_predict,
+    mos_score,
+)
 
-__all__ = ["build_info"]
+__all__ = [
+    "Groups",
+    "LogitScores",
+    "MOSHead",
+    "MOSLoss",
+    "MOSPrediction",
+    "__version__",
+    "build_info",
+    "logit_scores",
+    "mos_log_others",
+    "mos_loss",
+    "mos_predict",
+    "mos_score",
+]

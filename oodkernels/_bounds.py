@@ -146,8 +146,8 @@ def figures(intervals: Intervals, tpr: float) -> dict[str, Bounded]:
 def curves(intervals: Intervals, points: int = 2048) -> tuple[Floats, Floats, Floats]:
     """ROC curves as (FPR, TPR), (2, P) each: outermost, estimated and innermost.
 
-    The outer and the inner one are of the best and the worst placement; in between, the scores of an
-    interval tie.
+    The outer and the inner one are of the best and the worst placement; in the one between, the
+    scores of an interval tie.
     """
     low, high = 2 * intervals.low, 2 * intervals.high
 

@@ -8,7 +8,13 @@ from types import ModuleType
 
 import torch
 
-from oodkernels import _C
+try:
+    from oodkernels import _C
+except ImportError as error:
+    raise ImportError(
+        "oodkernels._C could not be imported. In a source tree it is not built: run "
+        f"`pip install .` and import from elsewhere, or `pip install -e .` ({error})"
+    ) from error
 
 
 def _load_cuda() -> ModuleType | None:
@@ -46,6 +52,6 @@ def build_info() -> dict[str, object]:
         "cpu_capability": _C.cpu_capability(),
         "cpu_capabilities": _C.available_cpu_capabilities(),
         "cuda": cuda.get("compiler"),
-        "cuda_architectures": cuda.get("architectures", "").split(";") if cuda else [],
+        "cuda_architectures": cuda.get("architectures", "").split(),
         "threads": torch.get_num_threads(),
     }

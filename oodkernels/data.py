@@ -65,7 +65,8 @@ def to_digit_grid(image: NDArray[np.generic]) -> Image:
     low, high = grey.min(), grey.max()
     if high == low:
         return np.zeros((SIDE, SIDE))
-    return np.round((grey - low) / (high - low) * LEVELS) / LEVELS
+    levels: Image = np.round((grey - low) / (high - low) * LEVELS)
+    return levels / LEVELS
 
 
 def digits(seed: int = 0, test_share: float = 1 / 3) -> Digits:

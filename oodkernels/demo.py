@@ -33,7 +33,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on: the same settings give the same numbers.
+    """What a run depends on: on one machine, the same settings give the same numbers.
 
     Attributes:
         seed: Of the train/test split, the initial weights, the order of training images, the
@@ -54,8 +54,9 @@ class GroupedModel:
     Attributes:
         name: Name of the model.
         groups: Per group, the digits in it.
-        others: Test set -> mean of p_others over its images, one value per group.
-        min_others: Test set -> mean of the least p_others of an image, the negated MOS score.
+        others: Kind of image -> mean p_others per group. The kinds are the digits of the group
+            itself, the digits of the other groups, and each OOD set.
+        min_others: Test set -> mean over its images of the least p_others, the negated MOS score.
     """
 
     name: str
@@ -96,22 +97,25 @@ def run(
             epochs done.
     """
     settings = settings or Settings()
+    with reproducible(settings.seed):
+        return _run(settings, on_epoch)
+
+
+def _run(settings: Settings, on_epoch: Progress) -> DemoResult:
     seed, k = settings.seed, settings.num_groups
     digits = data.digits(seed)
     sets = {ID_SET: digits.test_images, **data.ood_sets()}
 
     def fit(
-        stage: str, head: Callable[[], nn.Module], loss: Callable[[Tensor, Tensor], Tensor]
+        stage: str, head: Callable[[int], nn.Module], loss: Callable[[Tensor, Tensor], Tensor]
     ) -> SmallConvNet:
-        model = SmallConvNet(head)
+        with reproducible(seed):
+            model = SmallConvNet(head)
         images, labels = digits.train_images, digits.train_labels
         train(model, loss, images, labels, settings.recipe, seed, partial(on_epoch, stage))
         return model
 
-    with reproducible(seed):
-        flat = fit(
-            FLAT, lambda: zero_linear(SmallConvNet.num_features, NUM_CLASSES), nn.CrossEntropyLoss()
-        )
+    flat = fit(FLAT, lambda features: zero_linear(features, NUM_CLASSES), nn.CrossEntropyLoss())
     with torch.no_grad():
         methods = _flat_methods({name: flat(x) for name, x in sets.items()}, digits.test_labels)
         features = flat.features(digits.train_images)
@@ -122,13 +126,11 @@ def run(
         (MOS_RANDOM, Groups.random(NUM_CLASSES, k, seed=seed)),
         (MOS_FEATURES, Groups.from_features(torch.stack(means), k, seed=seed)),
     ):
-        with reproducible(seed):
-            head = partial(MOSHead, SmallConvNet.num_features, groups)
-            model = fit(stage, head, MOSLoss(groups))
+        model = fit(stage, partial(MOSHead, groups=groups), MOSLoss(groups))
         with torch.no_grad():
             logits = {name: model(x) for name, x in sets.items()}
         methods += _mos_methods(stage, groups, logits, digits.test_labels)
-        grouped.append(_describe(stage, groups, logits))
+        grouped.append(_describe(stage, groups, logits, digits.test_labels))
 
     return DemoResult(
         settings=settings,
@@ -168,12 +170,22 @@ def _method(
     return Method(model, score, accuracy, arrays.pop(ID_SET), arrays)
 
 
-def _describe(name: str, groups: Groups, logits: Mapping[str, Tensor]) -> GroupedModel:
+def _describe(
+    name: str, groups: Groups, logits: Mapping[str, Tensor], labels: Tensor
+) -> GroupedModel:
     others = {n: mos_log_others(z, groups).double().exp() for n, z in logits.items()}
-    members = groups.classes.split(groups.sizes.tolist())
+    least = {n: p.amin(1).mean().item() for n, p in others.items()}
+    digits = others.pop(ID_SET)
+    own = groups.class_to_group[labels][:, None] == torch.arange(groups.num_groups)
+    columns = list(zip(digits.T, own.T, strict=True))
+    members = torch.split(groups.classes, groups.sizes.tolist())
     return GroupedModel(
-        name,
-        [sorted(classes.tolist()) for classes in members],
-        {n: p.mean(0).tolist() for n, p in others.items()},
-        {n: p.amin(1).mean().item() for n, p in others.items()},
+        name=name,
+        groups=[classes.tolist() for classes in members],
+        others={
+            "digits of the group": [p[mask].mean().item() for p, mask in columns],
+            "other digits": [p[~mask].mean().item() for p, mask in columns],
+            **{n: p.mean(0).tolist() for n, p in others.items()},
+        },
+        min_others=least,
     )

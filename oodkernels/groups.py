@@ -237,9 +237,15 @@ class Groups:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         if not rows or "group" not in rows[0]:
-            raise ValueError(f"{where} must have a header with a column 'group' and a row a class")
+            raise ValueError(
+                f"{where} must have a header with a column 'group' and a row for each class"
+            )
         labels: list[Any] = [row["group"] for row in rows]
-        if all(re.fullmatch(r"\d+", label or "") for label in labels):
+        if None in labels:
+            raise ValueError(
+                f"{where} must give each class a group, got no group in row {labels.index(None)}"
+            )
+        if all(re.fullmatch(r"\d+", label) for label in labels):
             labels = [int(label) for label in labels]
         rank = None
         if "index_in_group" in rows[0]:
@@ -677,8 +683,9 @@ def _int(what: str, value: SupportsIndex, low: int, high: int | None = None) -> 
 
 def _ints(what: str, values: Any, ndim: int = 1) -> NDArray[np.int64]:
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.double() if values.is_floating_point() else values.numpy()
+        if values.is_floating_point():
+            raise TypeError(f"{what} must be integers, got {values.dtype}")
+        values = values.cpu().numpy()
     try:
         array = np.asarray(values)
     except ValueError as error:

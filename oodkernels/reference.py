@@ -5,6 +5,9 @@ Written to be read, not to be fast. Pass float64 for a result to hold others aga
 
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -16,19 +19,17 @@ def _accumulated(x: Tensor) -> Tensor:
 def _split(logits: Tensor, groups: Tensor) -> list[Tensor]:
     offsets = groups.tolist()
     logits = _accumulated(logits)
-    return [logits[..., a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [logits[..., a:b] for a, b in pairwise(offsets)]
 
 
 def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
-    """S_MOS = -min_k p_others^k, Huang & Li, CVPR 2021, eq. 5."""
+    """S_MOS = -min_k p_others^k: Huang & Li, CVPR 2021, section 3."""
     others = [z.softmax(-1)[..., 0] for z in _split(logits, groups)]
     return -torch.stack(others, -1).amin(-1)
 
 
-def mos_predict(
-    logits: Tensor, groups: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Score, log-odds, class, group and probability of the class: eqs. 4 and 5."""
+def mos_predict(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, log-odds, class, group and probability of the class."""
     log_odds, prob, label = [], [], []
     first_class = 0
     for z in _split(logits, groups):
@@ -57,7 +58,7 @@ def mos_log_others(logits: Tensor, groups: Tensor) -> Tensor:
 
 
 def mos_loss(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
-    """Sum over the groups of each group's cross entropy, (...,): eq. 2 before the mean.
+    """Sum over the groups of each group's cross entropy, (...,); the paper averages the batch.
 
     A group that does not hold the target's class has target "others", its first column.
     """
@@ -82,6 +83,42 @@ def logit_scores(
     energy = temperature * (z / temperature).logsumexp(-1)
     negative_entropy = -torch.special.entr(p).sum(-1)
     return p.amax(-1), z.amax(-1), energy, negative_entropy, z.argmax(-1)
+
+
+def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
+    """The fields of ``ops.ROCMetrics`` in one vector, from counts at each distinct score."""
+    x, y = id_scores.double().flatten(), ood_scores.double().flatten()
+    n, m = len(x), len(y)
+    level = torch.cat([x, y]).unique()
+    a = torch.bincount(torch.searchsorted(level, x), minlength=len(level))  # ID scores at a level
+    b = torch.bincount(torch.searchsorted(level, y), minlength=len(level))
+    # From a level upwards, and up to it.
+    id_from, ood_from = n - a.cumsum(0) + a, m - b.cumsum(0) + b
+    id_to, ood_to = a.cumsum(0), b.cumsum(0)
+    wins = (a * (ood_to - b)).sum() + (a * b).sum() / 2
+    aupr_in = (a / n * (id_from / (id_from + ood_from))).sum()
+    aupr_out = (b / m * (ood_to / (id_to + ood_to))).sum()
+    share = Fraction(repr(tpr))
+    kept = (id_from * share.denominator >= share.numerator * n).nonzero()[-1, 0]
+    flagged = (ood_to * share.denominator >= share.numerator * m).nonzero()[0, 0]
+    errors = (1 - id_from / n) / 2 + ood_from / m / 2
+    return torch.stack(
+        [
+            wins / n / m,
+            aupr_in,
+            aupr_out,
+            ood_from[kept] / m,
+            id_to[flagged] / n,
+            level[kept],
+            level[flagged],
+            errors.amin().clamp(max=0.5),  # 0.5: a threshold beyond all scores
+            torch.tensor(n / (n + m)),
+            torch.tensor(m / (n + m)),
+            (a * b).sum() / n / m,
+            torch.tensor(n),
+            torch.tensor(m),
+        ]
+    ).double()
 
 
 def roc_histogram_(

@@ -33,23 +33,23 @@ class SmallConvNet(nn.Module):
     """Two convolutions and a hidden layer of 128 units, for 8 x 8 grey images.
 
     Args:
-        head: Makes the last layer, (N, 128) -> (N, columns). A callable and not a module, so that
-            the backbone is initialised first: under one seed it is the same below any head.
+        head: Number of features -> last layer, (N, 128) -> (N, columns). A callable and not a
+            module, so that the backbone is initialised first: under one seed it is the same below
+            any head.
     """
 
-    num_features = 128
-
-    def __init__(self, head: Callable[[], nn.Module]) -> None:
+    def __init__(self, head: Callable[[int], nn.Module]) -> None:
         super().__init__()
+        num_features = 128
         self.backbone = nn.Sequential(
             *_conv_block(1, 32),
             *_conv_block(32, 64),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(64 * 4 * 4, self.num_features),
+            nn.Linear(64 * 4 * 4, num_features),
             nn.ReLU(),
         )
-        self.head = head()
+        self.head = head(num_features)
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate features: (N, 1, 8, 8) -> (N, 128)."""

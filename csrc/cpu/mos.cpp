@@ -1,6 +1,7 @@
 // CPU backend of the MOS ops.
 #include "ops/mos.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "cpu/memory.h"
@@ -65,37 +66,30 @@ std::tuple<Tensor, Tensor> mos_log_others(const Tensor& logits, const Tensor& gr
   return {log_others, stats};
 }
 
-// The target as the kernels take it: its column and group.
-struct Columns {
-  Columns(const char* op, const Call& call, const Tensor& target, int64_t ignore_index) {
-    const Tensor t = checked_target(op, target, call.args);
-    const int64_t classes = call.rows.width - call.rows.groups;
-    check_target_contents(op, t, classes, ignore_index);
-    std::vector<int64_t> group_of(classes);
-    for (int64_t k = 0, c = 0; k < call.rows.groups; ++k)
-      for (; c < call.offsets[k + 1] - (k + 1); ++c)
-        group_of[c] = k;
-    const int64_t* label = t.const_data_ptr<int64_t>();
-    column.resize(call.rows.rows);
-    group.resize(call.rows.rows);
-    for (int64_t r = 0; r < call.rows.rows; ++r) {
-      const bool ignored = label[r] == ignore_index;
-      group[r] = ignored ? -1 : group_of[label[r]];
-      column[r] = ignored ? -1 : label[r] + group[r] + 1;
-    }
+// The target as the kernels take it, its contents checked.
+struct Target {
+  Target(const char* op, const Call& call, const Tensor& target, int64_t ignore_index)
+      : tensor(checked_target(op, target, call.args)),
+        group_of(call.rows.width - call.rows.groups),
+        labels{tensor.const_data_ptr<int64_t>(), group_of.data(), ignore_index} {
+    check_target_contents(op, tensor, int64_t(group_of.size()), ignore_index);
+    for (int64_t k = 0; k < call.rows.groups; ++k)
+      std::fill(group_of.begin() + (call.offsets[k] - k),
+          group_of.begin() + (call.offsets[k + 1] - (k + 1)), k);
   }
-  std::vector<int64_t> column, group;
+  Tensor tensor;
+  std::vector<int64_t> group_of;
+  MosTarget labels;
 };
 
 std::tuple<Tensor, Tensor> mos_loss(
     const Tensor& logits, const Tensor& target, const Tensor& groups, int64_t ignore_index) {
   const Call call("mos_loss", logits, groups);
-  const Columns columns("mos_loss", call, target, ignore_index);
+  const Target labels("mos_loss", call, target, ignore_index);
   Tensor loss = call.args.new_rows(call.args.out_type()), stats = call.args.new_stats();
   void *out = loss.mutable_data_ptr(), *st = stats.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {
-    kernels().loss(
-        call.rows, begin, end, columns.column.data(), columns.group.data(), out, st);
+    kernels().loss(call.rows, begin, end, labels.labels, out, st);
   });
   return {loss, stats};
 }
@@ -117,9 +111,9 @@ Tensor mos_log_others_backward(
       checked_like(op, "stats", stats, with(call.args.batch_sizes, {k, 2}), call.args);
   Tensor out = new_gradient(call);
   const void *gp = g.const_data_ptr(), *sp = st.const_data_ptr();
-  void* op_ = out.mutable_data_ptr();
+  void* to = out.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {
-    kernels().log_others_backward(call.rows, begin, end, gp, sp, op_);
+    kernels().log_others_backward(call.rows, begin, end, gp, sp, to);
   });
   return out;
 }
@@ -128,16 +122,15 @@ Tensor mos_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor&
     const Tensor& groups, const Tensor& stats, int64_t ignore_index) {
   const char* op = "_mos_loss_backward";
   const Call call(op, logits, groups);
-  const Columns columns(op, call, target, ignore_index);
+  const Target labels(op, call, target, ignore_index);
   const Tensor g = checked_like(op, "grad", grad, call.args.batch_sizes, call.args);
   const Tensor st = checked_like(
       op, "stats", stats, with(call.args.batch_sizes, {call.args.n_groups, 2}), call.args);
   Tensor out = new_gradient(call);
   const void *gp = g.const_data_ptr(), *sp = st.const_data_ptr();
-  void* op_ = out.mutable_data_ptr();
+  void* to = out.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {
-    kernels().loss_backward(
-        call.rows, begin, end, columns.column.data(), columns.group.data(), gp, sp, op_);
+    kernels().loss_backward(call.rows, begin, end, labels.labels, gp, sp, to);
   });
   return out;
 }

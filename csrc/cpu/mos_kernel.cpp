@@ -215,7 +215,7 @@ void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* l
         const vec<T> p = g.e_others / g.total;
         least = p < least ? p : least;
         any_nan += p;
-        const vec<T> odds = (g.best - g.others) + log<T>(g.sum);
+        const vec<T> odds = (g.best - g.others) + log(g.sum);
         most_odds = odds > most_odds ? odds : most_odds;
         const vec<T> q = g.e_best / g.total;
         // NaN counts as the largest, as in torch.max; the first of equals stays.
@@ -257,7 +257,7 @@ void log_others(const MosRows& in, int64_t begin, int64_t end, void* out, void* 
     for_each_block<S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
       for (int64_t k = 0; k < in.groups; ++k) {
         const Group<T> g(stats, k);
-        const vec<T> value = (g.others - g.m) - log<T>(g.total);
+        const vec<T> value = (g.others - g.m) - log(g.total);
         for (int r = 0; r < count; ++r)
           ((T*)out)[(first + r) * in.groups + k] = value[r];
         store_stats<T>(in, k, first, count, g, stats_out);
@@ -266,8 +266,8 @@ void log_others(const MosRows& in, int64_t begin, int64_t end, void* out, void* 
   });
 }
 
-void loss(const MosRows& in, int64_t begin, int64_t end, const int64_t* column,
-    const int64_t* group, void* out, void* stats_out) {
+void loss(const MosRows& in, int64_t begin, int64_t end, const MosTarget& target_of, void* out,
+    void* stats_out) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
@@ -276,17 +276,19 @@ void loss(const MosRows& in, int64_t begin, int64_t end, const int64_t* column,
       ivec<T> holder = ivec<T>{} - 1; // the group that holds it
       ivec<T> ignored{};
       for (int r = 0; r < count; ++r) {
-        ignored[r] = column[first + r] < 0 ? -1 : 0;
-        if (ignored[r])
+        if (target_of.ignored(first + r)) {
+          ignored[r] = -1;
           continue;
-        holder[r] = int_t<T>(group[first + r]);
-        target[r] = widen(((const S*)in.logits)[(first + r) * in.stride + column[first + r]]);
+        }
+        const S* row = (const S*)in.logits + (first + r) * in.stride;
+        holder[r] = int_t<T>(target_of.group(first + r));
+        target[r] = widen(row[target_of.column(first + r)]);
       }
       vec<T> sum{};
       for (int64_t k = 0; k < in.groups; ++k) {
         const Group<T> g(stats, k);
         const vec<T> z = holder == int_t<T>(k) ? target : g.others;
-        sum += log<T>(g.total) + (g.m - z);
+        sum += log(g.total) + (g.m - z);
         store_stats<T>(in, k, first, count, g, stats_out);
       }
       store_rows<T>(out, first, count, ignored ? vec<T>{} : sum);
@@ -337,25 +339,26 @@ void log_others_backward(const MosRows& in, int64_t begin, int64_t end, const vo
   });
 }
 
-void loss_backward(const MosRows& in, int64_t begin, int64_t end, const int64_t* column,
-    const int64_t* group, const void* grad, const void* stats, void* grad_logits) {
+void loss_backward(const MosRows& in, int64_t begin, int64_t end, const MosTarget& target_of,
+    const void* grad, const void* stats, void* grad_logits) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
     for (int64_t r = begin; r < end; ++r) {
       const S* row = (const S*)in.logits + r * in.stride;
       S* to = (S*)grad_logits + r * in.width;
-      if (column[r] < 0) {
+      if (target_of.ignored(r)) {
         std::memset((void*)to, 0, in.width * sizeof(S));
         continue;
       }
       const T g = ((const T*)grad)[r];
+      const int64_t holder = target_of.group(r), column = target_of.column(r);
       for (int64_t k = 0; k < in.groups; ++k) {
         const T* st = (const T*)stats + (r * in.groups + k) * 2;
         const int64_t at = in.offsets[k];
         const T m = st[0], scale = g / st[1];
         scaled_softmax(row + at, in.offsets[k + 1] - at, in.width - at, m, scale, to + at);
-        const int64_t target = k == group[r] ? column[r] : at;
+        const int64_t target = k == holder ? column : at;
         add_onehot(row + target, m, scale, -g, to + target);
       }
     }

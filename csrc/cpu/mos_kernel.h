@@ -16,6 +16,22 @@ struct MosRows {
   int64_t groups;
 };
 
+struct MosTarget {
+  const int64_t* label; // (rows,): class indices 0..classes-1, or ignore_index
+  const int64_t* group_of; // (classes,)
+  int64_t ignore_index;
+
+  bool ignored(int64_t row) const {
+    return label[row] == ignore_index;
+  }
+  int64_t group(int64_t row) const {
+    return group_of[label[row]];
+  }
+  int64_t column(int64_t row) const { // the others of groups 0..k come before it
+    return label[row] + group(row) + 1;
+  }
+};
+
 // Each works on the rows [begin, end). T is double for float64 logits, else float.
 struct MosKernels {
   void (*score)(const MosRows&, int64_t begin, int64_t end, void* score /* T (rows,) */);
@@ -23,15 +39,13 @@ struct MosKernels {
       int64_t* label, int64_t* group, void* prob /* T (rows,) */);
   void (*log_others)(const MosRows&, int64_t begin, int64_t end,
       void* log_others /* T (rows, groups) */, void* stats /* T (rows, groups, 2) */);
-  // `column` (rows,): the target's column, or -1 to ignore the row; `group` (rows,): its group.
-  void (*loss)(const MosRows&, int64_t begin, int64_t end, const int64_t* column,
-      const int64_t* group, void* loss /* T (rows,) */, void* stats);
+  void (*loss)(const MosRows&, int64_t begin, int64_t end, const MosTarget&,
+      void* loss /* T (rows,) */, void* stats);
   void (*log_others_backward)(const MosRows&, int64_t begin, int64_t end,
       const void* grad /* T (rows, groups) */, const void* stats,
       void* grad_logits /* as logits, contiguous */);
-  void (*loss_backward)(const MosRows&, int64_t begin, int64_t end, const int64_t* column,
-      const int64_t* group, const void* grad /* T (rows,) */, const void* stats,
-      void* grad_logits);
+  void (*loss_backward)(const MosRows&, int64_t begin, int64_t end, const MosTarget&,
+      const void* grad /* T (rows,) */, const void* stats, void* grad_logits);
 };
 
 OODK_DECLARE_KERNELS(MosKernels, mos_kernels)

@@ -286,11 +286,11 @@ OODK_INLINE vec<float> exp(vec<float> x) {
   const vec<float> n = t - shifter;
   vec<float> r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  vec<float> p = splat(1.38255653e-3f);
-  p = p * r + 8.37272895e-3f;
-  p = p * r + 4.16664779e-2f;
-  p = p * r + 1.66664049e-1f;
-  p = p * r + 0.5f;
+  vec<float> p = splat(1.381454e-3f);
+  p = p * r + 8.368745e-3f;
+  p = p * r + 4.166839e-2f;
+  p = p * r + 1.6666521e-1f;
+  p = p * r + 0.49999994f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
@@ -328,10 +328,32 @@ OODK_INLINE vec<double> exp(vec<double> x) {
   return x < -708.39641853226408 ? vec<double>{} : p * scale;
 }
 
-// log x for x >= 0: -inf at 0, NaN for NaN. Once or twice a group, so the library's will do.
-template <typename T>
-OODK_INLINE vec<T> log(vec<T> x) {
-  for (int i = 0; i < lanes<T>; ++i)
+// log x for x = 0 (-inf), x >= the smallest normal number, or NaN (NaN). Within 2 ulp: x = 2^e m
+// with m near 1, and a polynomial in m - 1 (Cephes).
+OODK_INLINE vec<float> log(vec<float> x) {
+  const ivec<float> bits = (ivec<float>)x;
+  const vec<float> half = (vec<float>)((bits & 0x007fffff) | 0x3f000000); // in [1/2, 1)
+  const ivec<float> low = half < 0.707106781f;
+  const vec<float> e = __builtin_convertvector((bits >> 23) - 126 + low, vec<float>);
+  const vec<float> m = (low ? half + half : half) - 1.0f;
+  vec<float> p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vec<float> z = m * m;
+  const vec<float> tail = p * m * z - e * 2.12194440e-4f - 0.5f * z;
+  const vec<float> value = m + tail + e * 0.693359375f;
+  const float inf = std::numeric_limits<float>::infinity();
+  return x > 0.0f && x < inf ? value : (x == 0.0f ? splat(-inf) : x);
+}
+
+OODK_INLINE vec<double> log(vec<double> x) { // once a group: the library's will do
+  for (int i = 0; i < lanes<double>; ++i)
     x[i] = std::log(x[i]);
   return x;
 }

@@ -53,3 +53,12 @@ def register_batch_rule(op: str, batched: tuple[int, ...], shared: tuple[int, ..
         return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
 
     torch.library.register_vmap(f"oodk::{op}", rule)
+
+
+def register_not_differentiable(op: str, instead: str = "") -> None:
+    """Make a backward through ``op`` an error, where torch would warn or leave out the gradient."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{op} is not differentiable{instead and f': use {instead}'}")
+
+    torch.library.register_autograd(f"oodk::{op}", backward)

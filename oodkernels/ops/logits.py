@@ -8,7 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels.ops._common import accumulate_type, check_floating, register_batch_rule
+from oodkernels.ops._common import (
+    accumulate_type,
+    check_floating,
+    register_batch_rule,
+    register_not_differentiable,
+)
 
 
 class LogitScores(NamedTuple):
@@ -19,7 +24,7 @@ class LogitScores(NamedTuple):
     max_logit: Tensor
     """Largest logit, whatever T (Hendrycks et al., ICML 2022)."""
     energy: Tensor
-    """Negative free energy, T logsumexp(logits / T) (Liu et al., NeurIPS 2020, eq. 4)."""
+    """Negative free energy, T logsumexp(logits / T) (Liu et al., NeurIPS 2020)."""
     entropy: Tensor
     """Negative Shannon entropy of softmax(logits / T), in nats."""
     label: Tensor
@@ -35,8 +40,8 @@ def logit_scores(logits: Tensor, temperature: float = 1.0) -> LogitScores:
 
     Returns:
         A :class:`LogitScores`; float64 for float64 logits, else float32. Special values are those
-        of torch's softmax, amax, logsumexp and argmax: a row that holds NaN is NaN throughout. Not
-        differentiable.
+        of torch's softmax, amax, logsumexp and argmax: a row that holds NaN is NaN throughout.
+        A backward through them raises RuntimeError.
 
     Raises:
         ValueError: ``temperature`` is not positive and finite, or there are no classes.
@@ -64,4 +69,5 @@ def _(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, ...]:
     return rows(score), rows(score), rows(score), rows(score), rows(torch.int64)
 
 
+register_not_differentiable("logit_scores")
 register_batch_rule("logit_scores", batched=(0,))

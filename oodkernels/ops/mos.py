@@ -11,9 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from oodkernels.groups import Groups, as_offsets
-from oodkernels.ops._common import accumulate_type, check_floating, register_batch_rule
+from oodkernels.ops._common import (
+    accumulate_type,
+    check_floating,
+    register_batch_rule,
+    register_not_differentiable,
+)
 
 
 class MOSPrediction(NamedTuple):
@@ -33,7 +39,7 @@ class MOSPrediction(NamedTuple):
 
 
 def mos_score(logits: Tensor, groups: Groups | Tensor) -> Tensor:
-    """Minimum others score, S_MOS = -min_k p^k_others (eq. 5).
+    """Minimum others score, S_MOS = -min_k p^k_others (Huang & Li, section 3).
 
     Args:
         logits: (..., C + K), float64, float32, bfloat16 or float16; any strides.
@@ -43,7 +49,8 @@ def mos_score(logits: Tensor, groups: Groups | Tensor) -> Tensor:
     Returns:
         (...,) scores in [-1, 0], higher = more in-distribution; float64 for float64 logits, else
         float32 (half precision is accumulated in float32). NaN where a group's softmax is NaN, as
-        in ``torch.softmax``: it holds NaN or +inf, or nothing but -inf. Not differentiable.
+        in ``torch.softmax``: it holds NaN or +inf, or nothing but -inf. A backward
+        through it raises RuntimeError.
 
     Raises:
         ValueError: ``groups`` does not start at 0, end at C + K, or has a group narrower than 2.
@@ -56,7 +63,7 @@ def mos_predict(logits: Tensor, groups: Groups | Tensor) -> MOSPrediction:
     """Predicted class with both forms of the score, from one read of the logits.
 
     The class is the largest p^k_c over each group's classes (others excluded), then over the
-    groups (Huang & Li, eq. 4). Ties: the lowest index.
+    groups (Huang & Li, section 3). Ties: the lowest index.
 
     Args:
         logits: (..., C + K), as for :func:`mos_score`.
@@ -64,7 +71,8 @@ def mos_predict(logits: Tensor, groups: Groups | Tensor) -> MOSPrediction:
 
     Returns:
         A :class:`MOSPrediction`. Where a group's softmax is NaN, so are score, log_odds and prob,
-        and the label is the first class of the first such group. Not differentiable.
+        and the label is the first class of the first such group. A backward
+        through it raises RuntimeError.
 
     Raises:
         ValueError: As :func:`mos_score`.
@@ -97,10 +105,10 @@ def mos_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
-    """Group-softmax loss: the sum over the groups of each group's cross entropy (eq. 2).
+    """Group-softmax loss: the sum over the groups of each group's cross entropy.
 
     In the group of its class a sample's target is that class, in every other group "others". The
-    sum is unweighted, as in the paper.
+    sum is unweighted (Huang & Li, section 3).
 
     Args:
         logits: (..., C + K), as for :func:`mos_score`.
@@ -129,7 +137,7 @@ def mos_loss(
     return total if reduction == "sum" else total / (target != ignore_index).sum()
 
 
-# --- fake kernels: shapes and types, with the errors of the real ones ------------------------------
+# --- fake kernels: shapes and types, with the errors of the real ones -----------------------------
 
 
 def _check(op: str, logits: Tensor, groups: Tensor) -> None:
@@ -206,51 +214,55 @@ def _(
 
 
 # --- differentiation ------------------------------------------------------------------------------
-# The public ops drop the statistics that their inner ops save for the backward.
+
+
+class _LogOthers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, groups: Tensor) -> Tensor:
+        log_others, stats = torch.ops.oodk._mos_log_others(logits, groups)
+        ctx.save_for_backward(logits, groups, stats)
+        return log_others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.oodk._mos_log_others_backward(grad, *ctx.saved_tensors), None
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int
+    ) -> Tensor:
+        loss, stats = torch.ops.oodk._mos_loss(logits, target, groups, ignore_index)
+        ctx.save_for_backward(logits, target, groups, stats)
+        ctx.ignore_index = ignore_index
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out = torch.ops.oodk._mos_loss_backward(grad, *ctx.saved_tensors, ctx.ignore_index)
+        return out, None, None, None
 
 
 @torch.library.impl("oodk::mos_log_others", "CompositeImplicitAutograd")
 def _(logits: Tensor, groups: Tensor) -> Tensor:
-    return torch.ops.oodk._mos_log_others(logits, groups)[0]
+    return _LogOthers.apply(logits, groups)  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl("oodk::mos_loss", "CompositeImplicitAutograd")
 def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) -> Tensor:
-    return torch.ops.oodk._mos_loss(logits, target, groups, ignore_index)[0]
+    return _Loss.apply(logits, target, groups, ignore_index)  # type: ignore[no-untyped-call]
 
 
-def _save_log_others(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, groups = inputs
-    ctx.save_for_backward(logits, groups, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _log_others_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-    logits, groups, stats = ctx.saved_tensors
-    return torch.ops.oodk._mos_log_others_backward(grad, logits, groups, stats), None
-
-
-def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, groups, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target, groups, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _loss_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, target, groups, stats = ctx.saved_tensors
-    grad = torch.ops.oodk._mos_loss_backward(
-        grad, logits, target, groups, stats, ctx.ignore_index
-    )
-    return grad, None, None, None
-
-
-torch.library.register_autograd(
-    "oodk::_mos_log_others", _log_others_backward, setup_context=_save_log_others
-)
-torch.library.register_autograd("oodk::_mos_loss", _loss_backward, setup_context=_save_loss)
+register_not_differentiable("mos_score", instead="mos_log_others")
+register_not_differentiable("mos_predict", instead="mos_log_others")
 
 register_batch_rule("mos_score", batched=(0,), shared=(1,))
 register_batch_rule("mos_predict", batched=(0,), shared=(1,))
+register_batch_rule("mos_log_others", batched=(0,), shared=(1,))
+register_batch_rule("mos_loss", batched=(0, 1), shared=(2,))
 register_batch_rule("_mos_log_others", batched=(0,), shared=(1,))
 register_batch_rule("_mos_log_others_backward", batched=(0, 1, 3), shared=(2,))
 register_batch_rule("_mos_loss", batched=(0, 1), shared=(2,))

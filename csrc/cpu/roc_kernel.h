@@ -1,0 +1,53 @@
+// CPU kernels of the ROC ops: radix sort passes and the sums over a chunk of two sorted arrays.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+#include "ops/roc_sums.h"
+
+namespace oodk {
+
+// Digits of the sort, by the bytes of a key: three passes for 32 bits, six for 64.
+constexpr int radix_bits(int width) {
+  return width == 2 ? 8 : 11;
+}
+constexpr int radix_digits(int width) {
+  return (8 * width + radix_bits(width) - 1) / radix_bits(width);
+}
+constexpr int kRadix = 1 << radix_bits(8); // places for the values of one digit
+
+// Scores of a chunk: few enough that the sums over it are exact in float64.
+constexpr int64_t kRocChunk = 8192;
+
+struct NanCount {
+  int64_t count, first;
+};
+
+// What a pass of the sort reads: scores `stride` values apart, or keys. `width` is the bytes of one.
+struct RadixSource {
+  const void* data;
+  int64_t stride;
+  int width;
+  bool is_keys;
+};
+
+struct RocKernels {
+  // counts[digit][value] += occurrences in [begin, end), for every digit of the key.
+  void (*count_all)(
+      RadixSource source, int64_t begin, int64_t end, int64_t inf_bits, int64_t* counts,
+      NanCount* nan);
+  // The same for one digit.
+  void (*count)(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* counts);
+  // Moves [begin, end) to `out`, aligned to 64 bytes, each to the next place of its digit.
+  void (*scatter)(
+      RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places, void* out);
+  void (*copy)(RadixSource source, int64_t begin, int64_t end, void* out);
+  // Sums over the levels of [begin, end), at most kRocChunk scores of keys `width` bytes wide.
+  void (*sums)(const void* id, int64_t n, const void* ood, int64_t m, int width, RocPoint begin,
+      RocPoint end, RocSums* sums);
+};
+
+OODK_DECLARE_KERNELS(RocKernels, roc_kernels)
+
+} // namespace oodk

@@ -1,0 +1,263 @@
+"""One row an op: how to call it, what it must return, what it must refuse. test_ops.py runs them.
+
+A row earns its op every test: the reference in float64, strides, dtypes, fake kernels, gradients,
+``torch.compile``, ``torch.export``, vmap, errors, threads, and on CUDA graph capture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oodkernels import reference
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INF, NAN = math.inf, math.nan
+
+
+@dataclass
+class Sample:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass
+class Refused:
+    args: tuple[Any, ...]
+    error: type[Exception]
+    message: str  # a regular expression
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    contents: bool = False  # on CUDA refused with OODK_VALIDATE=1 only, and unknown to the fake
+
+
+@dataclass
+class Op:
+    name: str
+    reference: Callable[..., Any]
+    samples: Callable[[str, torch.dtype], Iterator[Sample]]
+    refused: Callable[[str], Iterator[Refused]]
+    # (output index, dtype) -> (rtol, atol), against the reference in float64.
+    tolerance: Callable[[int, torch.dtype], tuple[float, float]]
+    rowwise: tuple[int, ...] = (0,)  # positions of the arguments that have the leading dimensions
+    differentiable: bool = False
+    # Compares what no tolerance can, such as labels among nearly equal classes.
+    compare: Callable[[Sample, Any, Any], None] | None = None
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        return getattr(torch.ops.oodk, self.name)
+
+
+def offsets_of(widths: list[int], device: str, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor([0, *widths], device=device).cumsum(0).to(dtype)
+
+
+# Widths of groups: narrow ones, wide ones, both, tails that no vector width divides.
+GROUPINGS = {
+    "mixed": [3, 70, 2, 130, 60, 17, 64, 65, 5],
+    "one class": [2],
+    "tiny": [2, 3, 4, 2, 11] * 40,
+    "narrow": [11] * 10,
+    "huge": [2113],
+    "imagenet": [126, 125, 127, 126, 126, 126, 126, 126],
+}
+
+
+def logits_of(rows: tuple[int, ...], width: int, device: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(width + sum(rows))
+    z = torch.randn(*rows, width, generator=generator, dtype=torch.float64) * 4
+    return z.to(device, dtype)
+
+
+def special_rows(width: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Rows of values that softmax treats specially, at the others, in the classes, everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(16, width, generator=generator, dtype=torch.float64)
+    z[0, 0], z[1, width - 1], z[2, :] = NAN, NAN, NAN
+    z[3, 0], z[4, width - 1], z[5, :] = INF, INF, INF
+    z[6, 0], z[7, width - 1], z[8, :] = -INF, -INF, -INF
+    z[9, 1:] = -INF
+    z[10, 0], z[11, 0] = 1e4, -1e4
+    z[12, :] = 1e4
+    z[13] *= 1e4
+    z[14] = z[14].round()  # ties
+    z[15, :] = 0
+    return z.to(device, dtype)
+
+
+def mos_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for name, widths in GROUPINGS.items():
+        groups = offsets_of(widths, device)
+        for rows in ((37,), (1,)):
+            z = logits_of(rows, sum(widths), device, dtype)
+            yield Sample((z, groups), name=f"{name} {rows}")
+        z = special_rows(sum(widths), device, dtype)
+        yield Sample((z, groups), name=f"{name} special")
+    widths = GROUPINGS["mixed"]
+    groups = offsets_of(widths, device, torch.int32)
+    for rows in ((), (0,), (2, 0), (2, 3), (2, 1, 19)):
+        yield Sample((logits_of(rows, sum(widths), device, dtype), groups), name=f"rows {rows}")
+
+
+def targets_of(sample: Sample, ignore_index: int = -100) -> Tensor:
+    z, groups = sample.args
+    n_classes = z.shape[-1] - (groups.shape[0] - 1)
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(n_classes, z.shape[:-1], generator=generator)
+    if target.numel() > 3:
+        if "special" not in sample.name:  # the reference's gradient of a row of NaN is never 0
+            target.view(-1)[1] = ignore_index
+        target.view(-1)[2] = n_classes - 1
+        target.view(-1)[3] = 0
+    return target.to(z.device)
+
+
+def mos_loss_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in mos_samples(device, dtype):
+        z, groups = sample.args
+        yield Sample((z, targets_of(sample), groups), name=sample.name)
+    yield Sample((z, targets_of(sample, 7), groups, 7), name="ignore_index 7")
+
+
+def groups_refused(device: str) -> Iterator[tuple[Tensor, Tensor, type[Exception], str, bool]]:
+    z = torch.randn(4, 6, device=device)
+    g = offsets_of([3, 3], device)
+    yield torch.randint(9, (4, 6), device=device), g, TypeError, "logits must be float64", False
+    yield torch.tensor(1.0, device=device), g, ValueError, "at least one dimension", False
+    yield z, g.float(), TypeError, "groups must be int32 or int64", False
+    yield z, g[None], ValueError, r"groups must have shape \(K \+ 1,\), got \(1, 3\)", False
+    yield z, g[:0], ValueError, "groups must hold K .* got 0", False
+    yield z, g[:1], ValueError, "groups must hold K .* got 1", False
+    yield z, g + 1, ValueError, "groups must start at 0, got 1", True
+    yield z, offsets_of([3, 2], device), ValueError, r"end at logits.size\(-1\) = 6, got 5", True
+    yield z, offsets_of([5, 1], device), ValueError, "2 columns wide .* group 1", True
+    yield z, offsets_of([7, -1], device), ValueError, "2 columns wide .* group 1", True
+    yield z[:, :0], g, ValueError, r"end at logits.size\(-1\) = 0, got 6", True
+    if device != "cpu":
+        yield z, g.cpu(), ValueError, "groups must be on the device of logits", False
+
+
+def mos_refused(device: str) -> Iterator[Refused]:
+    for z, g, error, message, contents in groups_refused(device):
+        yield Refused((z, g), error, message, contents=contents)
+
+
+def mos_loss_refused(device: str) -> Iterator[Refused]:
+    z = torch.randn(4, 6, device=device)
+    g = offsets_of([3, 3], device)
+    t = torch.tensor([0, 1, 2, 3], device=device)
+    for bad_z, bad_g, error, message, contents in groups_refused(device):
+        target = t if bad_z.dim() else t[0]
+        yield Refused((bad_z, target, bad_g), error, message, contents=contents)
+    yield Refused((z, t.int(), g), TypeError, "target must be int64")
+    yield Refused((z, t[:3], g), ValueError, r"target must have shape .* got \(3,\)")
+    yield Refused((z, t[None], g), ValueError, "target must have shape")
+    yield Refused((z, t + 1, g), ValueError, r"in 0..3 .* got 4 in row 3", contents=True)
+    yield Refused((z, t - 1, g), ValueError, "got -1 in row 0", contents=True)
+    yield Refused((z, t - 100, g, -1), ValueError, "got -100 in row 0", contents=True)
+
+
+def score_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    return (1e-14, 1e-14) if dtype == torch.float64 else (0.0, 2e-6)
+
+
+def log_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    # The reference itself is no better in float64: a log-sum-exp of 1e4 has an ulp of 2e-12.
+    return (1e-13, 4e-12) if dtype == torch.float64 else (1e-5, 1e-6)
+
+
+def predict_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    return log_tolerance(output, dtype) if output == 1 else score_tolerance(output, dtype)
+
+
+def compare_predictions(sample: Sample, actual: Any, expected: Any) -> None:
+    """Labels may differ only among classes whose probabilities the precision cannot tell apart."""
+    z, groups = sample.args
+    offsets = groups.tolist()
+    parts = [z[..., a:b].double() for a, b in pairwise(offsets)]
+    probs = torch.cat([p.softmax(-1)[..., 1:] for p in parts], -1)
+    chosen = probs.gather(-1, actual[2][..., None])[..., 0]
+    first_class = [a - k for k, a in enumerate(offsets)]
+    for k in range(len(parts)):
+        inside = actual[3] == k
+        assert ((actual[2] >= first_class[k]) | ~inside).all()
+        assert ((actual[2] < first_class[k + 1]) | ~inside).all()
+    sure = (expected[4] - chosen).abs() > 1e-6
+    assert not sure.any(), f"labels {actual[2][sure]} for {expected[2][sure]}"
+    # Where the group is the same, so is the class: within a group the logits decide exactly.
+    same = actual[3] == expected[3]
+    assert torch.equal(actual[2][same], expected[2][same])
+    assert same.double().mean() > 0.9 or same.numel() < 20
+
+
+def logit_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for width in (1, 2, 7, 16, 63, 64, 65, 200, 1008):
+        for rows in ((37,), (1,)):
+            z = logits_of(rows, width, device, dtype)
+            yield Sample((z,), name=f"{width} {rows}")
+            yield Sample((z, 2.5), name=f"{width} {rows} T 2.5")
+        if width > 1:
+            yield Sample((special_rows(width, device, dtype),), name=f"{width} special")
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        yield Sample((logits_of(shape, 100, device, dtype),), name=f"rows {shape}")
+    yield Sample((logits_of((9,), 100, device, dtype),), {"temperature": 1000.0}, "T 1000")
+    yield Sample((logits_of((9,), 100, device, dtype), 0.01), name="T 0.01")
+
+
+def logit_refused(device: str) -> Iterator[Refused]:
+    z = torch.randn(4, 6, device=device)
+    yield Refused((z.long(),), TypeError, "logits must be float64")
+    yield Refused((z[0, 0],), ValueError, "at least one dimension")
+    yield Refused((z[:, :0],), ValueError, r"at least one class, got shape \(4, 0\)")
+    for t in (0.0, -1.0, NAN, INF):
+        yield Refused((z, t), ValueError, "temperature must be positive and finite")
+
+
+def logit_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    if dtype == torch.float64:
+        return 1e-12, 1e-12
+    return [(0.0, 2e-6), (0.0, 0.0), (2e-6, 2e-6), (1e-5, 4e-6), (0.0, 0.0)][output]
+
+
+OPS = [
+    Op("mos_score", reference.mos_score, mos_samples, mos_refused, score_tolerance),
+    Op(
+        "mos_predict",
+        reference.mos_predict,
+        mos_samples,
+        mos_refused,
+        predict_tolerance,
+        compare=compare_predictions,
+    ),
+    Op(
+        "mos_log_others",
+        reference.mos_log_others,
+        mos_samples,
+        mos_refused,
+        log_tolerance,
+        differentiable=True,
+    ),
+    Op(
+        "mos_loss",
+        reference.mos_loss,
+        mos_loss_samples,
+        mos_loss_refused,
+        log_tolerance,
+        rowwise=(0, 1),
+        differentiable=True,
+    ),
+    Op(
+        "logit_scores",
+        reference.logit_scores,
+        logit_samples,
+        logit_refused,
+        logit_tolerance,
+    ),
+]

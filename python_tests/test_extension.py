@@ -1,0 +1,68 @@
+"""The compiled modules: what they say of themselves, and each instruction set's kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import oodkernels
+from oodkernels import _C
+
+HERE = Path(__file__).parent
+
+
+def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=HERE,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_build_info() -> None:
+    info = oodkernels.build_info()
+    assert info["version"] == oodkernels.__version__
+    assert info["torch"] == torch.__version__
+    assert info["cpu_capability"] in info["cpu_capabilities"]
+    assert info["cpu_capabilities"][0] == "baseline"
+    assert info["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_capability(capability: str) -> None:
+    """Each build of the kernels agrees with the reference, not only the one chosen here."""
+    if capability not in _C.available_cpu_capabilities():
+        pytest.skip(f"this processor has no {capability}")
+    tests = "reference or strides or gradient_against or special or threads"
+    code = (
+        f"import sys, pytest; from oodkernels import _C; "
+        f"assert _C.cpu_capability() == {capability!r}; "
+        f"sys.exit(pytest.main(['test_ops.py', '-q', '-x', '-k', {tests!r}]))"
+    )
+    result = run("-c", code, OODK_CPU_CAPABILITY=capability)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
+
+
+def test_unknown_capability() -> None:
+    result = run("-c", "import oodkernels", OODK_CPU_CAPABILITY="avx1024")
+    assert result.returncode != 0
+    assert "OODK_CPU_CAPABILITY must be one of baseline" in result.stderr
+    assert "avx1024" in result.stderr
+
+
+def test_importing_registers_the_ops() -> None:
+    code = (
+        "import torch, oodkernels; "
+        "print(torch.ops.oodk.mos_score(torch.zeros(2, 4), torch.tensor([0, 2, 4])).tolist())"
+    )
+    result = run("-c", code)
+    assert result.stdout.strip() == "[-0.5, -0.5]", result.stderr

@@ -1,0 +1,303 @@
+"""Every test that an op of op_db.py must pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from op_db import FLOATS, OPS, Op, Sample
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import oodkernels  # noqa: F401  (registers the ops)
+
+ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+differentiable = pytest.mark.parametrize(
+    "op", [op for op in OPS if op.differentiable], ids=lambda op: op.name
+)
+floats = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def is_score(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def doubled(sample: Sample) -> Sample:
+    args = tuple(a.double() if is_score(a) else a for a in sample.args)
+    return Sample(args, sample.kwargs, sample.name)
+
+
+def check(op: Op, dtype: torch.dtype, sample: Sample, actual: Any) -> None:
+    exact = doubled(sample)
+    expected = op.reference(*exact.args, **exact.kwargs)
+    for i, (a, e) in enumerate(zip(outputs(actual), outputs(expected), strict=True)):
+        assert a.shape == e.shape, sample.name
+        if a.is_floating_point():
+            assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            rtol, atol = op.tolerance(i, dtype)
+            torch.testing.assert_close(
+                a.double(),
+                e,
+                rtol=rtol,
+                atol=atol,
+                equal_nan=True,
+                msg=lambda m, i=i: f"{sample.name}, output {i}: {m}",
+            )
+        elif op.compare is None:
+            assert torch.equal(a, e), sample.name
+    if op.compare is not None:
+        op.compare(sample, actual, expected)
+
+
+def same(a: Any, b: Any) -> None:
+    for x, y in zip(outputs(a), outputs(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@ops
+@floats
+def test_reference(op: Op, dtype: torch.dtype, device: str) -> None:
+    for sample in op.samples(device, dtype):
+        check(op, dtype, sample, op.call(*sample.args, **sample.kwargs))
+
+
+def rows_of(op: Op, sample: Sample, rows: list[int]) -> tuple[Any, ...]:
+    return tuple(a[rows] if i in op.rowwise else a for i, a in enumerate(sample.args))
+
+
+def strided(x: Tensor) -> list[Tensor]:
+    """The values of x, laid out as slices of larger tensors, transposed and expanded."""
+    layouts = []
+    if x.dim() >= 1:
+        padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), 99, dtype=x.dtype, device=x.device)
+        padded[..., 1:-2] = x
+        layouts.append(padded[..., 1:-2])
+        wide = torch.full((*x.shape, 2), 99, dtype=x.dtype, device=x.device)
+        wide[..., 0] = x
+        layouts.append(wide[..., 0])
+    if x.dim() >= 2:
+        layouts.append(x.transpose(0, -1).contiguous().transpose(0, -1))
+    for layout in layouts:
+        assert torch.equal(layout, x) or x.isnan().any()
+    return layouts
+
+
+@ops
+def test_strides(op: Op, device: str) -> None:
+    for sample in op.samples(device, torch.float32):
+        expected = op.call(*sample.args, **sample.kwargs)
+        for layout in strided(sample.args[0]):
+            same(op.call(layout, *sample.args[1:], **sample.kwargs), expected)
+        if sample.args[0].dim() == 2 and len(
+            sample.args[0]
+        ):  # one row, again and again, in the memory of one
+            once = rows_of(op, sample, [0])
+            again = tuple(
+                a.expand(5, *a.shape[1:]) if i in op.rowwise else a for i, a in enumerate(once)
+            )
+            expected = op.call(*rows_of(op, sample, [0] * 5), **sample.kwargs)
+            same(op.call(*again, **sample.kwargs), expected)
+
+
+@ops
+def test_opcheck(op: Op, device: str) -> None:
+    finite = [s for s in op.samples(device, torch.float32) if "special" not in s.name]
+    for sample in finite[::3]:
+        args = sample.args
+        if op.differentiable:
+            args = (args[0].clone().requires_grad_(), *args[1:])
+        torch.library.opcheck(op.call.default, args, sample.kwargs)
+
+
+def gradient(fn: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Gradient of the first argument under a fixed random weighting of the outputs."""
+    x = sample.args[0].detach().clone().requires_grad_()
+    out = fn(x, *sample.args[1:], **sample.kwargs)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    (grad,) = torch.autograd.grad(out, x, weight)
+    return grad, weight
+
+
+@differentiable
+@floats
+def test_gradient_against_reference(op: Op, dtype: torch.dtype, device: str) -> None:
+    rtol, atol = {
+        torch.float64: (1e-11, 1e-12),
+        torch.float32: (1e-5, 1e-6),
+        torch.bfloat16: (2**-8, 1e-6),
+        torch.float16: (2**-11, 1e-6),
+    }[dtype]
+    for sample in op.samples(device, dtype):
+        if "special" in sample.name:
+            continue
+        grad, _ = gradient(op.call, sample)
+        assert grad.dtype == dtype
+        expected, _ = gradient(op.reference, doubled(sample))
+        torch.testing.assert_close(
+            grad.double(),
+            expected,
+            rtol=rtol,
+            atol=atol,
+            msg=lambda m, s=sample: f"{s.name}: {m}",
+        )
+
+
+@differentiable
+def test_gradient_of_special_rows(op: Op, device: str) -> None:
+    for sample in op.samples(device, torch.float32):
+        if "special" in sample.name:
+            grad, _ = gradient(op.call, sample)
+            expected, _ = gradient(op.reference, sample)
+            torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@differentiable
+def test_gradcheck(op: Op, device: str) -> None:
+    for sample in op.samples(device, torch.float64):
+        x = sample.args[0]
+        if x.numel() > 3000 or "special" in sample.name:
+            continue
+        x = x.detach().clone().requires_grad_()
+        torch.autograd.gradcheck(
+            lambda z, s=sample: op.call(z, *s.args[1:], **s.kwargs), (x,), fast_mode=True
+        )
+
+
+@differentiable
+def test_double_backward_is_refused(op: Op, device: str) -> None:
+    sample = next(op.samples(device, torch.float64))
+    x = sample.args[0].clone().requires_grad_()
+    out = op.call(x, *sample.args[1:], **sample.kwargs)
+    (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not op.differentiable], ids=lambda op: op.name)
+def test_no_gradient_leaks(op: Op, device: str) -> None:
+    sample = next(op.samples(device, torch.float32))
+    x = sample.args[0].clone().requires_grad_()
+    for out in outputs(op.call(x, *sample.args[1:], **sample.kwargs)):
+        assert out.requires_grad == out.is_floating_point()
+        if out.requires_grad:
+            with pytest.raises(RuntimeError, match=f"{op.name} is not differentiable"):
+                (out.sum() + x.sum()).backward()
+
+
+@ops
+def test_compile(op: Op, device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(op.call, fullgraph=True, dynamic=False)
+    for sample in list(op.samples(device, torch.float32))[:2]:
+        expected = op.call(*sample.args, **sample.kwargs)
+        same(compiled(*sample.args, **sample.kwargs), expected)
+        if op.differentiable:
+            grad, _ = gradient(compiled, sample)
+            same(grad, gradient(op.call, sample)[0])
+
+
+@ops
+def test_compile_dynamic(op: Op, device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(op.call, fullgraph=True, dynamic=True)
+    for sample in list(op.samples(device, torch.float32))[:4]:
+        same(compiled(*sample.args, **sample.kwargs), op.call(*sample.args, **sample.kwargs))
+
+
+@ops
+def test_export(op: Op, device: str) -> None:
+    sample = next(op.samples(device, torch.float32))
+    n_args = len(sample.args)
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return op.call(*args)
+
+    exported = torch.export.export(Module(), sample.args[:n_args])
+    same(exported.module()(*sample.args), op.call(*sample.args))
+
+
+@ops
+def test_vmap(op: Op, device: str) -> None:
+    sample = next(op.samples(device, torch.float32))
+    x, *rest = sample.args
+    in_dims = tuple(0 if i in op.rowwise else None for i in range(1, len(sample.args)))
+    expected = op.call(x, *rest, **sample.kwargs)
+    same(torch.func.vmap(op.call, in_dims=(0, *in_dims))(x, *rest, **sample.kwargs), expected)
+    other = torch.func.vmap(op.call, in_dims=(1, *in_dims))(x.T.contiguous(), *rest)
+    same(other, expected)
+    if any(d is None for d in in_dims):  # groups
+        many = [
+            a if d == 0 else torch.stack([a] * len(x)) for a, d in zip(rest, in_dims, strict=True)
+        ]
+        with pytest.raises(ValueError, match="vmap over groups"):
+            torch.func.vmap(op.call)(x, *many)
+
+
+@ops
+def test_refused(op: Op, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODK_VALIDATE", "1")
+    for case in op.refused(device):
+        with pytest.raises(case.error, match=f"^{op.name}: .*{case.message}"):
+            op.call(*case.args, **case.kwargs)
+
+
+@ops
+def test_refused_by_the_fake(op: Op) -> None:
+    for case in op.refused("cpu"):
+        if case.contents:
+            continue
+        with FakeTensorMode() as mode:
+            args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in case.args]
+            with pytest.raises(case.error, match=f"^{op.name}: .*{case.message}"):
+                op.call(*args, **case.kwargs)
+
+
+@ops
+def test_threads_and_repetition(op: Op) -> None:
+    threads = torch.get_num_threads()
+    for sample in op.samples("cpu", torch.float32):
+        if sample.args[0].dim() != 2:
+            continue
+        many = rows_of(op, sample, list(range(len(sample.args[0]))) * 40)
+        try:
+            torch.set_num_threads(1)
+            expected = op.call(*many, **sample.kwargs)
+            for n in (2, 3, 4):
+                torch.set_num_threads(n)
+                same(op.call(*many, **sample.kwargs), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@ops
+@floats
+def test_autocast(op: Op, dtype: torch.dtype, device: str) -> None:
+    sample = next(op.samples(device, dtype))
+    expected = op.call(*sample.args, **sample.kwargs)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = op.call(*sample.args, **sample.kwargs)
+    same(actual, expected)
+    for out in outputs(actual):
+        assert out.dtype in (torch.float32, torch.float64, torch.int64)
+
+
+@ops
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph(op: Op) -> None:
+    sample = next(op.samples("cuda", torch.float32))
+    op.call(*sample.args, **sample.kwargs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op.call(*sample.args, **sample.kwargs)
+    sample.args[0].add_(1.0).mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    same(captured, op.call(*sample.args, **sample.kwargs))
