@@ -20,6 +20,7 @@ from torch import Tensor
 
 from oodkernels._bounds import Bounded, Floats, Intervals, Ints, curves, figures
 from oodkernels._sketch import Cells, Layout, Sketch
+from oodkernels.metrics import FIGURES, fpr_name, ood_metrics
 from oodkernels.ops.histogram import N_FACTS
 
 try:
@@ -41,20 +42,6 @@ _PENDING = 1 << 17
 _SKETCH = tuple(f.name for f in fields(Sketch))
 _UNNAMED = ""
 _NOT_AVERAGED = ("threshold", "n_id", "n_ood")
-_FIGURES = (
-    "auroc",
-    "aupr_in",
-    "aupr_out",
-    "fpr_at_tpr",
-    "fpr_out_at_tpr",
-    "threshold",
-    "threshold_out",
-    "detection_error",
-    "base_rate_in",
-    "base_rate_out",
-    "tie_fraction",
-)
-_NOTHING = dict.fromkeys(_FIGURES, Bounded(math.nan, math.nan, math.nan))
 
 
 class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
@@ -471,8 +458,8 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
             _, ax = plt.subplots(figsize=(5, 5), layout="constrained")
         with self._synced():
             sides = self._sides()
-            for name, side in sides.items():
-                auroc = self._figures(side)["auroc"]
+            for name, (row, side) in sides.items():
+                auroc = self._figures(row, side)["auroc"]
                 outer, middle, inner = curves(side)
                 label = f"{name}: " if name != _UNNAMED else ""
                 digits = f"{auroc.estimate:.4f}"
@@ -495,8 +482,8 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
             self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         )
 
-    def _sides(self, *, allow_empty: bool = False) -> dict[str, Intervals]:
-        """ID against each OOD set, by name."""
+    def _sides(self, *, allow_empty: bool = False) -> dict[str, tuple[int, Intervals]]:
+        """Row and intervals, ID against OOD, of each OOD set by name."""
         names = self._names() or [_UNNAMED]
         n_rows = len(names) + 1
         facts, parts = np.zeros((n_rows, N_FACTS), np.int64), []
@@ -532,10 +519,10 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
             def make(row: int) -> Intervals:
                 return total.intervals(row, low_bits, rounded)
 
-        sides = {name: make(row) for row, name in enumerate(names, 1)}
-        if len(sides) > 1 and _UNNAMED in sides and not sides[_UNNAMED].n_ood.any():
+        sides = {name: (row, make(row)) for row, name in enumerate(names, 1)}
+        if len(sides) > 1 and _UNNAMED in sides and not sides[_UNNAMED][1].n_ood.any():
             del sides[_UNNAMED]
-        for name, side in sides.items():
+        for name, (_, side) in sides.items():
             for kind, n in (("ID", side.n_id), ("OOD", side.n_ood)):
                 if not allow_empty and not n.any():
                     of = f" of {name!r}" if name and kind == "OOD" else ""
@@ -559,23 +546,28 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
 
         return lambda row: Intervals(point, point, counts[0], counts[row], decode)
 
-    def _figures(self, side: Intervals) -> dict[str, Bounded]:
-        return figures(side, self.tpr)
+    def _figures(self, row: int, side: Intervals) -> dict[str, Bounded]:
+        if not side.n_id.any() or not side.n_ood.any():
+            return dict.fromkeys(FIGURES, Bounded(math.nan, math.nan, math.nan))
+        if self.counts.numel() or self.archive_codes.numel():
+            return figures(side, self.tpr)
+        scores, rows = torch.cat(self.pending_scores), torch.cat(self.pending_rows)
+        exact = ood_metrics(scores[rows == 0], scores[rows == row], tpr=self.tpr)
+        return {name: Bounded(v, v, v) for name in FIGURES for v in [getattr(exact, name)]}
 
     def _result(self, *, allow_empty: bool) -> Result:
-        fpr = f"fpr{100 * self.tpr:.10g}"
+        fpr = fpr_name(self.tpr)
         names = {"fpr_at_tpr": fpr, "fpr_out_at_tpr": f"{fpr}_out"}
         results: dict[str, dict[str, float]] = {}
-        for name, side in self._sides(allow_empty=allow_empty).items():
-            n_id, n_ood = int(side.n_id.sum()), int(side.n_ood.sum())
-            bounds = self._figures(side) if n_id and n_ood else _NOTHING
+        for name, (row, side) in self._sides(allow_empty=allow_empty).items():
             result: dict[str, float] = {}
-            for figure, bounded in bounds.items():
+            for figure, bounded in self._figures(row, side).items():
                 key = names.get(figure, figure)
                 result[key] = bounded.estimate
                 result[f"{key}_lower"] = bounded.lower
                 result[f"{key}_upper"] = bounded.upper
-            results[name or "ood"] = {**result, "n_id": n_id, "n_ood": n_ood}
+            counts = {"n_id": int(side.n_id.sum()), "n_ood": int(side.n_ood.sum())}
+            results[name or "ood"] = {**result, **counts}
         if list(results) == ["ood"] and self._names() in ([], [_UNNAMED]):
             return results["ood"]
         keys = [k for k in next(iter(results.values())) if not k.startswith(_NOT_AVERAGED)]
