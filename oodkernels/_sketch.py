@@ -173,6 +173,8 @@ class Sketch:
             for _ in range(4 if first else 1):
                 self._adapt(keys, sides, n, layout)
             self.adapted = self.facts[:, _COUNTED].sum() + n
+        if scores.is_cpu and self._only_atoms(None if not first else keys):
+            self._add_new_values(scores)
         if isinstance(rows, int):
             roc_histogram_(self.counts, self.table, scores, rows, atoms=self.atoms)
         else:
@@ -255,14 +257,19 @@ class Sketch:
 
     def _add_atoms(self, keys: Tensor, eligible: Tensor) -> Tensor:
         """Give frequent keys of a sorted sample counters of their own; which keys are atoms."""
-        size = self.atoms.shape[0]
         known = self._are_atoms(keys)
         first, length = _per_run(keys, torch.ones_like(keys)[None])
         few_values = first.sum() * 8 <= keys.shape[0]
         new = first & eligible & ~known & (length[0] >= torch.where(few_values, 1, 8))
         if new.is_cpu and not bool(new.any()):
             return known
-        new &= new.cumsum(0) <= size - (self.atoms != NO_ATOM).sum()
+        self._insert(keys, new)
+        return self._are_atoms(keys)
+
+    def _insert(self, keys: Tensor, new: Tensor) -> None:
+        """Make atoms of the keys that ``new`` marks, each once, as far as there is room."""
+        size = self.atoms.shape[0]
+        new = new & (new.cumsum(0) <= size - (self.atoms != NO_ATOM).sum())
         atoms = torch.cat((self.atoms, torch.where(new, keys, NO_ATOM))).sort().values[:size]
         moved = torch.searchsorted(atoms, self.atoms).clamp(max=size - 1)
         counters = self.counts[:, self.bins : self.bins + size]
@@ -270,7 +277,19 @@ class Sketch:
         counters.zero_().scatter_add_(1, moved.expand_as(old), old)
         self.atoms = atoms
         self._build_table()
-        return self._are_atoms(keys)
+
+    def _only_atoms(self, sample: Tensor | None) -> bool:
+        """Whether, on CPU, every score so far, or of a first sample, is an atom."""
+        if sample is not None:
+            return bool(self._are_atoms(sample).all())
+        return int(self.atoms[0]) != NO_ATOM and not self.counts[:, : self.bins].any()
+
+    def _add_new_values(self, scores: Tensor) -> None:
+        """Where a stream has few values, miss none of them: rare ones are in no sample."""
+        keys = order_key(scores)
+        keys = keys[~self._are_atoms(keys) & ~scores.isnan()].unique()
+        if 0 < keys.shape[0] <= MAX_ATOMS * 8:
+            self._insert(keys, torch.ones_like(keys, dtype=torch.bool))
 
     def _are_atoms(self, keys: Tensor) -> Tensor:
         place = torch.searchsorted(self.atoms, keys).clamp(max=self.atoms.shape[0] - 1)
