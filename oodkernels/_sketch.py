@@ -15,7 +15,7 @@ certain for every stream. Nothing here waits for an accelerator.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ _FIRST_SAMPLE = 1 << 17
 _SAMPLE = 1 << 13
 _PROBE = 1 << 10
 _CROWD = 12
+_FEW = 1 << 10
 _TAIL = 1 / 1000
 """A bin may hold this share of the scores beyond it, on the side where fewer are."""
 _COUNTED, _REFUSED, _ROUNDED, _LOW_BITS = range(4)
@@ -136,11 +137,6 @@ class Sketch:
         """Bins a row."""
         return self.counts.shape[1] - self.atoms.shape[0] - N_FACTS
 
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
-
     def same_table(self, other: Sketch) -> bool:
         """Whether equal counters stand for equal intervals."""
         return torch.equal(self.blocks, other.blocks) and torch.equal(self.atoms, other.atoms)
@@ -173,8 +169,23 @@ class Sketch:
             for _ in range(4 if first else 1):
                 self._adapt(keys, sides, n, layout)
             self.adapted = self.facts[:, _COUNTED].sum() + n
-        if scores.is_cpu and self._only_atoms(None if not first else keys):
-            self._add_new_values(scores)
+        if not scores.is_cpu or not self._only_atoms(keys if first else None):
+            self._count(scores, rows)
+            return
+        # So far the stream has few values. Rare new ones, which no sample shows, become atoms too.
+        before = self.counts[:, self.bins :].clone()
+        self._count(scores, rows)
+        if self._all_in_atoms():
+            return
+        new = order_key(scores)
+        new = new[~self._are_atoms(new)].unique()
+        if new.shape[0] <= _FEW:
+            self.counts[:, : self.bins] = 0
+            self.counts[:, self.bins :] = before
+            self._insert(new, torch.ones_like(new, dtype=torch.bool))
+            self._count(scores, rows)
+
+    def _count(self, scores: Tensor, rows: Tensor | int) -> None:
         if isinstance(rows, int):
             roc_histogram_(self.counts, self.table, scores, rows, atoms=self.atoms)
         else:
@@ -269,6 +280,11 @@ class Sketch:
     def _insert(self, keys: Tensor, new: Tensor) -> None:
         """Make atoms of the keys that ``new`` marks, each once, as far as there is room."""
         size = self.atoms.shape[0]
+        prefix = (keys >> 16).long() + N_PREFIXES // 2
+        upto = new.cumsum(0)
+        first, _ = _per_run(prefix, new[None].long())
+        rank = upto - torch.where(first, upto - new.long(), 0).cummax(0).values
+        new = new & (rank + (self.table[prefix] >> 56) <= MAX_ATOMS)
         new = new & (new.cumsum(0) <= size - (self.atoms != NO_ATOM).sum())
         atoms = torch.cat((self.atoms, torch.where(new, keys, NO_ATOM))).sort().values[:size]
         moved = torch.searchsorted(atoms, self.atoms).clamp(max=size - 1)
@@ -282,18 +298,18 @@ class Sketch:
         """Whether, on CPU, every score so far, or of a first sample, is an atom."""
         if sample is not None:
             return bool(self._are_atoms(sample).all())
-        return int(self.atoms[0]) != NO_ATOM and not self.counts[:, : self.bins].any()
+        return int(self.atoms[0]) != NO_ATOM and self._all_in_atoms()
 
-    def _add_new_values(self, scores: Tensor) -> None:
-        """Where a stream has few values, miss none of them: rare ones are in no sample."""
-        keys = order_key(scores)
-        keys = keys[~self._are_atoms(keys) & ~scores.isnan()].unique()
-        if 0 < keys.shape[0] <= MAX_ATOMS * 8:
-            self._insert(keys, torch.ones_like(keys, dtype=torch.bool))
+    def _all_in_atoms(self) -> bool:
+        in_atoms = self.counts[:, self.bins : -N_FACTS].sum()
+        return bool(in_atoms == self.facts[:, _COUNTED].sum())
 
     def _are_atoms(self, keys: Tensor) -> Tensor:
-        place = torch.searchsorted(self.atoms, keys).clamp(max=self.atoms.shape[0] - 1)
-        return self.atoms[place] == keys
+        entry = self.table[(keys >> 16).long() + N_PREFIXES // 2]
+        after = (entry >> 32 & 0xFFFFFF) + (entry >> 56)
+        place = torch.searchsorted(self.atoms, keys)
+        found = self.atoms[place.clamp(max=self.atoms.shape[0] - 1)] == keys
+        return found & (place < after)
 
     def _allocate(self, target: Tensor, level: Tensor) -> bool:
         """Give the prefixes blocks of the target level; False where, on CPU, memory is short."""

@@ -50,6 +50,11 @@ def few_values(x, ood, t):
     return VALUES[(x * 40 + 150 - 30 * ood).long().clamp(0, 299)]
 
 
+def close_values(x, ood, t):
+    """Thousands of values, far more than a prefix has atoms for."""
+    return 1000 + ((x - 2 * ood) * 700).round() * 2**-10
+
+
 STREAMS = {
     "normal": lambda x, ood, t: x - 2 * ood,
     "narrow": lambda x, ood, t: 1000 + x - ood,
@@ -63,9 +68,10 @@ STREAMS = {
     "float16": lambda x, ood, t: (x - 2 * ood).half(),
     "upcast": lambda x, ood, t: (x - 2 * ood).half().float(),
     "few values": few_values,
+    "close values": close_values,
     "float64": lambda x, ood, t: x.double() * (1 + 1e-12) - 2.0 * ood,
 }
-EXACT = ("bfloat16", "float16", "upcast", "few values")
+EXACT = ("bfloat16", "float16", "upcast", "few values", "close values")
 
 
 def run(stream, **kwargs):

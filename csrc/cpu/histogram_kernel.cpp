@@ -21,13 +21,38 @@ OODK_INLINE uint32_t rounded(S) {
   return 0;
 }
 
+// The scores of a block search the atoms of their prefixes in step, which vectorises.
+void find_atoms(const HistogramTable& table, const int32_t* keys, int n, uint32_t most,
+    uint32_t refused, uint32_t* index) {
+  const uint32_t n_atoms = uint32_t(table.n_atoms), bins = uint32_t(table.bins);
+  const int32_t* atoms = table.atoms;
+  uint32_t low[kBlock], left[kBlock];
+  for (int i = 0; i < n; ++i) {
+    const HistogramEntry entry{table.entries[(uint32_t(keys[i]) >> 16) ^ 0x8000]};
+    const uint32_t first = entry.first_atom(), count = entry.n_atoms();
+    const bool inside = first + count <= n_atoms;
+    low[i] = inside & (count > 0) ? first : 0;
+    left[i] = inside ? count : 0;
+  }
+  for (; most > 1; most -= most / 2)
+    for (int i = 0; i < n; ++i) {
+      const uint32_t half = left[i] / 2, middle = low[i] + half;
+      low[i] = atoms[middle] <= keys[i] ? middle : low[i];
+      left[i] -= half;
+    }
+  for (int i = 0; i < n; ++i) {
+    const bool atom = (left[i] > 0) & (atoms[low[i]] == keys[i]) & (index[i] != refused);
+    index[i] = atom ? bins + low[i] : index[i];
+  }
+}
+
 template <typename S, typename Count>
 void count_block(
     const HistogramInput& in, const S* scores, const uint8_t* rows, int n, int sign, Count* counts) {
   const HistogramTable& table = in.table;
   const int64_t width = in.width();
   const uint32_t bins = uint32_t(table.bins), refused = uint32_t(width - kFacts + kRefused);
-  uint32_t index[kBlock], n_rounded = 0, low_bits = 0, any_atoms = 0;
+  uint32_t index[kBlock], n_rounded = 0, low_bits = 0, most_atoms = 0;
   int32_t keys[kBlock];
   for (int i = 0; i < n; ++i) {
     n_rounded += rounded(widen(scores[i]));
@@ -41,13 +66,10 @@ void count_block(
     // NaN has the keys beyond those of the infinities.
     const bool number = keys[i] <= 0x7f800000 && keys[i] >= int32_t(0x807fffff);
     index[i] = number & (bin < bins) ? bin : refused;
-    any_atoms |= uint32_t(entry.packed >> 32);
+    most_atoms |= entry.n_atoms();
   }
-  if (any_atoms >> 24) {
-    for (int i = 0; i < n; ++i)
-      if (index[i] != refused)
-        index[i] = uint32_t(find_counter(table, keys[i]));
-  }
+  if (most_atoms && table.n_atoms)
+    find_atoms(table, keys, n, most_atoms, refused, index);
 
   Count* base = counts + in.row * width;
   const auto fact = [&](int64_t row, Fact f) -> Count& {
