@@ -255,7 +255,9 @@ class Sketch:
             return
         if not self._allocate(target, level):
             self._compact(layout)
-            self._allocate(target, (16 - (self.table & 31)) // 2)
+            level = (16 - (self.table & 31)) // 2
+            while not self._allocate(target, level):
+                target = torch.where(target > level, target - 1, target)
         self._build_table()
 
     def _spare_bits(self, keys: Tensor) -> Tensor:
