@@ -31,6 +31,8 @@ MAX_ATOMS = 127
 """In one prefix."""
 NO_ATOM = 0x7FFFFFFF
 """The key of a NaN."""
+LEAST_KEY, LARGEST_KEY = -0x7F800001, 0x7F800000
+"""The infinities."""
 _FIRST_SAMPLE = 1 << 17
 _SAMPLE = 1 << 13
 _PROBE = 1 << 10
@@ -48,13 +50,13 @@ class Layout:
     Attributes:
         bins: Bins a row.
         atoms: Atoms a row.
-        base: (65536,) level of each prefix's first block.
+        half: Whether the first blocks resolve float16, beside bfloat16.
         share: The share of a side's scores that a bin may hold.
     """
 
     bins: int
     atoms: int
-    base: Tensor
+    half: bool
     share: float
 
     @classmethod
@@ -66,22 +68,24 @@ class Layout:
         """
         tables = N_PREFIXES * (4 * LEVELS + 8)
         # Beside eight bytes a counter: four for an atom's key, of which there is one to 16 bins.
-        bins = int((n_bytes - tables - 64 * rows) / ((8 + 0.5) * rows + 0.25))
+        each = (8 + 0.5) * rows + 0.25
+        bins = int((n_bytes - tables - 64 * rows) / each)
         if bins < 2 * N_PREFIXES:
-            least = tables + 64 * rows + 2 * N_PREFIXES * ((8 + 0.5) * rows + 0.25)
+            least = tables + 64 * rows + 2 * N_PREFIXES * each
             raise ValueError(
                 f"memory must be at least {least / 2**20:.1f} MiB for {rows} sets of scores, got "
                 f"{n_bytes / 2**20:.3g} MiB"
             )
-        prefix = torch.arange(N_PREFIXES, dtype=torch.int32) - N_PREFIXES // 2
-        low = prefix << 16
-        magnitude = torch.where(prefix < 0, low ^ 0x7FFFFFFF, low) & 0x7F800000
-        # The exponents of float16, subnormals included, and the two zeros and infinities.
-        half = (magnitude >= 0x33800000) & (magnitude <= 0x47000000)
-        level = torch.where(half, 2, 0)
-        if int((4**level).sum()) > bins // 3:
-            level = torch.zeros_like(level)
-        return cls(bins, bins // 16, level, 12 / bins)
+        with_half = cls(bins, bins // 16, True, 12 / bins)
+        fits = int((1 << 2 * with_half.base(torch.device("cpu"))).sum()) <= bins // 3
+        return with_half if fits else cls(bins, bins // 16, False, 12 / bins)
+
+    def base(self, device: torch.device) -> Tensor:
+        """(65536,) int64, the level of each prefix's first block."""
+        prefix = torch.arange(N_PREFIXES, device=device) - N_PREFIXES // 2
+        exponent = torch.where(prefix < 0, ~prefix, prefix) >> 7
+        # Those of float16, subnormals included: 2^-24 to 2^15.
+        return ((exponent >= 127 - 24) & (exponent <= 127 + 15) & self.half) * 2
 
 
 @dataclass
@@ -109,7 +113,7 @@ class Sketch:
     @classmethod
     def empty(cls, layout: Layout, rows: int, device: torch.device) -> Sketch:
         """With the first blocks only."""
-        level = layout.base.to(device)
+        level = layout.base(device)
         size = 1 << 2 * level
         start = size.cumsum(0) - size
         blocks = torch.full((LEVELS, N_PREFIXES), -1, dtype=torch.int32, device=device)
@@ -216,7 +220,7 @@ class Sketch:
     def _adapt(self, keys: Tensor, sides: Tensor, n: int, layout: Layout) -> None:
         """Refine what n scores, of which this is a sorted sample, would overfill."""
         rows, sampled = self.counts.shape[0], keys.shape[0]
-        number = (keys >= -NO_ATOM + 0x7FFFFF) & (keys <= 0x7F800000)
+        number = (keys >= LEAST_KEY) & (keys <= LARGEST_KEY)
         side = sides == torch.arange(rows, device=keys.device)[:, None]  # (R, n)
         side &= number
         n_side = side.sum(1, keepdim=True).clamp(min=1)
@@ -254,8 +258,10 @@ class Sketch:
         if target.is_cpu and bool((target <= level).all()):
             return
         if not self._allocate(target, level):
+            grows = target > level
             self._compact(layout)
             level = (16 - (self.table & 31)) // 2
+            target = torch.where(grows, target, level)
             while not self._allocate(target, level):
                 target = torch.where(target > level, target - 1, target)
         self._build_table()
@@ -360,7 +366,7 @@ class Sketch:
         share = old / total
         company = (share - 1 / total).clamp(min=0)
         met = (sums(share * company) / sums(share).clamp(min=1e-300)).amax(0)
-        base, rank = layout.base.to(device), torch.arange(LEVELS, device=device)[:, None]
+        base, rank = layout.base(device), torch.arange(LEVELS, device=device)[:, None]
         best = level
         scale = self.scale
         enough = torch.zeros((), dtype=torch.bool, device=device)
@@ -494,8 +500,8 @@ class Cells:
                 values = key_floats((coordinates << spare) | filled)
                 return values, values
             keys = coordinates >> 1
-            return key_floats(np.maximum(keys - 1, -0x7F800001)), key_floats(
-                np.minimum(keys + 1, 0x7F800000)
+            return key_floats(np.maximum(keys - 1, LEAST_KEY)), key_floats(
+                np.minimum(keys + 1, LARGEST_KEY)
             )
 
         if rounded:

@@ -195,7 +195,7 @@ def test_moving_counts_to_coarser_blocks_keeps_every_score():
     sketch.count(x, rows, layout, first=True)
     before = prefix_counts(sketch.cells())
     sketch.scale = sketch.scale * 0 + 1
-    tight = Layout(layout.bins, layout.atoms, layout.base, layout.share * 1000)
+    tight = Layout(layout.bins, layout.atoms, layout.half, layout.share * 1000)
     sketch.used = torch.tensor(layout.bins)
     used = int((sketch.blocks >= 0).sum())
     sketch._compact(tight)
