@@ -5,14 +5,13 @@ import dataclasses
 import json
 import os
 import random
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import python
 
 pytest.importorskip("jinja2")
 pytest.importorskip("skimage")
@@ -241,4 +240,4 @@ def test_write_report_replaces_files_whole(
 
 def test_report_does_without_pyplot() -> None:
     code = "import sys, oodkernels.report; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert python("-c", code).returncode == 0
