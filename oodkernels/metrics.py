@@ -503,9 +503,11 @@ class _Sweep:
         first, last = quantile_ranks(n, tpr, each)
 
         def bounds(rank: int) -> Interval:
+            if not 1 <= rank <= n:
+                return 0.0, 1.0
             return clopper_pearson(self._reached(self.negatives, self._key(rank)), m, each)
 
-        return bounds(first)[0] if first else 0.0, bounds(last)[1] if last <= n else 1.0
+        return bounds(first)[0], bounds(last)[1]
 
     def _key(self, rank: int) -> int:
         """Key of the rank-th most positive positive, 1-based."""
