@@ -31,36 +31,26 @@ OODK_INLINE int digit_of(K key, int digit) {
   return int(K(key ^ kSign<K>) >> (digit * bits)) & ((1 << bits) - 1);
 }
 
-// f(K{}, read) with read(i) the i-th key.
+// f(K{}) with the unsigned integer of `width` bytes.
 template <typename F>
-OODK_INLINE void with_reader(RadixSource source, F f) {
-  const auto of_width = [&](auto zero) {
-    using K = decltype(zero);
-    const K* data = (const K*)source.data;
-    const int64_t stride = source.stride;
-    if (source.is_keys)
-      f(zero, [=](int64_t i) { return data[i]; });
-    else if (stride == 1)
-      f(zero, [=](int64_t i) { return key_of(data[i]); });
-    else
-      f(zero, [=](int64_t i) { return key_of(data[i * stride]); });
-  };
-  switch (source.width) {
-    case 2: return of_width(uint16_t{});
-    case 4: return of_width(uint32_t{});
-    default: return of_width(uint64_t{});
+OODK_INLINE void with_width(int width, F f) {
+  switch (width) {
+    case 2: return f(uint16_t{});
+    case 4: return f(uint32_t{});
+    default: return f(uint64_t{});
   }
 }
 
-void count_all(RadixSource source, int64_t begin, int64_t end, int64_t inf_bits, int64_t* counts,
-    NanCount* nan) {
-  with_reader(source, [&](auto zero, auto read) {
+void make_keys(const void* scores, int64_t stride, int width, int64_t inf_bits, int64_t begin,
+    int64_t end, void* keys, int64_t* counts, NanCount* nan) {
+  with_width(width, [&](auto zero) {
     using K = decltype(zero);
     constexpr int digits = radix_digits(sizeof(K));
+    const K* bits = (const K*)scores;
     // Keys beyond those of both infinities: the largest magnitudes, as NaN's are.
     const K span = K(2 * K(inf_bits) + 1), low = K(~K(inf_bits));
     for (int64_t i = begin; i < end; ++i) {
-      const K key = read(i);
+      const K key = ((K*)keys)[i] = key_of(bits[i * stride]);
       if (K(key - low) > span) [[unlikely]] {
         if (nan->count++ == 0)
           nan->first = i;
@@ -72,10 +62,11 @@ void count_all(RadixSource source, int64_t begin, int64_t end, int64_t inf_bits,
   });
 }
 
-void count(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* counts) {
-  with_reader(source, [&](auto, auto read) {
+void count(
+    const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* counts) {
+  with_width(width, [&](auto zero) {
     for (int64_t i = begin; i < end; ++i)
-      ++counts[digit_of(read(i), digit)];
+      ++counts[digit_of(((const decltype(zero)*)keys)[i], digit)];
   });
 }
 
@@ -91,9 +82,9 @@ OODK_INLINE void write_line(void* to, const void* from) {
 #endif
 }
 
-template <typename K, typename Read>
+template <typename K>
 OODK_INLINE void scatter_keys(
-    Read read, int64_t begin, int64_t end, int digit, int64_t* places, K* out) {
+    const K* keys, int digit, int64_t begin, int64_t end, int64_t* places, K* out) {
   constexpr int64_t L = 64 / sizeof(K);
   constexpr int values = 1 << radix_bits(sizeof(K));
   alignas(64) K lines[values][L];
@@ -105,7 +96,7 @@ OODK_INLINE void scatter_keys(
     std::memcpy(out + from, &lines[d][from % L], size_t(to - from) * sizeof(K));
   };
   for (int64_t i = begin; i < end; ++i) {
-    const K key = read(i);
+    const K key = keys[i];
     const int d = digit_of(key, digit);
     const int64_t place = places[d]++;
     lines[d][place % L] = key;
@@ -124,17 +115,11 @@ OODK_INLINE void scatter_keys(
 #endif
 }
 
-void scatter(
-    RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places, void* out) {
-  with_reader(source, [&](auto zero, auto read) {
-    scatter_keys(read, begin, end, digit, places, (decltype(zero)*)out);
-  });
-}
-
-void copy(RadixSource source, int64_t begin, int64_t end, void* out) {
-  with_reader(source, [&](auto zero, auto read) {
-    for (int64_t i = begin; i < end; ++i)
-      ((decltype(zero)*)out)[i] = read(i);
+void scatter(const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* places,
+    void* out) {
+  with_width(width, [&](auto zero) {
+    using K = decltype(zero);
+    scatter_keys((const K*)keys, digit, begin, end, places, (K*)out);
   });
 }
 
@@ -285,7 +270,7 @@ void sums(const void* id, int64_t n, const void* ood, int64_t m, int width, RocP
 
 } // namespace
 
-extern const RocKernels roc_kernels = {count_all, count, scatter, copy, sums};
+extern const RocKernels roc_kernels = {make_keys, count, scatter, sums};
 
 } // namespace OODK_CPU_NS
 } // namespace oodk
