@@ -25,7 +25,8 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/module.cpp
   csrc/errors.cpp
   csrc/cuda/mos.cu
-  csrc/cuda/logits.cu)
+  csrc/cuda/logits.cu
+  csrc/cuda/roc.cu)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " _architectures)
 target_compile_definitions(_cuda PRIVATE USE_CUDA
   OODK_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}"

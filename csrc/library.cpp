@@ -26,4 +26,12 @@ STABLE_TORCH_LIBRARY(oodk, m) {
   m.def(
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
+
+  // Exact ROC figures, fields: oodkernels/ops/roc.py.
+  m.def("roc_metrics(Tensor id_scores, Tensor ood_scores, float tpr=0.95) -> Tensor");
+
+  // roc_metrics is made of these, see ops/roc.h: scores of any shape to sorted order-preserving
+  // integers of their width (errors name `op` and `argument`), and two sorted sides to exact sums.
+  m.def("_roc_keys(Tensor scores, str op, str argument) -> Tensor");
+  m.def("_roc_counts(Tensor id_keys, Tensor ood_keys) -> (Tensor counts, Tensor areas)");
 }

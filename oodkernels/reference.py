@@ -5,6 +5,7 @@ Written to be read, not to be fast. Pass float64 for a result to hold others aga
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -82,3 +83,28 @@ def logit_scores(
     energy = temperature * (z / temperature).logsumexp(-1)
     negative_entropy = -torch.special.entr(p).sum(-1)
     return p.amax(-1), z.amax(-1), energy, negative_entropy, z.argmax(-1)
+
+
+def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
+    """The fields of ``ops.ROCMetrics`` in one vector, from counts at each distinct score."""
+    x, y = id_scores.double().flatten(), ood_scores.double().flatten()
+    n, m = len(x), len(y)
+    level = torch.cat([x, y]).unique()
+    # How many scores at each level, from it upwards, and up to it.
+    a = torch.bincount(torch.searchsorted(level, x), minlength=len(level)).double()
+    b = torch.bincount(torch.searchsorted(level, y), minlength=len(level)).double()
+    id_from, ood_from = n - a.cumsum(0) + a, m - b.cumsum(0) + b
+    id_to, ood_to = a.cumsum(0), b.cumsum(0)
+    wins = (a * (ood_to - b)).sum() + (a * b).sum() / 2
+    aupr_in = (a / n * (id_from / (id_from + ood_from))).sum()
+    aupr_out = (b / m * (ood_to / (id_to + ood_to))).sum()
+    share = Fraction(repr(tpr))
+    kept = (id_from * share.denominator >= share.numerator * n).nonzero()[-1, 0]
+    flagged = (ood_to * share.denominator >= share.numerator * m).nonzero()[0, 0]
+    errors = (1 - id_from / n) / 2 + ood_from / m / 2
+    fpr, fpr_out = ood_from[kept] / m, id_to[flagged] / n
+    error = errors.amin().clamp(max=0.5)  # 0.5: a threshold beyond all scores
+    areas = [wins / n / m, aupr_in, aupr_out]
+    points = [fpr, fpr_out, level[kept], level[flagged], error]
+    shares = [n / (n + m), m / (n + m), (a * b).sum() / n / m, n, m]
+    return torch.tensor([*areas, *points, *shares], dtype=torch.float64, device=x.device)
