@@ -25,9 +25,9 @@ def _collected() -> Iterator[None]:
 
 @pytest.fixture
 def measure(benchmark: Any) -> Callable[..., None]:
-    """measure(fn, nbytes=..., exps=...): median time, GB/s and G exp/s beside it."""
+    """measure(fn, nbytes=..., exps=..., scores=...): median time, and the rates beside it."""
 
-    def run(fn: Callable[[], Any], nbytes: int = 0, exps: int = 0) -> None:
+    def run(fn: Callable[[], Any], nbytes: int = 0, exps: int = 0, scores: int = 0) -> None:
         fn()  # compilation and first-touch stay out
         if QUICK:
             benchmark.pedantic(fn, rounds=1, iterations=1)
@@ -41,6 +41,8 @@ def measure(benchmark: Any) -> Callable[..., None]:
             benchmark.extra_info["GB/s"] = round(nbytes / median / 1e9, 2)
         if exps:
             benchmark.extra_info["Gexp/s"] = round(exps / median / 1e9, 2)
+        if scores:
+            benchmark.extra_info["Mscores/s"] = round(scores / median / 1e6, 2)
 
     return run
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from sklearn import metrics
 from torch import Tensor
+
+Array = NDArray[Any]
 
 
 def official_score(logits: Tensor, slices: Tensor) -> Tensor:
@@ -66,3 +73,76 @@ def split_loss(logits: Tensor, sizes: list[int], columns: Tensor) -> Tensor:
 def split_score(logits: Tensor, sizes: list[int], first: Tensor) -> Tensor:
     lse = torch.stack([z.logsumexp(-1) for z in logits.split(sizes, -1)], -1)
     return -(logits[:, first] - lse).amin(-1).exp()
+
+
+# --- (FPR95, AUROC, AUPR-in, AUPR-out) of ID scores x and OOD scores y ----------------------------
+
+
+def sklearn_roc(x: Array, y: Array) -> tuple[float, ...]:
+    """The three functions of scikit-learn that papers call."""
+    label = np.concatenate([np.ones(len(x), np.int8), np.zeros(len(y), np.int8)])
+    score = np.concatenate([x, y])
+    fpr, tpr, _ = metrics.roc_curve(label, score, drop_intermediate=False)
+    return (
+        float(fpr[np.searchsorted(tpr, 0.95)]),
+        float(metrics.roc_auc_score(label, score)),
+        float(metrics.average_precision_score(label, score)),
+        float(metrics.average_precision_score(1 - label, -score)),
+    )
+
+
+def numpy_roc(x: Array, y: Array) -> tuple[float, ...]:
+    """One sort and cumulative counts at the distinct scores."""
+    score = np.concatenate([x, y])
+    order = np.argsort(-score)
+    score, is_id = score[order], order < len(x)
+    last = np.flatnonzero(np.append(score[1:] != score[:-1], True))
+    tp = np.cumsum(is_id)[last]
+    return _figures(np, tp.astype(np.float64), (last + 1 - tp).astype(np.float64))
+
+
+def torch_roc(x: Tensor, y: Tensor) -> tuple[float, ...]:
+    """The same in torch, with its radix sort of 32-bit integer keys."""
+    bits = torch.cat([x, y]).view(torch.int32)
+    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key, order = (-1 - key).sort()
+    last = torch.cat([key[1:] != key[:-1], key.new_ones(1, dtype=torch.bool)]).nonzero()[:, 0]
+    tp = (order < len(x)).cumsum(0)[last]
+    return _figures(torch, tp.double(), (last + 1 - tp).double())
+
+
+def _figures(xp: Any, tp: Any, fp: Any) -> tuple[float, ...]:
+    n, m = tp[-1], fp[-1]
+    zero = xp.zeros_like(tp[:1])
+    tp0, fp0 = xp.concatenate([zero, tp[:-1]]), xp.concatenate([zero, fp[:-1]])
+    gained, false = tp - tp0, fp - fp0
+    return (
+        float(fp[xp.searchsorted(tp, xp.ceil(0.95 * n))] / m),
+        float((false * (tp + tp0)).sum() / (2 * n * m)),
+        float((gained * tp / (tp + fp)).sum() / n),
+        float((false * (m - fp0) / (m - fp0 + n - tp0)).sum() / m),
+    )
+
+
+def torchmetrics_roc(classification: Any, score: Tensor, label: Tensor) -> tuple[float, ...]:
+    """The exact (unbinned) functions of torchmetrics, for scores in [0, 1]."""
+    fpr, tpr, _ = classification.binary_roc(score, label)
+    return (
+        float(fpr[torch.searchsorted(tpr, 0.95)]),
+        float(classification.binary_auroc(score, label)),
+        float(classification.binary_average_precision(score, label)),
+        float(classification.binary_average_precision(1 - score, 1 - label)),
+    )
+
+
+def pytorch_ood_roc(package: Any, outlier: Tensor, label: Tensor) -> tuple[float, ...]:
+    """One collection, whose metrics share a sort; its FPR95 has OOD as positive."""
+    figures = package.MetricCollection(
+        [
+            package.FPRAtTPR(),
+            package.AUROC(),
+            package.AUPR(positive="id"),
+            package.AUPR(positive="ood"),
+        ]
+    )
+    return tuple(figures.update(scores=outlier, labels=label).compute().values())

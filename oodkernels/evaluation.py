@@ -1,20 +1,22 @@
-"""OOD detection metrics: positive = ID, scores higher = more ID."""
+"""Detectors' scores on every test set, and the table of results made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score
+from numpy.typing import NDArray
+
+from oodkernels.metrics import OODResults, ood_metrics
 
 Array = NDArray[Any]
 
 AVERAGE = "average"
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
 CONVENTION = {
+    "name": "default",
     "scores": "higher = more in-distribution (ID)",
     "positive": "ID",
     "fpr95": "share of OOD kept at the largest threshold t with TPR(score >= t) >= 0.95, "
@@ -49,6 +51,16 @@ class Method:
         """Model and score in one label."""
         return f"{self.model}: {self.score}"
 
+    @cached_property
+    def results(self) -> OODResults:
+        """OOD set -> metrics."""
+        return ood_metrics(self.id_scores, self.ood_scores, convention=CONVENTION["name"])
+
+    @property
+    def threshold(self) -> float:
+        """The largest score at or above which lie at least 95 % of the ID scores."""
+        return next(iter(self.results.values())).threshold
+
 
 class Row(NamedTuple):
     """One line of a results table: one method on one OOD set, or its average over them."""
@@ -65,49 +77,14 @@ class Row(NamedTuple):
     n_ood: int
 
 
-def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, float]:
-    """How well scores tell ID from OOD; see :data:`CONVENTION` for each metric's definition.
-
-    Args:
-        id_scores: (N,) scores of ID samples, higher = more ID; infinities are allowed.
-        ood_scores: (M,) scores of OOD samples.
-
-    Returns:
-        ``fpr95`` (lower is better), ``auroc``, ``aupr_in`` and ``aupr_out``, each in [0, 1].
-
-    Raises:
-        ValueError: Scores are not a vector, or empty, or hold a NaN.
-    """
-    inside, outside = _checked("id_scores", id_scores), _checked("ood_scores", ood_scores)
-    is_id = np.arange(len(inside) + len(outside)) < len(inside)
-    # Ranks order and tie as the scores do, and are finite.
-    ranks = np.unique(np.concatenate([inside, outside]), return_inverse=True)[1]
-    kept = ranks[~is_id] >= threshold(ranks[is_id])
-    return {
-        "fpr95": float(kept.mean()),
-        "auroc": float(roc_auc_score(is_id, ranks)),
-        "aupr_in": float(average_precision_score(is_id, ranks)),
-        "aupr_out": float(average_precision_score(~is_id, -ranks)),
-    }
-
-
-def threshold(id_scores: Array, percent: int = 95) -> Any:
-    """The largest score at or above which lie at least ``percent`` % of ``id_scores`` (N,)."""
-    kept = -(-percent * len(id_scores) // 100)
-    return np.sort(id_scores)[-kept]
-
-
 def evaluate(methods: Iterable[Method]) -> list[Row]:
     """The table of results: per method one row for each OOD set, then their average."""
     rows = []
     for method in methods:
-        per_set = {name: ood_metrics(method.id_scores, s) for name, s in method.ood_scores.items()}
-        sizes = {name: len(scores) for name, scores in method.ood_scores.items()}
-        per_set[AVERAGE] = {
-            metric: float(np.mean([values[metric] for values in per_set.values()]))
-            for metric in METRICS
-        }
-        sizes[AVERAGE] = sum(sizes.values())
+        results = method.results
+        per_set = {name: result.as_dict() for name, result in results.items()}
+        sizes = {name: result.n_ood for name, result in results.items()}
+        per_set[AVERAGE], sizes[AVERAGE] = results.average, sum(sizes.values())
         rows += [
             Row(
                 ood_set=name,
@@ -116,7 +93,7 @@ def evaluate(methods: Iterable[Method]) -> list[Row]:
                 id_accuracy=method.id_accuracy,
                 n_id=len(method.id_scores),
                 n_ood=sizes[name],
-                **values,
+                **{metric: values[metric] for metric in METRICS},
             )
             for name, values in per_set.items()
         ]
@@ -136,15 +113,3 @@ def best(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
             key = (row.ood_set, metric)
             values[key] = better(values.get(key, value), value)
     return values
-
-
-def _checked(name: str, scores: ArrayLike) -> Array:
-    array = np.asarray(scores)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"ood_metrics: {name} must be a non-empty vector, got {array.shape}")
-    nans = np.flatnonzero(np.isnan(array))
-    if nans.size:
-        raise ValueError(
-            f"ood_metrics: {name} must not hold NaN, got {nans.size}, the first at index {nans[0]}"
-        )
-    return array

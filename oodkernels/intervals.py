@@ -10,6 +10,8 @@ import math
 from fractions import Fraction
 from statistics import NormalDist
 
+import numpy as np
+
 Interval = tuple[float, float]
 
 
@@ -66,12 +68,24 @@ def quantile_ranks(n: int, q: float, confidence: float = 0.95) -> tuple[int, int
         raise ValueError(f"quantile_ranks: n must be >= 1 and q in [0, 1], got n={n}, q={q}")
     tail = (1 - confidence) / 2
 
-    def first(holds_at_end: float) -> int:
-        # Smallest k in 0..n with P(Binomial(n, q) <= k) > holds_at_end.
-        low, high = 0, n
+    def first(share: float) -> int:
+        # Smallest k in 0..n with P(Binomial(n, q) <= k) > share: near where a normal has it.
+        def holds(k: int) -> bool:
+            return k >= n or (k >= 0 and _binomial_cdf(k, n, q) > share)
+
+        sigma = math.sqrt(n * q * (1 - q))
+        guess = int(n * q + NormalDist().inv_cdf(share) * sigma)
+        reach = 2
+        while holds(guess - reach) and guess - reach >= 0:
+            reach *= 4
+        low = max(0, guess - reach)
+        reach = 2
+        while not holds(guess + reach):
+            reach *= 4
+        high = min(n, guess + reach)
         while low < high:
             middle = (low + high) // 2
-            if _binomial_cdf(middle, n, q) > holds_at_end:
+            if holds(middle):
                 high = middle
             else:
                 low = middle + 1
@@ -177,7 +191,10 @@ def _deviance(x: float, mean: float) -> float:
 
 
 def _binomial_pmf(k: int, n: int, p: float, q: float) -> float:
-    """P(Binomial(n, p) = k), 0 < k < n, q = 1 - p: Loader's saddle-point form (2000)."""
+    """P(Binomial(n, p) = k), q = 1 - p: Loader's saddle-point form (2000)."""
+    if k in (0, n):
+        only, other = (p, q) if k else (q, p)
+        return math.exp(n * (math.log1p(-other) if other < 0.5 else math.log(only)))
     exponent = (
         _stirling_error(n)
         - _stirling_error(k)
@@ -188,49 +205,40 @@ def _binomial_pmf(k: int, n: int, p: float, q: float) -> float:
     return math.exp(exponent) * math.sqrt(n / (2 * math.pi * k * (n - k)))
 
 
+def _binomial_upper(k: int, n: int, p: float, q: float) -> float:
+    """P(Binomial(n, p) >= k) for k above the mean, where the terms of the sum fall from k on."""
+    terms = min(n - k, int(10 * math.sqrt(n * p * q)) + 60)  # the rest is below 1e-20 of the first
+    i = np.arange(k, k + terms, dtype=np.float64)
+    return _binomial_pmf(k, n, p, q) * (1 + float(np.cumprod((n - i) / (i + 1) * (p / q)).sum()))
+
+
 def _beta_cdf(x: float, a: int, b: int) -> float:
-    """Regularised incomplete beta function I_x(a, b), a, b >= 1, by Lentz's continued fraction."""
+    """Incomplete beta function I_x(a, b) = P(Binomial(a + b - 1, x) >= a), a, b >= 1."""
+    n = a + b - 1
     if x <= 0 or x >= 1:
         return float(x > 0)
-    if x * (a + b + 2) > a + 1:
-        return 1 - _lower_beta(1 - x, x, b, a)
-    return _lower_beta(x, 1 - x, a, b)
-
-
-def _lower_beta(x: float, y: float, a: int, b: int) -> float:
-    tiny = 1e-300
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    fraction, m = d, 0
-    while True:
-        m += 1
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 / (1 + numerator * d or tiny)
-            c = 1 + numerator / c or tiny
-            step = c * d
-            fraction *= step
-        if abs(step - 1) < 1e-15 or m > 1_000_000:
-            return _binomial_pmf(a, a + b, x, y) * b / (a + b) * fraction
+    if a > n * x:
+        return _binomial_upper(a, n, x, 1 - x)
+    return 1 - _binomial_upper(b, n, 1 - x, x)
 
 
 def _beta_quantile(a: int, b: int, lower: float) -> float:
     """x with I_x(a, b) = lower: Newton's method inside a shrinking bracket."""
     low, high = 0.0, 1.0
-    x = a / (a + b)
+    # From Wilson's normal approximation.
+    n, z = a + b - 1, NormalDist().inv_cdf(lower)
+    x = (a - 0.5 + z * z / 2 + z * math.sqrt((a - 0.5) * (b - 0.5) / n + z * z / 4)) / (n + z * z)
     for _ in range(200):
         error = _beta_cdf(x, a, b) - lower
         if error > 0:
             high = x
         else:
             low = x
-        # The density is the binomial probability of a in a + b trials, up to its scale.
-        density = _binomial_pmf(a, a + b, x, 1 - x) * a * b / ((a + b) * x * (1 - x))
+        density = _binomial_pmf(a - 1, n - 1, x, 1 - x) * n if n > 1 else 1.0
         following = x - error / density if density > 0 else low
         if not low < following < high:
             following = (low + high) / 2
-        if abs(following - x) <= 1e-15 * x or following in (low, high):
+        if abs(following - x) <= 1e-13 * x or following in (low, high):
             return following
         x = following
     return x

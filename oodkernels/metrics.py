@@ -24,7 +24,7 @@ from oodkernels.intervals import (
     delong,
     quantile_ranks,
 )
-from oodkernels.ops.roc import exact_ceil, roc_counts, score_of_key, sort_keys
+from oodkernels.ops.roc import exact_ceil, roc_counts, scores_of_keys, sort_keys
 
 Scores = Tensor | ArrayLike
 
@@ -269,8 +269,8 @@ def ood_metrics(
 
     Args:
         id_scores: Scores of ID samples, higher = more ID: a tensor or array of float64, float32,
-            bfloat16 or float16, of any shape and strides. Integers become float64, which must hold
-            them exactly; booleans are refused.
+            bfloat16 or float16, of any shape and strides. Integers below 2**53 become float64;
+            booleans are refused.
         ood_scores: Scores of OOD samples; or several sets by name, for which the ID side is sorted
             once. Two types meet in the one that holds both.
         tpr: 0 < tpr <= 1, read as the decimal it prints as: 0.95 of 20 scores are 19.
@@ -282,7 +282,7 @@ def ood_metrics(
 
     Raises:
         ValueError: Scores are empty or hold NaN (the message has the count and the first index),
-            or are integers beyond float64; ``tpr``, ``convention`` or ``confidence`` is unknown
+            or are integers of 2**53 or more; ``tpr``, ``convention`` or ``confidence`` is unknown
             or out of range.
         TypeError: Scores are not of a type above.
     """
@@ -354,10 +354,9 @@ def _as_tensor(function: str, name: str, scores: Any) -> Tensor:
         raise TypeError(f"{function}: {name} must be numbers, got {scores.dtype}")
     if not scores.is_floating_point():
         converted = scores.to(torch.float64)
-        if scores.numel() and converted.abs().max() > 2**53:
+        if scores.numel() and converted.abs().max() >= 2**53:
             raise ValueError(
-                f"{function}: {name} must be integers that float64 holds exactly, got one beyond "
-                f"2**53"
+                f"{function}: {name} must be integers below 2**53, which float64 holds exactly"
             )
         return converted
     return scores
@@ -402,6 +401,9 @@ def _evaluate(
     by_ood = _Sweep(ood_keys, id_keys, descending=False)
     outer = by_ood.least(tpr)
 
+    def score_at(point: _Point) -> float:
+        return float(scores_of_keys(torch.tensor([point.key], dtype=id_keys.dtype), dtype))
+
     def result(convention: Convention) -> OODResult:
         sweep = by_id if convention.positive == "id" else by_ood
         point: _Point = getattr(sweep, convention.rule)(tpr)
@@ -414,8 +416,8 @@ def _evaluate(
             aupr_out=areas.average_precision_out if average else areas.trapezoid_out,
             fpr_at_tpr=point.false_positives / n_negative,
             fpr_out_at_tpr=outer.false_positives / n_id,
-            threshold=score_of_key(point.key, dtype),
-            threshold_out=score_of_key(outer.key, dtype),
+            threshold=score_at(point),
+            threshold_out=score_at(outer),
             detection_error=(pairs - counts.separation) / (2 * pairs),
             base_rate_in=n_id / (n_id + n_ood),
             base_rate_out=n_ood / (n_id + n_ood),
@@ -501,9 +503,11 @@ class _Sweep:
         first, last = quantile_ranks(n, tpr, each)
 
         def bounds(rank: int) -> Interval:
+            if not 1 <= rank <= n:
+                return 0.0, 1.0
             return clopper_pearson(self._reached(self.negatives, self._key(rank)), m, each)
 
-        return bounds(first)[0] if first else 0.0, bounds(last)[1] if last <= n else 1.0
+        return bounds(first)[0], bounds(last)[1]
 
     def _key(self, rank: int) -> int:
         """Key of the rank-th most positive positive, 1-based."""

@@ -90,9 +90,9 @@ def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Ten
     x, y = id_scores.double().flatten(), ood_scores.double().flatten()
     n, m = len(x), len(y)
     level = torch.cat([x, y]).unique()
-    a = torch.bincount(torch.searchsorted(level, x), minlength=len(level))  # ID scores at a level
-    b = torch.bincount(torch.searchsorted(level, y), minlength=len(level))
-    # From a level upwards, and up to it.
+    # How many scores at each level, from it upwards, and up to it.
+    a = torch.bincount(torch.searchsorted(level, x), minlength=len(level)).double()
+    b = torch.bincount(torch.searchsorted(level, y), minlength=len(level)).double()
     id_from, ood_from = n - a.cumsum(0) + a, m - b.cumsum(0) + b
     id_to, ood_to = a.cumsum(0), b.cumsum(0)
     wins = (a * (ood_to - b)).sum() + (a * b).sum() / 2
@@ -102,23 +102,12 @@ def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Ten
     kept = (id_from * share.denominator >= share.numerator * n).nonzero()[-1, 0]
     flagged = (ood_to * share.denominator >= share.numerator * m).nonzero()[0, 0]
     errors = (1 - id_from / n) / 2 + ood_from / m / 2
-    return torch.stack(
-        [
-            wins / n / m,
-            aupr_in,
-            aupr_out,
-            ood_from[kept] / m,
-            id_to[flagged] / n,
-            level[kept],
-            level[flagged],
-            errors.amin().clamp(max=0.5),  # 0.5: a threshold beyond all scores
-            torch.tensor(n / (n + m)),
-            torch.tensor(m / (n + m)),
-            (a * b).sum() / n / m,
-            torch.tensor(n),
-            torch.tensor(m),
-        ]
-    ).double()
+    fpr, fpr_out = ood_from[kept] / m, id_to[flagged] / n
+    error = errors.amin().clamp(max=0.5)  # 0.5: a threshold beyond all scores
+    areas = [wins / n / m, aupr_in, aupr_out]
+    points = [fpr, fpr_out, level[kept], level[flagged], error]
+    shares = [n / (n + m), m / (n + m), (a * b).sum() / n / m, n, m]
+    return torch.tensor([*areas, *points, *shares], dtype=torch.float64, device=x.device)
 
 
 def roc_histogram_(

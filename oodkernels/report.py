@@ -34,7 +34,6 @@ from oodkernels.evaluation import (
     Method,
     Row,
     best,
-    threshold,
 )
 
 METRIC_NAMES = {"fpr95": "FPR95", "auroc": "AUROC", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
@@ -218,9 +217,7 @@ def _histogram(axes: Axes, method: Method) -> None:
     draw(method.id_scores, color=_ID_COLOR, alpha=0.45, label=f"{ID_SET} (ID)")
     for (name, scores), color in zip(method.ood_scores.items(), _OOD_COLORS, strict=False):
         draw(scores, color=color, histtype="step", lw=1.4, label=name)
-    axes.axvline(
-        threshold(method.id_scores), color="#333333", lw=1, ls="--", label="95 % of ID at or above"
-    )
+    axes.axvline(method.threshold, color="#333333", lw=1, ls="--", label="95 % of ID at or above")
     axes.set(title=method.name, yscale="log", ylim=(0.1, 100))
     axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     axes.yaxis.set_minor_locator(NullLocator())

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
@@ -22,10 +21,6 @@ def oodk(*args: object) -> Result:
     return CliRunner(env={"COLUMNS": "100"}).invoke(app, [str(arg) for arg in args])
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
 def plain(found: Result) -> str:
     """What was printed, without the colours, line breaks and borders of rich."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", found.output).replace("│", " ").split())
@@ -38,9 +33,7 @@ def test_version() -> None:
 
 
 def test_python_m() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "oodkernels", "info"], capture_output=True, text=True, check=True
-    )
+    found = python("-m", "oodkernels", "info")
     assert torch.__version__ in found.stdout
 
 
@@ -128,8 +121,9 @@ def test_interrupt_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("missing", "command"), [("typer", "--version"), ("skimage", "demo")])
 def test_missing_extra_is_named_in_one_line(missing: str, command: str) -> None:
     found = python(
+        "-c",
         f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['oodk', {command!r}]\n"
-        "from oodkernels.__main__ import main; sys.exit(main())"
+        "from oodkernels.__main__ import main; sys.exit(main())",
     )
     assert found.returncode == 1
     assert found.stderr == (
@@ -140,18 +134,20 @@ def test_missing_extra_is_named_in_one_line(missing: str, command: str) -> None:
 
 def test_info_needs_neither_plotting_nor_data() -> None:
     found = python(
+        "-c",
         "import sys\n"
         "for name in ('matplotlib', 'sklearn', 'skimage', 'jinja2'): sys.modules[name] = None\n"
         "sys.argv = ['oodk', 'info']\n"
-        "from oodkernels.__main__ import main; sys.exit(main())"
+        "from oodkernels.__main__ import main; sys.exit(main())",
     )
     assert found.returncode == 0, found.stderr
 
 
 def test_other_missing_modules_are_not_hidden() -> None:
     found = python(
+        "-c",
         "import sys; sys.modules['oodkernels.cli'] = None\n"
-        "from oodkernels.__main__ import main; sys.exit(main())"
+        "from oodkernels.__main__ import main; sys.exit(main())",
     )
     assert found.returncode == 1
     assert "Traceback" in found.stderr

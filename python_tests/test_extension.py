@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import python
 
 import oodkernels
 from oodkernels import _C
-
-HERE = Path(__file__).parent
-
-
-def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *args],
-        cwd=HERE,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def test_build_info() -> None:
@@ -47,13 +30,13 @@ def test_capability(capability: str) -> None:
         f"assert _C.cpu_capability() == {capability!r}; "
         f"sys.exit(pytest.main(['test_ops.py', '-q', '-x', '-k', {tests!r}]))"
     )
-    result = run("-c", code, OODK_CPU_CAPABILITY=capability)
+    result = python("-c", code, OODK_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout
 
 
 def test_unknown_capability() -> None:
-    result = run("-c", "import oodkernels", OODK_CPU_CAPABILITY="avx1024")
+    result = python("-c", "import oodkernels", OODK_CPU_CAPABILITY="avx1024")
     assert result.returncode != 0
     assert "OODK_CPU_CAPABILITY must be one of baseline" in result.stderr
     assert "avx1024" in result.stderr
@@ -64,5 +47,5 @@ def test_importing_registers_the_ops() -> None:
         "import torch, oodkernels; "
         "print(torch.ops.oodk.mos_score(torch.zeros(2, 4), torch.tensor([0, 2, 4])).tolist())"
     )
-    result = run("-c", code)
+    result = python("-c", code)
     assert result.stdout.strip() == "[-0.5, -0.5]", result.stderr

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -25,17 +27,22 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
   const RocScores scores = roc_scores(op, argument, t);
   const RocKernels& kernels = OODK_SELECT_KERNELS(roc_kernels);
   const int64_t n = scores.count;
-  const int digits = radix_digits(scores.width);
+  const int width = scores.width, digits = radix_digits(width);
   constexpr int64_t least = 1 << 15; // scores that are worth a thread
   const int64_t parts = std::clamp<int64_t>(n / least, 1, torch::stable::get_num_threads());
   const auto begin = [&](int64_t part) { return part * n / parts; };
+  const auto new_keys = [&] {
+    const Tensor buffer = empty({n}, scores.key_type, t);
+    advise_huge_pages(buffer.mutable_data_ptr(), n * width);
+    return buffer;
+  };
 
-  RadixSource source{scores.tensor.const_data_ptr(), scores.stride, scores.width, false};
+  Tensor keys = new_keys();
   std::vector<int64_t> counts(parts * digits * kRadix); // (parts, digits, kRadix)
   std::vector<NanCount> nans(parts);
   for_parts(parts, [&](int64_t p) {
-    kernels.count_all(source, begin(p), begin(p + 1), scores.inf_bits,
-        &counts[p * digits * kRadix], &nans[p]);
+    kernels.make_keys(scores.tensor.const_data_ptr(), scores.stride, width, scores.inf_bits,
+        begin(p), begin(p + 1), keys.mutable_data_ptr(), &counts[p * digits * kRadix], &nans[p]);
   });
   NanCount nan{};
   for (const NanCount& found : nans) {
@@ -45,50 +52,33 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
   if (nan.count)
     throw_nan(op, argument, nan.count, nan.first);
 
-  std::vector<int> passes; // the digits in which keys differ
+  Tensor sorted; // by the digits so far
+  bool moved = false;
   for (int digit = 0; digit < digits; ++digit) {
+    const auto count_of = [&](int64_t p) { return &counts[(p * digits + digit) * kRadix]; };
     std::array<int64_t, kRadix> total{};
     for (int64_t p = 0; p < parts; ++p)
-      for (int d = 0; d < kRadix; ++d)
-        total[d] += counts[(p * digits + digit) * kRadix + d];
-    if (*std::max_element(total.begin(), total.end()) < n)
-      passes.push_back(digit);
-  }
-
-  Tensor keys = empty({n}, scores.key_type, t);
-  const auto advised = [&](const Tensor& buffer) {
-    advise_huge_pages(buffer.mutable_data_ptr(), n * scores.width);
-    return buffer;
-  };
-  advised(keys);
-  if (passes.empty()) {
-    for_parts(parts, [&](int64_t p) {
-      kernels.copy(source, begin(p), begin(p + 1), keys.mutable_data_ptr());
-    });
-    return keys;
-  }
-  const Tensor other =
-      passes.size() > 1 ? advised(empty({n}, scores.key_type, t)) : keys;
-  bool to_keys = passes.size() % 2 == 1; // so that the last pass ends there
-  for (size_t pass = 0; pass < passes.size(); ++pass, to_keys = !to_keys) {
-    const int digit = passes[pass];
-    const bool counted = pass == 0 || parts == 1; // a part's scores are still those counted
-    std::vector<int64_t> places(parts * kRadix);
-    for_parts(parts, [&](int64_t p) {
-      if (counted)
-        std::copy_n(&counts[(p * digits + digit) * kRadix], kRadix, &places[p * kRadix]);
-      else
-        kernels.count(source, begin(p), begin(p + 1), digit, &places[p * kRadix]);
-    });
-    int64_t place = 0;
+      std::transform(total.begin(), total.end(), count_of(p), total.begin(), std::plus<>());
+    if (*std::max_element(total.begin(), total.end()) == n)
+      continue; // all keys have the same
+    if (moved && parts > 1) // a part no longer holds the keys that were counted in it
+      for_parts(parts, [&](int64_t p) {
+        std::fill_n(count_of(p), kRadix, 0);
+        kernels.count(
+            keys.const_data_ptr(), width, digit, begin(p), begin(p + 1), count_of(p));
+      });
+    int64_t place = 0; // counts become the places of their keys
     for (int d = 0; d < kRadix; ++d)
       for (int64_t p = 0; p < parts; ++p)
-        place += std::exchange(places[p * kRadix + d], place);
-    void* out = (to_keys ? keys : other).mutable_data_ptr();
+        place += std::exchange(count_of(p)[d], place);
+    if (!moved)
+      sorted = new_keys();
     for_parts(parts, [&](int64_t p) {
-      kernels.scatter(source, begin(p), begin(p + 1), digit, &places[p * kRadix], out);
+      kernels.scatter(keys.const_data_ptr(), width, digit, begin(p), begin(p + 1), count_of(p),
+          sorted.mutable_data_ptr());
     });
-    source = {out, 1, scores.width, true};
+    std::swap(keys, sorted);
+    moved = true;
   }
   return keys;
 }

@@ -31,36 +31,26 @@ OODK_INLINE int digit_of(K key, int digit) {
   return int(K(key ^ kSign<K>) >> (digit * bits)) & ((1 << bits) - 1);
 }
 
-// f(K{}, read) with read(i) the i-th key.
+// f(K{}) with the unsigned integer of `width` bytes.
 template <typename F>
-OODK_INLINE void with_reader(RadixSource source, F f) {
-  const auto of_width = [&](auto zero) {
-    using K = decltype(zero);
-    const K* data = (const K*)source.data;
-    const int64_t stride = source.stride;
-    if (source.is_keys)
-      f(zero, [=](int64_t i) { return data[i]; });
-    else if (stride == 1)
-      f(zero, [=](int64_t i) { return key_of(data[i]); });
-    else
-      f(zero, [=](int64_t i) { return key_of(data[i * stride]); });
-  };
-  switch (source.width) {
-    case 2: return of_width(uint16_t{});
-    case 4: return of_width(uint32_t{});
-    default: return of_width(uint64_t{});
+OODK_INLINE void with_width(int width, F f) {
+  switch (width) {
+    case 2: return f(uint16_t{});
+    case 4: return f(uint32_t{});
+    default: return f(uint64_t{});
   }
 }
 
-void count_all(RadixSource source, int64_t begin, int64_t end, int64_t inf_bits, int64_t* counts,
-    NanCount* nan) {
-  with_reader(source, [&](auto zero, auto read) {
+void make_keys(const void* scores, int64_t stride, int width, int64_t inf_bits, int64_t begin,
+    int64_t end, void* keys, int64_t* counts, NanCount* nan) {
+  with_width(width, [&](auto zero) {
     using K = decltype(zero);
     constexpr int digits = radix_digits(sizeof(K));
+    const K* bits = (const K*)scores;
     // Keys beyond those of both infinities: the largest magnitudes, as NaN's are.
     const K span = K(2 * K(inf_bits) + 1), low = K(~K(inf_bits));
     for (int64_t i = begin; i < end; ++i) {
-      const K key = read(i);
+      const K key = ((K*)keys)[i] = key_of(bits[i * stride]);
       if (K(key - low) > span) [[unlikely]] {
         if (nan->count++ == 0)
           nan->first = i;
@@ -72,10 +62,11 @@ void count_all(RadixSource source, int64_t begin, int64_t end, int64_t inf_bits,
   });
 }
 
-void count(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* counts) {
-  with_reader(source, [&](auto, auto read) {
+void count(
+    const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* counts) {
+  with_width(width, [&](auto zero) {
     for (int64_t i = begin; i < end; ++i)
-      ++counts[digit_of(read(i), digit)];
+      ++counts[digit_of(((const decltype(zero)*)keys)[i], digit)];
   });
 }
 
@@ -91,9 +82,9 @@ OODK_INLINE void write_line(void* to, const void* from) {
 #endif
 }
 
-template <typename K, typename Read>
+template <typename K>
 OODK_INLINE void scatter_keys(
-    Read read, int64_t begin, int64_t end, int digit, int64_t* places, K* out) {
+    const K* keys, int digit, int64_t begin, int64_t end, int64_t* places, K* out) {
   constexpr int64_t L = 64 / sizeof(K);
   constexpr int values = 1 << radix_bits(sizeof(K));
   alignas(64) K lines[values][L];
@@ -105,7 +96,7 @@ OODK_INLINE void scatter_keys(
     std::memcpy(out + from, &lines[d][from % L], size_t(to - from) * sizeof(K));
   };
   for (int64_t i = begin; i < end; ++i) {
-    const K key = read(i);
+    const K key = keys[i];
     const int d = digit_of(key, digit);
     const int64_t place = places[d]++;
     lines[d][place % L] = key;
@@ -124,79 +115,70 @@ OODK_INLINE void scatter_keys(
 #endif
 }
 
-void scatter(
-    RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places, void* out) {
-  with_reader(source, [&](auto zero, auto read) {
-    scatter_keys(read, begin, end, digit, places, (decltype(zero)*)out);
-  });
-}
-
-void copy(RadixSource source, int64_t begin, int64_t end, void* out) {
-  with_reader(source, [&](auto zero, auto read) {
-    for (int64_t i = begin; i < end; ++i)
-      ((decltype(zero)*)out)[i] = read(i);
+void scatter(const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* places,
+    void* out) {
+  with_width(width, [&](auto zero) {
+    using K = decltype(zero);
+    scatter_keys((const K*)keys, digit, begin, end, places, (K*)out);
   });
 }
 
 // --- sums -----------------------------------------------------------------------------------------
 
-// A merge of two arrays that lists the points at which levels begin. It branches on no key: a point
-// is written at every step and kept where the key is new.
+// Lists the points at which levels begin, as i and i + j, by a merge of n and m keys, then their
+// end. It branches on no key: a point is written at every step and kept where the key is new.
+// `has_more`: either array goes on, with greater keys, so that the merge need not mind their ends
+// and thirds of it can run side by side.
 template <typename K>
-struct Merge {
-  const K *id, *ood;
-  int32_t i, j;
-  K last; // the key before
-  int32_t *at_i, *at_j;
-  int64_t count = 0;
-
-  OODK_INLINE void take(K key, bool from_id) {
-    at_i[count] = i;
-    at_j[count] = j;
+int64_t list_levels(const K* id, int64_t n, const K* ood, int64_t m, bool has_more, int32_t* at_i,
+    int32_t* at_both) {
+  const K least = n && (!m || id[0] <= ood[0]) ? id[0] : ood[0];
+  int64_t count = 0, i = 0, both = 0;
+  K last = K(~least); // the key before
+  if (has_more) {
+    constexpr int W = 3;
+    const int64_t each = (n + m) / W;
+    int32_t part_i[W][kRocChunk / W + 1], part_both[W][kRocChunk / W + 1];
+    int64_t part_count[W] = {}, index[W];
+    K before[W];
+    for (int w = 0; w < W; ++w) {
+      const int64_t i = index[w] = merge_path(id, n, ood, m, w * each), j = w * each - i;
+      before[w] = i && (!j || id[i - 1] > ood[j - 1]) ? id[i - 1] : j ? ood[j - 1] : last;
+    }
+    for (int64_t s = 0; s < each; ++s)
+#pragma GCC unroll 3
+      for (int w = 0; w < W; ++w) {
+        const int64_t i = index[w], t = w * each + s;
+        const K x = id[i], y = ood[t - i], key = x <= y ? x : y;
+        part_i[w][part_count[w]] = int32_t(i);
+        part_both[w][part_count[w]] = int32_t(t);
+        part_count[w] += key != before[w];
+        before[w] = key;
+        index[w] = i + (x <= y);
+      }
+    for (int w = 0; w < W; ++w) {
+      std::memcpy(at_i + count, part_i[w], part_count[w] * sizeof(*at_i));
+      std::memcpy(at_both + count, part_both[w], part_count[w] * sizeof(*at_both));
+      count += part_count[w];
+    }
+    i = index[W - 1], both = W * each, last = before[W - 1];
+  }
+  const auto take = [&](K key, bool from_id) {
+    at_i[count] = int32_t(i);
+    at_both[count] = int32_t(both++);
     count += key != last;
     last = key;
     i += from_id;
-    j += !from_id;
-  }
-  OODK_INLINE void step() {
-    const K x = id[i], y = ood[j];
-    take(x <= y ? x : y, x <= y);
-  }
-};
-
-// Levels of `size_i` and `size_j` keys, then their end. `has_more`: either array goes on, with
-// greater keys, so that the merge need not mind their ends, and two halves can run side by side.
-template <typename K>
-int64_t list_levels(const K* id, const K* ood, int32_t size_i, int32_t size_j, bool has_more,
-    int32_t* at_i, int32_t* at_j) {
-  const K least = size_i && (!size_j || id[0] <= ood[0]) ? id[0] : ood[0];
-  Merge<K> merge{id, ood, 0, 0, K(~least), at_i, at_j};
-  if (has_more) {
-    const int32_t half = (size_i + size_j) / 2;
-    const int32_t i = int32_t(merge_path(id, size_i, ood, size_j, half)), j = half - i;
-    const K before = i && (!j || id[i - 1] > ood[j - 1]) ? id[i - 1] : j ? ood[j - 1] : K(~least);
-    int32_t more_i[kRocChunk / 2 + 1], more_j[kRocChunk / 2 + 1];
-    Merge<K> more{id, ood, i, j, before, more_i, more_j};
-    for (int32_t s = 0; s < half; ++s) {
-      merge.step();
-      more.step();
-    }
-    if ((size_i + size_j) % 2)
-      more.step();
-    std::memcpy(at_i + merge.count, more_i, more.count * sizeof(*at_i));
-    std::memcpy(at_j + merge.count, more_j, more.count * sizeof(*at_j));
-    merge.count += more.count;
-  } else {
-    while (merge.i < size_i && merge.j < size_j)
-      merge.step();
-    while (merge.i < size_i)
-      merge.take(id[merge.i], true);
-    while (merge.j < size_j)
-      merge.take(ood[merge.j], false);
-  }
-  at_i[merge.count] = size_i;
-  at_j[merge.count] = size_j;
-  return merge.count;
+  };
+  while (i < n && both - i < m)
+    take(id[i] <= ood[both - i] ? id[i] : ood[both - i], id[i] <= ood[both - i]);
+  while (i < n)
+    take(id[i], true);
+  while (both - i < m)
+    take(ood[both - i], false);
+  at_i[count] = int32_t(n);
+  at_both[count] = int32_t(n + m);
+  return count;
 }
 
 typedef int32_t offsets_t __attribute__((vector_size(kBytes / 2)));
@@ -207,56 +189,61 @@ OODK_INLINE vec<double> load_offsets(const int32_t* from) {
   return __builtin_convertvector(value, vec<double>);
 }
 
+// The lanes from the second of a to the first of b.
+template <int... I>
+OODK_INLINE vec<double> following(vec<double> a, vec<double> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I + 1)...);
+}
+OODK_INLINE vec<double> following(vec<double> a, vec<double> b) {
+  return following(a, b, std::make_integer_sequence<int, lanes<double>>{});
+}
+
 template <typename K>
 void sums_of(const K* id, int64_t n, const K* ood, int64_t m, RocPoint begin, RocPoint end,
     RocSums* sums) {
   constexpr int W = lanes<double>;
-  alignas(64) int32_t at_i[kRocChunk + 2 * W], at_j[kRocChunk + 2 * W];
-  alignas(64) double in[kRocChunk + 2 * W], out[kRocChunk + 2 * W];
+  int32_t at_i[kRocChunk + 2 * W], at_both[kRocChunk + 2 * W];
   const int64_t size_i = end.i - begin.i, size_j = end.j - begin.j;
   if (size_i + size_j <= 0)
     return;
-  const int64_t count = list_levels(id + begin.i, ood + begin.j, int32_t(size_i), int32_t(size_j),
-      end.i < n && end.j < m, at_i, at_j);
+  const int64_t count = list_levels(id + begin.i, size_i, ood + begin.j, size_j,
+      end.i < n && end.j < m, at_i, at_both);
   // Vectors reach beyond the last point; what they find there is empty levels.
-  const int64_t padded = count / W * W + 2 * W;
-  for (int64_t k = count + 1; k < padded; ++k) {
+  for (int64_t k = count + 1; k < count + 2 * W; ++k) {
     at_i[k] = at_i[count];
-    at_j[k] = at_j[count];
+    at_both[k] = at_both[count];
   }
   const vec<double> above = splat(double(n - begin.i)), below = splat(double(begin.j));
   const vec<double> all_above = splat(double(n - begin.i) + double(m - begin.j));
   const vec<double> all_below = splat(double(begin.i) + double(begin.j));
-  for (int64_t k = 0; k < padded; k += W) {
-    const vec<double> i = load_offsets(at_i + k), j = load_offsets(at_j + k);
-    const vec<double> p = (above - i) / (all_above - (i + j)), q = (below + j) / (all_below + (i + j));
-    std::memcpy(in + k, &p, sizeof(p));
-    std::memcpy(out + k, &q, sizeof(q));
-  }
-  if (end.i == n && end.j == m)
-    for (int64_t k = count; k < padded; ++k)
-      in[k] = 1; // 0 / 0: nothing is above
-  if (begin.i + begin.j == 0)
-    out[0] = 1;
-  const vec<double> scale_n = splat(double(n)), scale_m = splat(double(m));
+  const vec<double> one = splat(1.0), scale_n = splat(double(n)), scale_m = splat(double(m));
+  struct Points { // of adjacent levels
+    vec<double> i, j, in, out;
+  };
+  const auto points_at = [&](int64_t k) {
+    const vec<double> i = load_offsets(at_i + k), both = load_offsets(at_both + k), j = both - i;
+    const vec<double> over = all_above - both, under = all_below + both;
+    return Points{i, j, over > 0 ? (above - i) / over : one, under > 0 ? (below + j) / under : one};
+  };
   vec<double> wins{}, ties{}, id_squares{}, ood_squares{}, ap_in{}, ap_out{}, tz_in{}, tz_out{};
   vec<double> separation = splat(-std::numeric_limits<double>::infinity());
+  Points from = points_at(0);
   for (int64_t k = 0; k < count; k += W) {
-    const vec<double> i = load_offsets(at_i + k), j = load_offsets(at_j + k);
-    const vec<double> next_i = load_offsets(at_i + k + 1), next_j = load_offsets(at_j + k + 1);
-    const vec<double> a = next_i - i, b = next_j - j;
-    const vec<double> p = j + next_j, q = i + next_i;
+    const Points more = points_at(k + W);
+    const Points to{following(from.i, more.i), following(from.j, more.j),
+        following(from.in, more.in), following(from.out, more.out)};
+    const vec<double> a = to.i - from.i, b = to.j - from.j;
+    const vec<double> p = from.j + to.j, q = from.i + to.i;
     wins += a * p;
     ties += a * b;
     id_squares += a * p * p;
     ood_squares += b * q * q;
-    separation = max(separation, next_j * scale_n - next_i * scale_m);
-    const vec<double> in0 = load(in + k), in1 = load(in + k + 1);
-    const vec<double> out0 = load(out + k), out1 = load(out + k + 1);
-    ap_in += a * in0;
-    ap_out += b * out1;
-    tz_in += a * (0.5 * (in0 + in1));
-    tz_out += b * (0.5 * (out0 + out1));
+    separation = max(separation, to.j * scale_n - to.i * scale_m);
+    ap_in += a * from.in;
+    ap_out += b * to.out;
+    tz_in += a * (0.5 * (from.in + to.in));
+    tz_out += b * (0.5 * (from.out + to.out));
+    from = more;
   }
   // P = 2 begin.j + p and Q = 2 (n - begin.i) - q. Every local pair is in wins or its mirror.
   const uint128 w = uint128(reduce_add(wins)), mirror = 2 * uint128(size_i) * size_j - w;
@@ -283,7 +270,7 @@ void sums(const void* id, int64_t n, const void* ood, int64_t m, int width, RocP
 
 } // namespace
 
-extern const RocKernels roc_kernels = {count_all, count, scatter, copy, sums};
+extern const RocKernels roc_kernels = {make_keys, count, scatter, sums};
 
 } // namespace OODK_CPU_NS
 } // namespace oodk

@@ -24,26 +24,18 @@ struct NanCount {
   int64_t count, first;
 };
 
-// What a pass of the sort reads: scores `stride` values apart, or keys. `width` is the bytes of one.
-struct RadixSource {
-  const void* data;
-  int64_t stride;
-  int width;
-  bool is_keys;
-};
-
+// `width` is the bytes of a score or key; all work on [begin, end).
 struct RocKernels {
-  // counts[digit][value] += occurrences in [begin, end), for every digit of the key.
-  void (*count_all)(
-      RadixSource source, int64_t begin, int64_t end, int64_t inf_bits, int64_t* counts,
-      NanCount* nan);
-  // The same for one digit.
-  void (*count)(RadixSource source, int64_t begin, int64_t end, int digit, int64_t* counts);
-  // Moves [begin, end) to `out`, aligned to 64 bytes, each to the next place of its digit.
-  void (*scatter)(
-      RadixSource source, int64_t begin, int64_t end, int digit, int64_t* places, void* out);
-  void (*copy)(RadixSource source, int64_t begin, int64_t end, void* out);
-  // Sums over the levels of [begin, end), at most kRocChunk scores of keys `width` bytes wide.
+  // Keys of scores `stride` scores apart. counts[digit][value] += occurrences, for every digit.
+  void (*make_keys)(const void* scores, int64_t stride, int width, int64_t inf_bits, int64_t begin,
+      int64_t end, void* keys, int64_t* counts, NanCount* nan);
+  // counts[value] += occurrences in one digit.
+  void (*count)(
+      const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* counts);
+  // Moves keys to `out`, aligned to 64 bytes, each to the next place of its digit.
+  void (*scatter)(const void* keys, int width, int digit, int64_t begin, int64_t end,
+      int64_t* places, void* out);
+  // Sums over the levels between two points with at most kRocChunk scores.
   void (*sums)(const void* id, int64_t n, const void* ood, int64_t m, int width, RocPoint begin,
       RocPoint end, RocSums* sums);
 };

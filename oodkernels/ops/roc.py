@@ -101,7 +101,7 @@ def sort_keys(scores: Tensor, function: str = "sort_keys", argument: str = "scor
         argument: What errors call the scores.
 
     Returns:
-        (N,) int64, int32 or int16; -0.0 and +0.0 have one key. :func:`score_of_key` maps back.
+        (N,) int64, int32 or int16; -0.0 and +0.0 have one key. :func:`scores_of_keys` maps back.
 
     Raises:
         ValueError: Scores are empty or hold NaN.
@@ -133,11 +133,6 @@ def roc_counts(id_keys: Tensor, ood_keys: Tensor) -> tuple[ROCCounts, ROCAreas]:
     )
 
 
-def score_of_key(key: int, dtype: torch.dtype) -> float:
-    """The score that :func:`sort_keys` mapped to ``key``."""
-    return float(_scores_of_keys(torch.tensor([key], dtype=_KEY_TYPE[dtype]), dtype))
-
-
 def exact_ceil(share: float, n: int) -> int:
     """ceil(share n), with share the decimal it prints as."""
     exact = Fraction(repr(share))
@@ -152,7 +147,8 @@ _KEY_TYPE = {
 }
 
 
-def _scores_of_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
+def scores_of_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scores that :func:`sort_keys` mapped to ``keys``, as ``dtype``; -0.0 has become +0.0."""
     # A negative score's key has all bits but the sign flipped, which undoes itself.
     return torch.where(keys < 0, keys ^ torch.iinfo(keys.dtype).max, keys).view(dtype)
 
@@ -189,7 +185,7 @@ def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
     ood_key = ood_keys[exact_ceil(tpr, n_ood) - 1]
     kept = n_ood - torch.searchsorted(ood_keys, id_key.unsqueeze(0))[0]
     flagged = torch.searchsorted(id_keys, ood_key.unsqueeze(0), right=True)[0]
-    thresholds = _scores_of_keys(torch.stack([id_key, ood_key]), id_scores.dtype).double()
+    thresholds = scores_of_keys(torch.stack([id_key, ood_key]), id_scores.dtype).double()
     figures = torch.stack(
         [
             wins / (2 * pairs),
