@@ -87,7 +87,7 @@ void count_block(
     uint32_t outside = 0;
     for (int i = 0; i < n; ++i)
       outside += rows[i] > last;
-    if (outside | n_refused) {
+    if (outside | n_refused || in.n_rows * width > UINT32_MAX) {
       for (int i = 0; i < n; ++i) {
         const bool counted = rows[i] <= last;
         const int64_t row = counted ? rows[i] : 0;
@@ -97,7 +97,9 @@ void count_block(
       }
     } else {
       for (int i = 0; i < n; ++i)
-        base[rows[i] * width + index[i]] += sign;
+        index[i] += rows[i] * uint32_t(width);
+      for (int i = 0; i < n; ++i)
+        base[index[i]] += sign;
       int rest = n;
       for (uint32_t row = 0; row <= last && rest; ++row) {
         int here = 0;
