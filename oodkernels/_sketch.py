@@ -77,8 +77,13 @@ class Layout:
                 f"{n_bytes / 2**20:.3g} MiB"
             )
         with_half = cls(bins, bins // 16, True, 12 / bins)
-        fits = int((1 << 2 * with_half.base(torch.device("cpu"))).sum()) <= bins // 3
+        fits = with_half.base_bins <= bins // 3
         return with_half if fits else cls(bins, bins // 16, False, 12 / bins)
+
+    @property
+    def base_bins(self) -> int:
+        """Bins of all first blocks."""
+        return N_PREFIXES + (15 * 2 * 40 * 128 if self.half else 0)
 
     def base(self, device: torch.device) -> Tensor:
         """(65536,) int64, the level of each prefix's first block."""
@@ -258,10 +263,11 @@ class Sketch:
         if target.is_cpu and bool((target <= level).all()):
             return
         if not self._allocate(target, level):
-            grows = target > level
-            self._compact(layout)
-            level = (16 - (self.table & 31)) // 2
-            target = torch.where(grows, target, level)
+            if bool(self.facts[:, _COUNTED].any()):
+                grows = target > level
+                self._compact(layout)
+                level = (16 - (self.table & 31)) // 2
+                target = torch.where(grows, target, level)
             while not self._allocate(target, level):
                 target = torch.where(target > level, target - 1, target)
         self._build_table()
@@ -346,9 +352,12 @@ class Sketch:
 
     def compact(self, layout: Layout) -> None:
         """Where more than half of the bins are used, make blocks coarser that merit it."""
-        if self.used.is_cpu and int(self.used) * 2 <= self.bins:
-            return
-        self._compact(layout)
+        if not self.used.is_cpu or int(self.used) > self._half(layout):
+            self._compact(layout)
+
+    def _half(self, layout: Layout) -> int:
+        """Bins that the first blocks take, and half of the others."""
+        return (layout.base_bins + self.bins) // 2
 
     def _compact(self, layout: Layout) -> None:
         device, bins = self.blocks.device, self.bins
@@ -370,16 +379,19 @@ class Sketch:
         best = level
         scale = self.scale
         enough = torch.zeros((), dtype=torch.bool, device=device)
-        for exponent in range(9):
-            factor = float(4**exponent)
-            slack = (layout.share * factor / met.clamp(min=1e-300)).log2() / 2
-            kept = (level - slack.floor().clamp(0, 16).long()).maximum(base)
-            sizes = (1 << 2 * rank) * ((exists & (rank <= kept)) | (rank == kept))
-            fits = sizes.sum() * 2 <= bins
+        half = self._half(layout)
+        slack = (layout.share / met.clamp(min=1e-300)).log2()
+        upto = ((1 << 2 * rank) * exists).cumsum(0)  # bins of a prefix's blocks of a level or below
+        for exponent in range(17):
+            coarser = ((slack + exponent) / 2).floor().clamp(0, 16).long()
+            kept = (level - coarser).maximum(base)
+            at = kept[None]
+            sizes = upto.gather(0, at) + (1 << 2 * at) * ~exists.gather(0, at)
+            fits = sizes.sum() <= half
             best = torch.where(enough, best, kept)
-            scale = torch.where(enough, scale, factor)
+            scale = torch.where(enough, scale, float(2**exponent))
             enough = enough | fits
-        roomy = self.used * 2 <= bins
+        roomy = self.used <= half
         best, scale = torch.where(roomy, level, best), torch.where(roomy, self.scale, scale)
 
         present = (exists & (rank <= best)) | (rank == best)

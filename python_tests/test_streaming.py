@@ -199,11 +199,17 @@ def test_moving_counts_to_coarser_blocks_keeps_every_score():
     sketch.used = torch.tensor(layout.bins)
     used = int((sketch.blocks >= 0).sum())
     sketch._compact(tight)
-    assert int(sketch.used) * 2 <= layout.bins
+    assert int(sketch.used) <= sketch._half(layout)
     assert int((sketch.blocks >= 0).sum()) <= used
     assert torch.equal(prefix_counts(sketch.cells()), before)
     sketch.count(x, rows, layout)
     assert torch.equal(prefix_counts(sketch.cells()), 2 * before)
+
+
+def test_first_blocks():
+    for half in (False, True):
+        layout = Layout(1 << 20, 1 << 16, half, 1e-5)
+        assert layout.base_bins == int((4 ** layout.base(torch.device("cpu"))).sum())
 
 
 def prefix_counts(cells):
