@@ -37,6 +37,7 @@ _FIRST_SAMPLE = 1 << 17
 _SAMPLE = 1 << 13
 _PROBE = 1 << 10
 _CROWD = 12
+_FULL = 8
 _FEW = 1 << 10
 _TAIL = 1 / 1000
 """A bin may hold this share of the scores beyond it, on the side where fewer are."""
@@ -173,7 +174,7 @@ class Sketch:
         n = scores.shape[0]
         if n == 0:
             return
-        if first or not scores.is_cpu or not self._is_steady(scores):
+        if first or not scores.is_cpu or not self._is_steady(scores, layout):
             keys, sides = _sample(scores, rows, _FIRST_SAMPLE if first else _SAMPLE)
             for _ in range(4 if first else 1):
                 self._adapt(keys, sides, n, layout)
@@ -202,7 +203,7 @@ class Sketch:
 
     # --- steering ---------------------------------------------------------------------------------
 
-    def _is_steady(self, scores: Tensor) -> bool:
+    def _is_steady(self, scores: Tensor, layout: Layout) -> bool:
         """Whether, on CPU, blocks need no look: little is new, and it crowds no bin."""
         facts = self.facts.numpy()
         if facts[:, _COUNTED].sum() + scores.shape[0] > 1.125 * float(self.adapted):
@@ -216,11 +217,15 @@ class Sketch:
         shift = entry & 31
         counter = (entry >> 5 & 0x7FFFFFF) + ((keys & 0xFFFF) >> shift)
         alone = (1 << shift) <= (low & -low)
-        # As many samples of a bin as no bin should have; a lone key has nothing to be refined.
-        crowd = (counter[_CROWD:] == counter[:-_CROWD]) & ~alone[_CROWD:]
-        if not crowd.any():
+        # Samples in a bin that is overfull, or of which there are more than of any bin should be; a
+        # lone key has nothing to be refined.
+        full = _FULL * layout.share * float(self.scale) * facts[:, _COUNTED, None]
+        suspect = np.asarray((self.counts.numpy()[:, counter] > full).any(0))
+        suspect[_CROWD:] |= counter[_CROWD:] == counter[:-_CROWD]
+        suspect &= ~alone
+        if not suspect.any():
             return True
-        return bool(self._are_atoms(torch.from_numpy(keys[_CROWD:][crowd])).all())
+        return bool(self._are_atoms(torch.from_numpy(keys[suspect])).all())
 
     def _adapt(self, keys: Tensor, sides: Tensor, n: int, layout: Layout) -> None:
         """Refine what n scores, of which this is a sorted sample, would overfill."""
@@ -382,14 +387,14 @@ class Sketch:
         half = self._half(layout)
         slack = (layout.share / met.clamp(min=1e-300)).log2()
         upto = ((1 << 2 * rank) * exists).cumsum(0)  # bins of a prefix's blocks of a level or below
-        for exponent in range(17):
+        for exponent in range(-4, 14):
             coarser = ((slack + exponent) / 2).floor().clamp(0, 16).long()
             kept = (level - coarser).maximum(base)
             at = kept[None]
             sizes = upto.gather(0, at) + (1 << 2 * at) * ~exists.gather(0, at)
             fits = sizes.sum() <= half
             best = torch.where(enough, best, kept)
-            scale = torch.where(enough, scale, float(2**exponent))
+            scale = torch.where(enough, scale, float(2 ** max(0, exponent)))
             enough = enough | fits
         roomy = self.used <= half
         best, scale = torch.where(roomy, level, best), torch.where(roomy, self.scale, scale)
