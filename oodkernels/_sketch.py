@@ -216,7 +216,7 @@ class Sketch:
         entry = self.table.numpy()[(keys >> 16) + N_PREFIXES // 2]
         shift = entry & 31
         counter = (entry >> 5 & 0x7FFFFFF) + ((keys & 0xFFFF) >> shift)
-        alone = (1 << shift) <= (low & -low)
+        alone = (1 << shift) <= (low & -low or N_PREFIXES)
         # Samples in a bin that is overfull, or of which there are more than of any bin should be; a
         # lone key has nothing to be refined.
         full = _FULL * layout.share * float(self.scale) * facts[:, _COUNTED, None]
