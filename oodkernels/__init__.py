@@ -6,15 +6,18 @@ Importing it registers ``torch.ops.oodk.*``. Every score is higher = more in-dis
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.groups import Groups
+from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
     LogitScores,
     MOSPrediction,
+    ROCMetrics,
     logit_scores,
     mos_log_others,
     mos_loss,
     mos_predict,
     mos_score,
+    roc_metrics,
 )
 
 __all__ = [
@@ -23,11 +26,17 @@ __all__ = [
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "OODResult",
+    "OODResults",
+    "ROCMetrics",
     "__version__",
     "build_info",
+    "compare_conventions",
     "logit_scores",
     "mos_log_others",
     "mos_loss",
     "mos_predict",
     "mos_score",
+    "ood_metrics",
+    "roc_metrics",
 ]
