@@ -201,7 +201,7 @@ SAMPLES = [
     *(Sample(33, (11, 6, 23), dtype, "ties", offset=2) for dtype in DTYPES),
     Sample(1, (2,)),
     Sample(1, (2,), torch.bfloat16, offset=7),
-    Sample(600, (5, 6), torch.bfloat16),  # a row to a thread
+    Sample(800, (5, 6), torch.bfloat16),  # a row to a thread
     Sample(300, (3, 4, 4), index=torch.int32),
     Sample(2, (1501,), torch.bfloat16, offset=1),  # one huge group over all threads
     Sample(20, (700, 2, 799), shared=8, gap=3),  # rows in spans

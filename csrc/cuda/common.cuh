@@ -68,11 +68,25 @@ constexpr int kPerUnit = int(sizeof(uint4) / sizeof(S));
 
 template <typename S>
 __device__ inline void unpack(uint4 unit, acc_t<S> (&x)[kPerUnit<S>]) {
-  S packed[kPerUnit<S>];
-  memcpy(packed, &unit, sizeof(unit));
+  if constexpr (std::is_same_v<S, BFloat16>) { // the upper half of a float: one instruction each
+    const unsigned words[] = {unit.x, unit.y, unit.z, unit.w};
 #pragma unroll
-  for (int e = 0; e < kPerUnit<S>; ++e)
-    x[e] = widen(packed[e]);
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
+    }
+  } else {
+    S packed[kPerUnit<S>];
+    memcpy(packed, &unit, sizeof(unit));
+#pragma unroll
+    for (int e = 0; e < kPerUnit<S>; ++e)
+      x[e] = widen(packed[e]);
+  }
+}
+
+// Bits begin to end - 1: which values of a unit are meant; 0 <= begin <= end < 32.
+__device__ inline unsigned columns(int begin, int end) {
+  return (1u << end) - (1u << begin);
 }
 
 template <typename S>

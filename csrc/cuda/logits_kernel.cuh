@@ -79,7 +79,7 @@ struct LogitState {
 };
 
 template <typename S, typename T = acc_t<S>>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
     logit_scores_kernel(Rows<S> z, Tiling tiling, T temperature, LogitScores<T> out) {
   constexpr int V = kPerUnit<S>;
   extern __shared__ uint4 shared[];
@@ -104,11 +104,14 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
       for (int u = mine.unit; u < mine.unit_end && column < mine.end; ++u, column += V) {
         T x[V];
         unpack<S>(units[u], x);
-        if (column < mine.begin || column + V > mine.end)
+        const int from = max(column, mine.begin), to = min(column + V, mine.end);
+        if (to - from < V) {
+          const unsigned inside = columns(from - column, to - column);
 #pragma unroll
           for (int e = 0; e < V; ++e)
-            x[e] = column + e >= mine.begin && column + e < mine.end ? x[e] : -kInf<T>;
-        state.add(x, max(column, mine.begin));
+            x[e] = inside >> e & 1 ? x[e] : -kInf<T>;
+        }
+        state.add(x, from);
       }
     }
     state = reduce_workers(state, tiling, slots);

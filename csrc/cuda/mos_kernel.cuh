@@ -10,8 +10,9 @@
 // scan over the row's workers.
 // Memory: each logit read once, the outputs written once.
 //
-// Backward. One thread takes one unit of the gradient: dL/dz = scale e^(z - m) + onehot, with the
-// statistics that the forward op saved. Memory: one read of the logits, one write of the gradient.
+// Backward. A thread takes one unit of the gradient after the other: dL/dz = scale e^(z - m) +
+// onehot, with the statistics that the forward op saved.
+// Memory: one read of the logits, one write of the gradient.
 //
 // A grouping that is not valid (see Grouping) makes every result NaN, and labels and groups 0.
 #pragma once
@@ -77,7 +78,7 @@ template <typename T>
 struct Part {
   T best = -kInf<T>, sum = 0; // of the classes
   T others = 0; // only if its column is among them
-  int at = 0; // where best was met: a class of the unit's part that begins with this column
+  int at = 0; // where best was met: in the unit's part that begins with this column
 
   // `later`: of the columns that follow.
   __device__ Part then(const Part& later) const {
@@ -90,10 +91,11 @@ struct Part {
     return both;
   }
 
-  template <int N>
+  template <bool kLocate, int N>
   __device__ void add(const T (&x)[N], int column) {
     const T top = fold(x, [](T a, T b) { return larger(a, b); });
-    at = top > best ? column : at;
+    if (kLocate)
+      at = top > best ? column : at;
     const T most = larger(best, top), c = shift(most);
     T e[N];
 #pragma unroll
@@ -124,11 +126,13 @@ struct Group {
 
 // The ops. add() takes a row's groups one by one, each thread some of them; State::merge() joins
 // what the threads have; write() gets the whole row. invalid() writes a row of an invalid
-// grouping, together with other threads: its share of groups is first, first + step, ...
+// grouping, together with other threads: its share of groups is first, first + step, ... kLocate:
+// whether it asks where in a group the largest logit is.
 
 template <typename S>
 struct MosScore {
   using T = acc_t<S>;
+  static constexpr bool kLocate = false;
   T* score;
 
   struct State {
@@ -164,6 +168,7 @@ struct MosScore {
 template <typename S>
 struct MosPredict {
   using T = acc_t<S>;
+  static constexpr bool kLocate = true;
   T *score, *log_odds, *prob;
   int64_t *label, *group;
 
@@ -234,6 +239,7 @@ struct alignas(2 * sizeof(T)) Stats {
 template <typename S>
 struct MosLogOthers {
   using T = acc_t<S>;
+  static constexpr bool kLocate = false;
   T* log_others;
   Stats<T>* stats;
 
@@ -273,6 +279,7 @@ struct Target {
 template <typename S>
 struct MosLoss {
   using T = acc_t<S>;
+  static constexpr bool kLocate = false;
   const int64_t* target;
   int64_t ignore_index;
   T* loss;
@@ -317,7 +324,7 @@ struct Open {
 };
 
 // Walks along a piece of a row and calls close(k, part) for each group that begins and ends in it.
-template <typename T>
+template <typename T, bool kLocate>
 struct Walk {
   Open<T> open; // the group that the piece ends in
   Part<T> head; // a group that began before the piece and ends in it
@@ -334,28 +341,30 @@ struct Walk {
       next = groups[k--];
     int from = piece.begin; // columns before it are done
     int column = row.first_unit * V - row.skew + piece.unit * V; // of the unit
-    for (int u = piece.unit; u < piece.unit_end && from < piece.end; ++u, column += V) {
+    // A unit before this column is wholly inside a group that goes on after it.
+    int whole = column < from ? -V : min(next, piece.end + 1) - V;
+    for (int u = piece.unit; u < piece.unit_end; ++u, column += V) {
       T x[V];
       unpack<S>(units[u], x);
+      if (column < whole) {
+        open.part.template add<kLocate>(x, column);
+        continue;
+      }
+      from = max(from, column);
       const int end = min(column + V, piece.end);
-      do {
+      while (from < end) {
         if (from == next) { // a group begins
-          open.part = {};
-          open.part.others = row[from++];
-          open.part.at = from;
-          open.began = true;
+          open = {{.others = row.here(from), .at = from + 1}, true};
           next = groups[++k + 1];
+          ++from;
         }
         const int to = min(next, end);
-        if (from == column && to == column + V) {
-          open.part.add(x, from);
-        } else {
-          T y[V];
+        T y[V];
+        const unsigned inside = columns(from - column, to - column);
 #pragma unroll
-          for (int e = 0; e < V; ++e)
-            y[e] = column + e >= from && column + e < to ? x[e] : -kInf<T>;
-          open.part.add(y, from);
-        }
+        for (int e = 0; e < V; ++e)
+          y[e] = inside >> e & 1 ? x[e] : -kInf<T>;
+        open.part.template add<kLocate>(y, from);
         from = to;
         if (from == next) { // and here it ends
           if (open.began) {
@@ -365,16 +374,17 @@ struct Walk {
             head_group = k;
           }
         }
-      } while (from < end);
+      }
+      whole = min(next, piece.end + 1) - V;
     }
   }
 };
 
 // Scans over the row's workers: what precedes this thread's piece of the group it begins in.
-// `carry`: what precedes the span, then what precedes the next one.
+// `carry`: what precedes the span, then, unless it is the last one, what precedes the next.
 template <typename T>
 __device__ inline Part<T> preceding(
-    const Open<T>& open, Part<T>& carry, const Tiling& t, Open<T>* slots) {
+    const Open<T>& open, Part<T>& carry, bool last, const Tiling& t, Open<T>* slots) {
   const int lane = int(threadIdx.x) % kWarp, rows = t.rows();
   Open<T> all = open; // of this worker and those before it in the warp
   for (int delta = rows; delta < kWarp; delta *= 2) {
@@ -389,25 +399,26 @@ __device__ inline Part<T> preceding(
       before = earlier;
   }
   Open<T> sum{carry};
-  Part<T> mine = sum.then(before).part;
-  if (t.slots() == 1) {
-    sum = sum.then(all);
-  } else {
+  if (t.slots() > 1) {
     if (lane >= kWarp - rows)
       slots[t.slot() * rows + t.row()] = all;
     __syncthreads();
-    for (int s = 0; s < t.slots(); ++s) {
-      if (s == t.slot())
-        mine = sum.then(before).part;
+    for (int s = 0; s < t.slot(); ++s)
       sum = sum.then(slots[s * rows + t.row()]);
-    }
   }
-  carry = sum.part;
+  const Part<T> mine = sum.then(before).part;
+  if (!last) {
+    if (t.slots() == 1)
+      sum = sum.then(all);
+    for (int s = t.slot(); s < t.slots() && t.slots() > 1; ++s)
+      sum = sum.then(slots[s * rows + t.row()]);
+    carry = sum.part;
+  }
   return mine;
 }
 
 template <typename S, typename Op>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
     mos_forward(Rows<S> z, Grouping groups, Tiling tiling, Op op) {
   using T = acc_t<S>;
   using State = typename Op::State;
@@ -433,12 +444,13 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
       const auto close = [&](int k, const Part<T>& part) {
         op.add(state, Group<T>(k, part), r, row, groups);
       };
-      Walk<T> walk;
+      Walk<T, Op::kLocate> walk;
       if (exists) {
         row = staged_row(z, tiling, r, unit, shared);
         walk.run(row, piece(row, tiling), shared + tiling.row() * tiling.pitch, groups, close);
       }
-      const Part<T> before = preceding(walk.open, carry, tiling, open_slots);
+      const Part<T> before = preceding(
+          walk.open, carry, unit + tiling.units >= tiling.row_units, tiling, open_slots);
       if (walk.head_group >= 0)
         close(walk.head_group, before.then(walk.head));
     }
@@ -457,7 +469,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 
 constexpr int kBackwardThreads = 256;
 
-// Of group k in row r: dL/dz = scale e^(z - m), plus onehot in one column.
+// Of one group in one row: dL/dz = scale e^(z - m), plus onehot in one column.
 template <typename T>
 struct Slope {
   T m, scale, onehot;
@@ -470,14 +482,20 @@ struct MosLogOthersBackward {
   const T* grad; // (rows, groups)
   const Stats<T>* stats;
 
-  __device__ bool ignores(int64_t) const {
-    return false;
-  }
-  __device__ Slope<T> slope(int64_t row, int k, const Grouping& groups) const {
-    const int64_t i = row * groups.count + k;
-    const T g = grad[i];
-    const Stats<T> s = stats[i];
-    return {s.m, divide(-g, s.total), g, groups[k]};
+  struct Row {
+    const T* grad;
+    const Stats<T>* stats;
+    static constexpr bool ignored = false;
+
+    __device__ Slope<T> slope(const Grouping& groups, int k) const {
+      const T g = grad[k];
+      const Stats<T> s = stats[k];
+      return {s.m, divide(-g, s.total), g, groups[k]};
+    }
+  };
+
+  __device__ Row row(int64_t r, const Grouping& groups) const {
+    return {grad + r * groups.count, stats + r * groups.count};
   }
 };
 
@@ -489,83 +507,118 @@ struct MosLossBackward {
   const T* grad; // (rows,)
   const Stats<T>* stats;
 
-  __device__ bool ignores(int64_t row) const {
-    return Target(target, row, ignore_index).ignored;
-  }
-  __device__ Slope<T> slope(int64_t row, int k, const Grouping& groups) const {
-    const Target t(target, row, ignore_index);
-    const T g = t.valid(groups) ? grad[row] : kNaN<T>;
-    const Stats<T> s = stats[row * groups.count + k];
-    return {s.m, divide(g, s.total), -g, t.column(groups, k)};
+  struct Row {
+    Target target;
+    T grad;
+    const Stats<T>* stats;
+    bool ignored;
+
+    __device__ Slope<T> slope(const Grouping& groups, int k) const {
+      const Stats<T> s = stats[k];
+      return {s.m, divide(grad, s.total), -grad, target.column(groups, k)};
+    }
+  };
+
+  __device__ Row row(int64_t r, const Grouping& groups) const {
+    const Target t(target, r, ignore_index);
+    return {t, t.valid(groups) ? grad[r] : kNaN<T>, stats + r * groups.count, t.ignored};
   }
 };
 
-// The gradient of the columns [column, column + V) of a row, those outside it left out.
-template <typename S, typename Op>
-__device__ inline void unit_backward(const S* row, int64_t r, int column, int width,
-    const Grouping& groups, bool valid, const Op& op, S* to) {
-  using T = acc_t<S>;
+// The logits at the columns [column, column + V) of a row, as far as it has them. The columns are a
+// unit of the gradient, which need not be a unit of the logits.
+template <typename S>
+__device__ inline uint4 load(const Rows<S>& z, int64_t row, int column) {
   constexpr int V = kPerUnit<S>;
-  const int begin = max(column, 0), end = min(column + V, width);
-  const bool whole = end - begin == V;
-  T x[V], y[V];
-  if (whole && skew(row + column) == 0) {
-    unpack<S>(__ldg((const uint4*)(row + column)), x);
-  } else {
+  const S* const from = z[row] + column;
+  if (column >= 0 && column + V <= z.width && skew(from) == 0)
+    return __ldg((const uint4*)from);
+  S x[V];
 #pragma unroll
-    for (int e = 0; e < V; ++e)
-      x[e] = column + e >= begin && column + e < end ? widen(row[column + e]) : T(0);
+  for (int e = 0; e < V; ++e)
+    x[e] = column + e >= 0 && column + e < z.width ? from[e] : S{};
+  uint4 unit;
+  memcpy(&unit, x, sizeof(unit));
+  return unit;
+}
+
+template <typename S>
+__device__ inline void store(const acc_t<S> (&y)[kPerUnit<S>], int column, int width, S* to) {
+  constexpr int V = kPerUnit<S>;
+  if (column >= 0 && column + V <= width) {
+    *(uint4*)(to + column) = pack<S>(y);
+    return;
   }
 #pragma unroll
   for (int e = 0; e < V; ++e)
-    y[e] = valid ? T(0) : kNaN<T>;
-  if (valid && !op.ignores(r)) {
-    int from = begin;
-    for (int k = groups.holding(begin); from < end; ++k) {
-      const int next = groups[k + 1];
-      const Slope<T> slope = op.slope(r, k, groups);
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const T value = slope.scale * exp_fast(x[e] - slope.m) +
-            (column + e == slope.column ? slope.onehot : T(0));
-        y[e] = column + e >= from && column + e < next ? value : y[e];
-      }
-      from = next;
-    }
-  }
-  if (whole) { // the caller's units are those of the gradient
-    *(uint4*)(to + column) = pack<S>(y);
-  } else {
-#pragma unroll
-    for (int e = 0; e < V; ++e)
-      if (column + e >= begin && column + e < end)
-        to[column + e] = narrow<S>(y[e]);
-  }
+    if (column + e >= 0 && column + e < width)
+      to[column + e] = narrow<S>(y[e]);
 }
 
-// `units`: of a row of the gradient, at most.
+// A thread stays with one unit of the row, of which there are `units` at most, and with it in the
+// same group but for the shift of rows that start within a unit.
 template <typename S, typename Op>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, 4)
     mos_backward(Rows<S> z, Grouping groups, int units, Op op, S* grad_logits) {
+  using T = acc_t<S>;
   constexpr int V = kPerUnit<S>;
   const bool valid = __syncthreads_and(groups.valid_share());
-  const int64_t thread = int64_t(blockIdx.x) * kBackwardThreads + threadIdx.x;
-  const int64_t threads = int64_t(gridDim.x) * kBackwardThreads;
-  const int64_t rows_on = threads / units;
-  const int units_on = int(threads % units);
+  const unsigned thread = blockIdx.x * kBackwardThreads + threadIdx.x;
+  const unsigned rows_at_once = gridDim.x * kBackwardThreads / units;
   int64_t r = thread / units;
-  int u = int(thread % units);
-  while (r < z.count) {
-    S* const to = grad_logits + r * z.width;
-    const int column = u * V - skew(to);
-    if (column < z.width)
-      unit_backward(z[r], r, column, z.width, groups, valid, op, to);
-    r += rows_on;
-    u += units_on;
-    if (u >= units) {
-      u -= units;
-      ++r;
+  if (r >= rows_at_once || r >= z.count)
+    return;
+  const auto column_in = [&](int64_t row) {
+    return int(thread % units) * V - skew(grad_logits + row * z.width);
+  };
+  int column = column_in(r);
+  int k = valid ? groups.holding(max(column, 0)) : 0;
+  uint4 logits = load(z, r, column);
+  while (true) {
+    const int64_t next_r = r + rows_at_once;
+    const int next_column = column_in(next_r);
+    uint4 next_logits{}; // on their way while these are worked on
+    if (next_r < z.count)
+      next_logits = load(z, next_r, next_column);
+
+    T x[V], y[V];
+    unpack<S>(logits, x);
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+      y[e] = valid ? T(0) : kNaN<T>;
+    const auto row = op.row(r, groups);
+    const int end = min(column + V, z.width);
+    int from = max(column, 0);
+    if (valid && !row.ignored && from < end) {
+      while (groups[k] > from)
+        --k;
+      while (groups[k + 1] <= from)
+        ++k;
+      for (int j = k; from < end; ++j) {
+        const int to = min(groups[j + 1], end);
+        const Slope<T> slope = row.slope(groups, j);
+        T value[V];
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          value[e] = slope.scale * exp_fast(x[e] - slope.m);
+        if (slope.column >= column && slope.column < end)
+#pragma unroll
+          for (int e = 0; e < V; ++e)
+            value[e] += column + e == slope.column ? slope.onehot : T(0);
+        const unsigned inside = columns(from - column, to - column);
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          y[e] = inside >> e & 1 ? value[e] : y[e];
+        from = to;
+      }
     }
+    store(y, column, z.width, grad_logits + r * z.width);
+
+    if (next_r >= z.count)
+      return;
+    r = next_r;
+    column = next_column;
+    logits = next_logits;
   }
 }
 
@@ -597,8 +650,11 @@ void launch_backward(const MosInput& in, Op op, void* grad_logits) {
   const Device device = Device::current();
   const bool aligned = uintptr_t(grad_logits) % sizeof(uint4) == 0 && in.width % V == 0;
   const int units = int((in.width + (aligned ? 0 : 2 * V - 2)) / V);
-  const int64_t blocks = (in.rows * units + kBackwardThreads - 1) / kBackwardThreads;
-  launch(mos_backward<S, Op>, std::min<int64_t>(blocks, device.processors * 16),
+  const auto blocks = [&](int64_t rows) {
+    return (rows * units + kBackwardThreads - 1) / kBackwardThreads;
+  };
+  launch(mos_backward<S, Op>,
+      std::max(blocks(1), std::min<int64_t>(blocks(in.rows), device.processors * 16)),
       kBackwardThreads, 0, in.stream, rows_of<S>(in), grouping(in), units, op, (S*)grad_logits);
 }
 

@@ -33,7 +33,9 @@ struct Rows {
 };
 
 constexpr int kRowThreads = 128;
-constexpr int kRowBlocks = 6; // on a multiprocessor: while some wait for memory, others compute
+// Blocks on a multiprocessor: while some wait for memory, others compute.
+template <typename S>
+constexpr int kRowBlocks = sizeof(S) == sizeof(double) ? 4 : 6;
 
 // How a launch divides its rows among blocks and threads.
 struct Tiling {
@@ -43,6 +45,7 @@ struct Tiling {
   int units; // units of each row in shared memory at a time
   int pitch; // units from row to row in shared memory
   int chunk; // units of a worker
+  int64_t inner, inner_end; // a block whose first row is in between has no unit outside the tensor
 
   __host__ __device__ int rows() const {
     return 1 << rows_log2;
@@ -77,26 +80,21 @@ struct Tiling {
 template <typename S>
 Tiling tile(const Rows<S>& z, const Device& device) {
   constexpr int V = kPerUnit<S>;
-  const int bytes = std::min(32 << 10, device.shared_bytes / (kRowBlocks + 1));
+  const int bytes = std::min(32 << 10, device.shared_bytes / (kRowBlocks<float> + 1));
   const bool aligned = uintptr_t(z.data) % sizeof(uint4) == 0 && z.stride % V == 0;
   Tiling t{};
   t.row_units = int((int64_t(z.width) + (aligned ? V - 1 : 2 * V - 2)) / V);
 
-  // Many rows, for then more threads meet a group's boundary together, but pieces of at least two
-  // units, and a block for every place there is.
-  const auto rows_fit = [&](int log2) {
-    return (z.count >> log2) >= 4 * device.processors && t.row_units >= 2 &&
-        ((int64_t(t.row_units) + 1) << log2) <= bytes / int(sizeof(uint4));
-  };
-  while ((1 << (t.rows_log2 + 1)) <= kRowThreads && rows_fit(t.rows_log2 + 1))
-    ++t.rows_log2;
-  // Longer rows are taken in spans, four at a time: a span of 8 KiB is as good as a whole row.
-  while (t.rows_log2 < 2 && (z.count >> (t.rows_log2 + 1)) >= 4 * device.processors)
+  // Many rows, for then more threads meet a group's boundary together; but spans of a KiB at least,
+  // which memory likes, and a block for every place there is.
+  const int span = std::min(t.row_units + 1, 1024 / int(sizeof(uint4)));
+  while (2 * t.rows() <= kRowThreads && 2 * t.rows() * span * int(sizeof(uint4)) <= bytes &&
+      (z.count >> (t.rows_log2 + 1)) >= int64_t(kRowBlocks<S>) * device.processors)
     ++t.rows_log2;
 
   // The eight lanes that read shared memory at once must meet eight different units mod 8.
   const int rows = t.rows(), step = rows >= 8 ? 1 : 8 / rows;
-  const int capacity = std::max(bytes / int(sizeof(uint4)) / rows - 8, 8);
+  const int capacity = std::max(bytes / int(sizeof(uint4)) / rows - (step - 1), 8);
   const int spans = (t.row_units + capacity - 1) / capacity;
   t.units = (t.row_units + spans - 1) / spans;
   t.pitch = rows == 1 ? t.units : t.units + ((step - t.units) % 8 + 8) % 8;
@@ -104,7 +102,9 @@ Tiling tile(const Rows<S>& z, const Device& device) {
   t.chunk = (t.units + workers - 1) / workers;
   if (rows < 8)
     t.chunk |= 1;
-  while ((1 << t.copiers_log2) < std::min(t.units, kRowThreads))
+  t.inner = (V - 2) / std::max<int64_t>(z.stride, 1) + 1;
+  t.inner_end = z.count - t.inner - rows + 1;
+  while ((1 << t.copiers_log2) < std::min(t.units, std::max(kWarp, workers)))
     ++t.copiers_log2;
   return t;
 }
@@ -118,33 +118,52 @@ struct Row {
   int skew; // values before column 0 in its unit
   int begin, end; // columns staged
 
+  __device__ acc_t<S> here(int column) const { // a staged one
+    return widen(staged[column]);
+  }
   __device__ acc_t<S> operator[](int column) const {
-    return widen(column >= begin && column < end ? staged[column] : data[column]);
+    return column >= begin && column < end ? here(column) : widen(data[column]);
   }
 };
+
+// Copies a unit that may be partly outside the tensor.
+template <typename S>
+__device__ inline void stage_edge(const Rows<S>& z, const S* from, uint4* to) {
+  constexpr int V = kPerUnit<S>;
+  const S* const end = z[z.count - 1] + z.width;
+  if (from >= z.data && from + V <= end) {
+    __pipeline_memcpy_async(to, from, sizeof(uint4));
+    return;
+  }
+#pragma unroll 1
+  for (int e = 0; e < V; ++e)
+    if (from + e >= z.data && from + e < end)
+      ((S*)to)[e] = from[e];
+}
 
 // Copies the units [unit, unit + t.units) of the rows from `first` on, asynchronously.
 template <typename S>
 __device__ inline void stage(
     const Rows<S>& z, const Tiling& t, int64_t first, int unit, uint4* tile) {
   constexpr int V = kPerUnit<S>;
-  const S* const end = z[z.count - 1] + z.width;
-  const int copiers = 1 << t.copiers_log2;
-  for (int r = int(threadIdx.x) >> t.copiers_log2; r < t.rows() && first + r < z.count;
-       r += kRowThreads >> t.copiers_log2) {
-    const S* const row = z[first + r];
-    const int units = min(t.units, (skew(row) + z.width + V - 1) / V - unit);
-    const S* const from = row - skew(row) + int64_t(unit) * V;
-    uint4* const to = tile + r * t.pitch;
-    for (int u = int(threadIdx.x) & (copiers - 1); u < units; u += copiers) {
-      const S* const source = from + int64_t(u) * V;
-      if (source >= z.data && source + V <= end) {
-        __pipeline_memcpy_async(to + u, source, sizeof(uint4));
-      } else { // a unit that is partly outside the tensor
-        for (int e = 0; e < V; ++e)
-          if (source + e >= z.data && source + e < end)
-            ((S*)(to + u))[e] = source[e];
-      }
+  const int copiers = 1 << t.copiers_log2, mine = int(threadIdx.x) & (copiers - 1);
+  const int rows = int(min(int64_t(t.rows()), z.count - first));
+  const int step = kRowThreads >> t.copiers_log2;
+  const bool inside = first >= t.inner && first < t.inner_end;
+  int r = int(threadIdx.x) >> t.copiers_log2;
+  const S* row = z[first + r];
+  uint4* to = tile + r * t.pitch;
+  for (; r < rows; r += step, row += step * z.stride, to += step * t.pitch) {
+    const int before = skew(row), end = min(t.units, (before + z.width + V - 1) / V - unit);
+    const uint4* const from = (const uint4*)(row - before) + unit;
+    if (inside) {
+#pragma unroll 2
+      for (int u = mine; u < end; u += copiers)
+        __pipeline_memcpy_async(to + u, from + u, sizeof(uint4));
+    } else {
+#pragma unroll 1
+      for (int u = mine; u < end; u += copiers)
+        stage_edge(z, (const S*)(from + u), to + u);
     }
   }
   __pipeline_commit();
