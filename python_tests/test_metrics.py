@@ -160,6 +160,16 @@ def test_conventions_of_few_values(x: Array, y: Array, tpr: float) -> None:
     check_conventions(x, y, tpr)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_scores_one_ulp_apart(dtype: type) -> None:
+    for centre in (1.0, -3.0, 60000.0):
+        ladder = [dtype(centre)]
+        for _ in range(40):
+            ladder.append(np.nextafter(ladder[-1], dtype(np.inf)))
+        rng = np.random.default_rng(0)
+        check_conventions(rng.choice(ladder[5:], 60), rng.choice(ladder[:30], 50))
+
+
 def test_corner_far_from_the_threshold() -> None:
     # Equal steps for thousands of levels, behind one that ties thousands of scores.
     y = np.r_[np.arange(5000.0), np.full(3000, 4760.0)]

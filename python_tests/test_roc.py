@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from decimal import ROUND_CEILING, Decimal
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import python
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -357,9 +357,10 @@ def test_not_differentiable() -> None:
 
 
 SUMMARY = """
-import sys, torch
+import torch
 from oodkernels import build_info
 from oodkernels.ops.roc import roc_counts, sort_keys
+print(build_info()["cpu_capability"])
 g = torch.Generator().manual_seed(0)
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     x = (torch.randn(70_001, generator=g) + 1).to(dtype)
@@ -368,22 +369,15 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     assert torch.equal(keys[0], keys[0].sort().values)
     counts, areas = roc_counts(*keys)
     print(*counts, *(round(a, 12) for a in areas))
-print(build_info()["cpu_capability"], file=sys.stderr)
 """
 
 
 def test_every_instruction_set() -> None:
     results = {}
     for capability in build_info()["cpu_capabilities"]:
-        done = subprocess.run(
-            [sys.executable, "-c", SUMMARY],
-            env={"OODK_CPU_CAPABILITY": capability, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stderr.strip() == capability
-        results[capability] = done.stdout
+        done = python("-c", SUMMARY, OODK_CPU_CAPABILITY=capability)
+        assert done.stdout.splitlines()[0] == capability, done.stderr
+        results[capability] = done.stdout.removeprefix(capability)
     assert len(set(results.values())) == 1
 
 
@@ -402,11 +396,5 @@ print(extra * 1024 / (x.nbytes + y.nbytes))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ru_maxrss in KiB")
 def test_extra_memory_is_at_most_twice_the_input() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY],
-        env={"PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert float(done.stdout) < 2
+    done = python("-c", MEMORY)
+    assert float(done.stdout) < 2, done.stderr

@@ -125,10 +125,13 @@ void scatter(const void* keys, int width, int digit, int64_t begin, int64_t end,
 
 // --- sums -----------------------------------------------------------------------------------------
 
+constexpr int kWays = 3;
+constexpr int64_t kRocSlack = kRocChunk / kWays + 1;
+
 // Lists the points at which levels begin, as i and i + j, by a merge of n and m keys, then their
 // end. It branches on no key: a point is written at every step and kept where the key is new.
 // `has_more`: either array goes on, with greater keys, so that the merge need not mind their ends
-// and thirds of it can run side by side.
+// and thirds of it can run side by side; by kRocSlack keys, lest unsorted ones lead out of bounds.
 template <typename K>
 int64_t list_levels(const K* id, int64_t n, const K* ood, int64_t m, bool has_more, int32_t* at_i,
     int32_t* at_both) {
@@ -136,18 +139,17 @@ int64_t list_levels(const K* id, int64_t n, const K* ood, int64_t m, bool has_mo
   int64_t count = 0, i = 0, both = 0;
   K last = K(~least); // the key before
   if (has_more) {
-    constexpr int W = 3;
-    const int64_t each = (n + m) / W;
-    int32_t part_i[W][kRocChunk / W + 1], part_both[W][kRocChunk / W + 1];
-    int64_t part_count[W] = {}, index[W];
-    K before[W];
-    for (int w = 0; w < W; ++w) {
+    const int64_t each = (n + m) / kWays;
+    int32_t part_i[kWays][kRocChunk / kWays + 1], part_both[kWays][kRocChunk / kWays + 1];
+    int64_t part_count[kWays] = {}, index[kWays];
+    K before[kWays];
+    for (int w = 0; w < kWays; ++w) {
       const int64_t i = index[w] = merge_path(id, n, ood, m, w * each), j = w * each - i;
       before[w] = i && (!j || id[i - 1] > ood[j - 1]) ? id[i - 1] : j ? ood[j - 1] : last;
     }
     for (int64_t s = 0; s < each; ++s)
-#pragma GCC unroll 3
-      for (int w = 0; w < W; ++w) {
+#pragma GCC unroll kWays
+      for (int w = 0; w < kWays; ++w) {
         const int64_t i = index[w], t = w * each + s;
         const K x = id[i], y = ood[t - i], key = x <= y ? x : y;
         part_i[w][part_count[w]] = int32_t(i);
@@ -156,12 +158,12 @@ int64_t list_levels(const K* id, int64_t n, const K* ood, int64_t m, bool has_mo
         before[w] = key;
         index[w] = i + (x <= y);
       }
-    for (int w = 0; w < W; ++w) {
+    for (int w = 0; w < kWays; ++w) {
       std::memcpy(at_i + count, part_i[w], part_count[w] * sizeof(*at_i));
       std::memcpy(at_both + count, part_both[w], part_count[w] * sizeof(*at_both));
       count += part_count[w];
     }
-    i = index[W - 1], both = W * each, last = before[W - 1];
+    i = index[kWays - 1], both = kWays * each, last = before[kWays - 1];
   }
   const auto take = [&](K key, bool from_id) {
     at_i[count] = int32_t(i);
@@ -207,7 +209,7 @@ void sums_of(const K* id, int64_t n, const K* ood, int64_t m, RocPoint begin, Ro
   if (size_i + size_j <= 0)
     return;
   const int64_t count = list_levels(id + begin.i, size_i, ood + begin.j, size_j,
-      end.i < n && end.j < m, at_i, at_both);
+      end.i + kRocSlack <= n && end.j + kRocSlack <= m, at_i, at_both);
   // Vectors reach beyond the last point; what they find there is empty levels.
   for (int64_t k = count + 1; k < count + 2 * W; ++k) {
     at_i[k] = at_i[count];

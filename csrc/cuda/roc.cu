@@ -2,37 +2,25 @@
 #include "ops/roc.h"
 
 #include <cub/device/device_radix_sort.cuh>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <cstdlib>
 #include <tuple>
 
+#include "cuda/common.cuh"
+#include "cuda/device.h"
 #include "cuda/roc_kernel.cuh"
 
-namespace oodk {
+namespace oodk::cuda {
 namespace {
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) [[unlikely]]
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return cudaStream_t(stream);
-}
-
 int64_t blocks_for(int64_t threads) {
-  return (threads + cuda::kRocThreads - 1) / cuda::kRocThreads;
+  return (threads + kRocThreads - 1) / kRocThreads;
 }
 
 // On the host, from a copy: only where it is known that there is one.
 template <typename Key>
 [[noreturn]] void throw_nan_of(
     const RocScores& scores, const std::string& op, const std::string& argument) {
-  const Tensor host = torch::stable::to(torch::stable::contiguous(scores.tensor), Device("cpu"));
+  const Tensor host = torch::stable::to(torch::stable::contiguous(scores.tensor), oodk::Device("cpu"));
   const Key* bits = (const Key*)host.const_data_ptr();
   int64_t count = 0, first = 0;
   for (int64_t i = scores.count - 1; i >= 0; --i)
@@ -45,15 +33,15 @@ template <typename Key>
 
 template <typename Key>
 Tensor sorted_keys(const RocScores& scores, const std::string& op, const std::string& argument) {
+  const OnDevice here(scores.tensor);
+  const cudaStream_t stream = here.stream;
   const int64_t n = scores.count;
-  const cudaStream_t stream = current_stream(scores.tensor);
   const Tensor keys = empty({n}, scores.key_type, scores.tensor);
   const Tensor other = empty({n}, scores.key_type, scores.tensor);
   const int64_t blocks = std::min<int64_t>(blocks_for(n), 1 << 20);
-  cuda::make_keys<Key><<<unsigned(blocks), cuda::kRocThreads, 0, stream>>>(
+  launch(make_keys<Key>, blocks, kRocThreads, 0, stream,
       (const Key*)scores.tensor.const_data_ptr(), n, scores.stride, scores.inf_bits,
       (Key*)keys.mutable_data_ptr());
-  check(cudaGetLastError(), "make_keys");
 
   cub::DoubleBuffer<Key> buffers((Key*)keys.mutable_data_ptr(), (Key*)other.mutable_data_ptr());
   size_t bytes = 0;
@@ -63,8 +51,7 @@ Tensor sorted_keys(const RocScores& scores, const std::string& op, const std::st
   check(cub::DeviceRadixSort::SortKeys(
             scratch.mutable_data_ptr(), bytes, buffers, n, 0, bits, stream), "SortKeys");
 
-  const char* validate = std::getenv("OODK_VALIDATE");
-  if (validate && std::string(validate) == "1") {
+  if (validate()) {
     Key last;
     check(cudaMemcpyAsync(&last, buffers.Current() + n - 1, sizeof(last), cudaMemcpyDeviceToHost,
               stream), "cudaMemcpyAsync");
@@ -76,8 +63,7 @@ Tensor sorted_keys(const RocScores& scores, const std::string& op, const std::st
 }
 
 // NaN scores have the greatest key of all; OODK_VALIDATE=1 refuses them.
-Tensor roc_keys_cuda(const Tensor& t, const std::string& op, const std::string& argument) {
-  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+Tensor roc_keys(const Tensor& t, const std::string& op, const std::string& argument) {
   const RocScores scores = roc_scores(op, argument, t);
   switch (scores.width) {
     case 2: return sorted_keys<int16_t>(scores, op, argument);
@@ -90,23 +76,20 @@ template <typename Key>
 std::tuple<Tensor, Tensor> counts_of(const RocKeys& keys) {
   constexpr int64_t size = 64; // scores of a thread
   const int64_t blocks = blocks_for((keys.n + keys.m + size - 1) / size);
-  const cudaStream_t stream = current_stream(keys.id);
+  const OnDevice here(keys.id);
   const Tensor scratch = empty({blocks * int64_t(sizeof(RocSums))}, ScalarType::Byte, keys.id);
   const Tensor counts = keys.new_counts(), areas = keys.new_areas();
   RocSums* partial = (RocSums*)scratch.mutable_data_ptr();
-  cuda::sum_chunks<Key><<<unsigned(blocks), cuda::kRocThreads, 0, stream>>>(
+  launch(sum_chunks<Key>, blocks, kRocThreads, 0, here.stream,
       (const Key*)keys.id.const_data_ptr(), keys.n, (const Key*)keys.ood.const_data_ptr(), keys.m,
       size, partial);
-  check(cudaGetLastError(), "sum_chunks");
-  cuda::sum_blocks<<<1, cuda::kRocThreads, 0, stream>>>(partial, blocks, keys.n, keys.m,
+  launch(sum_blocks, 1, kRocThreads, 0, here.stream, partial, blocks, keys.n, keys.m,
       counts.mutable_data_ptr<int64_t>(), areas.mutable_data_ptr<double>());
-  check(cudaGetLastError(), "sum_blocks");
   return {counts, areas};
 }
 
-std::tuple<Tensor, Tensor> roc_counts_cuda(const Tensor& id_keys, const Tensor& ood_keys) {
-  const torch::stable::accelerator::DeviceGuard guard(id_keys.get_device_index());
-  const RocKeys keys = roc_keys(id_keys, ood_keys);
+std::tuple<Tensor, Tensor> roc_counts(const Tensor& id_keys, const Tensor& ood_keys) {
+  const RocKeys keys = oodk::roc_keys(id_keys, ood_keys);
   switch (keys.width) {
     case 2: return counts_of<int16_t>(keys);
     case 4: return counts_of<int32_t>(keys);
@@ -115,9 +98,9 @@ std::tuple<Tensor, Tensor> roc_counts_cuda(const Tensor& id_keys, const Tensor& 
 }
 
 } // namespace
-} // namespace oodk
+} // namespace oodk::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(oodk, CUDA, m) {
-  m.impl("_roc_keys", TORCH_BOX(&oodk::roc_keys_cuda));
-  m.impl("_roc_counts", TORCH_BOX(&oodk::roc_counts_cuda));
+  m.impl("_roc_keys", TORCH_BOX(&oodk::cuda::roc_keys));
+  m.impl("_roc_counts", TORCH_BOX(&oodk::cuda::roc_counts));
 }

@@ -80,7 +80,7 @@ __global__ void sum_chunks(const Key* id, int64_t n, const Key* ood, int64_t m, 
 }
 
 // One block: thread t adds the t-th run of the partial sums.
-inline __global__ void sum_blocks(const RocSums* partial, int64_t blocks, int64_t n, int64_t m,
+static __global__ void sum_blocks(const RocSums* partial, int64_t blocks, int64_t n, int64_t m,
     int64_t* counts, double* areas) {
   const int64_t each = (blocks + kRocThreads - 1) / kRocThreads;
   const int64_t begin = threadIdx.x * each, end = begin + each < blocks ? begin + each : blocks;

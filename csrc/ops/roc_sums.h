@@ -152,8 +152,9 @@ OODK_HOST_DEVICE inline RocChunk chunk_at(
   const int64_t d = c * size, next = d + size < n + m ? d + size : n + m;
   const RocCut first = cut_at(id, n, ood, m, d), last = cut_at(id, n, ood, m, next);
   const RocPoint begin = begins_at(first, d) ? first.low : first.high;
-  if (last.low.i < begin.i || last.low.j < begin.j)
-    return {begin, begin, begin}; // inside a level that began before
+  const int64_t i = last.low.i - begin.i, j = last.low.j - begin.j;
+  if (i < 0 || j < 0 || i + j > size) // inside a level that began before; or keys are not sorted
+    return {begin, begin, begin};
   return {begin, last.low, begins_at(last, next) ? last.low : last.high};
 }
 

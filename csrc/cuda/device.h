@@ -1,0 +1,42 @@
+// Where a CUDA op runs: the device of its tensors, and torch's current stream there.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <limits>
+#include <string_view>
+
+#include "stable.h"
+
+namespace oodk::cuda {
+
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    this->stream = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+// Whether to check the contents of index tensors, for which the host has to wait for the device.
+inline bool validate() {
+  const char* value = std::getenv("OODK_VALIDATE");
+  return value && std::string_view(value) == "1";
+}
+
+// The kernels count the columns of a row in int.
+inline void check_width(const char* op, int64_t width) {
+  constexpr int64_t most = std::numeric_limits<int>::max() / 2;
+  OODK_CHECK_VALUE(width <= most, op, ": logits.size(-1) must be at most ", most,
+      " on CUDA, got ", width);
+}
+
+} // namespace oodk::cuda

@@ -1,0 +1,214 @@
+// Rows of logits, staged in shared memory so that a thread can walk along a row.
+//
+// A warp reads memory at full speed only if its lanes read adjacent units (16 bytes); but a thread
+// that stays in one row for many adjacent columns needs few reductions and meets few group
+// boundaries, and the threads of a warp that stand at the same column of different rows meet them
+// together. So a block copies `rows` whole rows (or spans of them, where rows are long) to shared
+// memory unit by unit, and then has its threads walk: thread t is worker t / rows of row t % rows,
+// and a row's workers take consecutive pieces of it.
+//
+//                 unit 0  1  2  3  4  5  ...
+//     row 0     |-- worker 0 --|-- worker 1 --|-- ...       thread 0, rows, 2 rows ...
+//     row 1     |--------------|--------------|-- ...       thread 1, rows + 1 ...
+//
+// Units are those of memory: a row that does not start at a multiple of 16 bytes has its column 0
+// in the midst of its unit 0, and `skew` columns' worth of something else before it.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/common.cuh"
+
+namespace oodk::cuda {
+
+template <typename S>
+struct Rows {
+  const S* data;
+  int64_t count, stride; // stride >= width, in values
+  int width;
+
+  __device__ const S* operator[](int64_t row) const {
+    return data + row * stride;
+  }
+};
+
+constexpr int kRowThreads = 128;
+// Blocks on a multiprocessor: while some wait for memory, others compute.
+template <typename S>
+constexpr int kRowBlocks = sizeof(S) == sizeof(double) ? 4 : 6;
+
+// How a launch divides its rows among blocks and threads.
+struct Tiling {
+  int rows_log2; // rows of a block: a power of two
+  int copiers_log2; // threads that copy a row together: a power of two
+  int row_units; // the most that a row has
+  int units; // units of each row in shared memory at a time
+  int pitch; // units from row to row in shared memory
+  int chunk; // units of a worker
+  int64_t inner, inner_end; // a block whose first row is in between has no unit outside the tensor
+
+  __host__ __device__ int rows() const {
+    return 1 << rows_log2;
+  }
+  __device__ int row() const {
+    return int(threadIdx.x) & (rows() - 1);
+  }
+  __device__ int worker() const {
+    return int(threadIdx.x) >> rows_log2;
+  }
+  // After a reduction within each warp, so many partial results remain of every row.
+  __host__ __device__ int slots() const {
+    return kRowThreads / (rows() < kWarp ? kWarp : rows());
+  }
+  __device__ int slot() const {
+    return int(threadIdx.x) / (rows() < kWarp ? kWarp : rows());
+  }
+  __host__ __device__ size_t tile_bytes() const {
+    return size_t(pitch) * rows() * sizeof(uint4);
+  }
+  // Room for a partial result of every slot of every row.
+  template <typename V>
+  __host__ __device__ size_t slot_bytes() const {
+    const size_t bytes = slots() == 1 || std::is_empty_v<V> ? 0 : slots() * rows() * sizeof(V);
+    return (bytes + sizeof(uint4) - 1) / sizeof(uint4) * sizeof(uint4);
+  }
+  __host__ int64_t blocks(int64_t count, const Device& device) const {
+    return std::min<int64_t>((count + rows() - 1) >> rows_log2, int64_t(device.processors) * 64);
+  }
+};
+
+template <typename S>
+Tiling tile(const Rows<S>& z, const Device& device) {
+  constexpr int V = kPerUnit<S>;
+  const int bytes = std::min(32 << 10, device.shared_bytes / (kRowBlocks<float> + 1));
+  const bool aligned = uintptr_t(z.data) % sizeof(uint4) == 0 && z.stride % V == 0;
+  Tiling t{};
+  t.row_units = int((int64_t(z.width) + (aligned ? V - 1 : 2 * V - 2)) / V);
+
+  // Many rows, for then more threads meet a group's boundary together; but spans of a KiB at least,
+  // which memory likes, and a block for every place there is.
+  const int span = std::min(t.row_units + 1, 1024 / int(sizeof(uint4)));
+  while (2 * t.rows() <= kRowThreads && 2 * t.rows() * span * int(sizeof(uint4)) <= bytes &&
+      (z.count >> (t.rows_log2 + 1)) >= int64_t(kRowBlocks<S>) * device.processors)
+    ++t.rows_log2;
+
+  // The eight lanes that read shared memory at once must meet eight different units mod 8.
+  const int rows = t.rows(), step = rows >= 8 ? 1 : 8 / rows;
+  const int capacity = std::max(bytes / int(sizeof(uint4)) / rows - (step - 1), 8);
+  const int spans = (t.row_units + capacity - 1) / capacity;
+  t.units = (t.row_units + spans - 1) / spans;
+  t.pitch = rows == 1 ? t.units : t.units + ((step - t.units) % 8 + 8) % 8;
+  const int workers = kRowThreads >> t.rows_log2;
+  t.chunk = (t.units + workers - 1) / workers;
+  if (rows < 8)
+    t.chunk |= 1;
+  t.inner = (V - 2) / std::max<int64_t>(z.stride, 1) + 1;
+  t.inner_end = z.count - t.inner - rows + 1;
+  while ((1 << t.copiers_log2) < std::min(t.units, std::max(kWarp, workers)))
+    ++t.copiers_log2;
+  return t;
+}
+
+// A row, as far as it is staged.
+template <typename S>
+struct Row {
+  const S* data; // column 0, in device memory
+  const S* staged; // column 0, in shared memory, were it there
+  int first_unit; // the unit that holds `begin`, counted from the unit of column 0
+  int skew; // values before column 0 in its unit
+  int begin, end; // columns staged
+
+  __device__ acc_t<S> here(int column) const { // a staged one
+    return widen(staged[column]);
+  }
+  __device__ acc_t<S> operator[](int column) const {
+    return column >= begin && column < end ? here(column) : widen(data[column]);
+  }
+};
+
+// Copies a unit that may be partly outside the tensor.
+template <typename S>
+__device__ inline void stage_edge(const Rows<S>& z, const S* from, uint4* to) {
+  constexpr int V = kPerUnit<S>;
+  const S* const end = z[z.count - 1] + z.width;
+  if (from >= z.data && from + V <= end) {
+    __pipeline_memcpy_async(to, from, sizeof(uint4));
+    return;
+  }
+#pragma unroll 1
+  for (int e = 0; e < V; ++e)
+    if (from + e >= z.data && from + e < end)
+      ((S*)to)[e] = from[e];
+}
+
+// Copies the units [unit, unit + t.units) of the rows from `first` on, asynchronously.
+template <typename S>
+__device__ inline void stage(
+    const Rows<S>& z, const Tiling& t, int64_t first, int unit, uint4* tile) {
+  constexpr int V = kPerUnit<S>;
+  const int copiers = 1 << t.copiers_log2, mine = int(threadIdx.x) & (copiers - 1);
+  const int rows = int(min(int64_t(t.rows()), z.count - first));
+  const int step = kRowThreads >> t.copiers_log2;
+  const bool inside = first >= t.inner && first < t.inner_end;
+  int r = int(threadIdx.x) >> t.copiers_log2;
+  const S* row = z[first + r];
+  uint4* to = tile + r * t.pitch;
+  for (; r < rows; r += step, row += step * z.stride, to += step * t.pitch) {
+    const int before = skew(row), end = min(t.units, (before + z.width + V - 1) / V - unit);
+    const uint4* const from = (const uint4*)(row - before) + unit;
+    if (inside) {
+#pragma unroll 2
+      for (int u = mine; u < end; u += copiers)
+        __pipeline_memcpy_async(to + u, from + u, sizeof(uint4));
+    } else {
+#pragma unroll 1
+      for (int u = mine; u < end; u += copiers)
+        stage_edge(z, (const S*)(from + u), to + u);
+    }
+  }
+  __pipeline_commit();
+}
+
+// This thread's row, after stage().
+template <typename S>
+__device__ inline Row<S> staged_row(
+    const Rows<S>& z, const Tiling& t, int64_t row, int unit, const uint4* tile) {
+  constexpr int V = kPerUnit<S>;
+  const S* const data = z[row];
+  const int before = skew(data);
+  return {data, (const S*)(tile + t.row() * t.pitch) + (before - unit * V), unit, before,
+      max(unit * V - before, 0), min((unit + t.units) * V - before, z.width)};
+}
+
+// The columns of the row that are this thread's to walk: [begin, end), of units [unit, unit_end).
+struct Piece {
+  int unit, unit_end; // counted from the first staged one
+  int begin, end;
+};
+
+template <typename S>
+__device__ inline Piece piece(const Row<S>& row, const Tiling& t) {
+  constexpr int V = kPerUnit<S>;
+  const int unit = min(t.worker() * t.chunk, t.units), unit_end = min(unit + t.chunk, t.units);
+  const int column = row.first_unit * V - row.skew; // of the first staged unit
+  return {unit, unit_end, max(column + unit * V, row.begin), min(column + unit_end * V, row.end)};
+}
+
+// The merged states of a row's workers, valid in the threads of worker 0. `slots`: shared memory,
+// t.slot_bytes<State>().
+template <typename State>
+__device__ inline State reduce_workers(State state, const Tiling& t, State* slots) {
+  for (int delta = t.rows(); delta < kWarp; delta *= 2)
+    state.merge(shuffle_down(state, delta));
+  if (t.slots() > 1) {
+    if (t.rows() >= kWarp || threadIdx.x % kWarp < unsigned(t.rows()))
+      slots[t.slot() * t.rows() + t.row()] = state;
+    __syncthreads();
+    if (t.worker() == 0)
+      for (int s = 1; s < t.slots(); ++s)
+        state.merge(slots[s * t.rows() + t.row()]);
+  }
+  return state;
+}
+
+} // namespace oodk::cuda

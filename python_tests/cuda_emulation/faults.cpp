@@ -1,0 +1,107 @@
+// Small kernels, most of them wrong, that show what the emulation finds.
+#include "cuda/common.cuh"
+
+#include "runner.h"
+
+using runner::Run;
+
+namespace oodk::cuda {
+
+constexpr int kThreads = 64;
+
+__global__ void out_of_bounds(int* out) {
+  out[threadIdx.x + 1] = 1;
+}
+
+__global__ void out_of_bounds_shared(int* out) {
+  extern __shared__ uint4 shared[];
+  ((int*)shared)[threadIdx.x + 4] = 1;
+  out[threadIdx.x] = 1;
+}
+
+__global__ void missing_barrier(int* out) {
+  extern __shared__ uint4 shared[];
+  ((int*)shared)[threadIdx.x] = int(threadIdx.x);
+  out[threadIdx.x] = ((int*)shared)[threadIdx.x / 2];
+}
+
+__global__ void divergent_barrier(int* out) {
+  if (threadIdx.x < 40)
+    __syncthreads();
+  else
+    __syncwarp();
+  out[threadIdx.x] = 1;
+}
+
+__global__ void missing_wait(int* out) {
+  extern __shared__ uint4 shared[];
+  alignas(16) static const int source[4] = {1, 2, 3, 4};
+  __pipeline_memcpy_async(shared + threadIdx.x, source, sizeof(uint4));
+  __pipeline_commit();
+  out[threadIdx.x] = ((int*)shared)[4 * threadIdx.x];
+}
+
+__global__ void unwritten_output(int* out) {
+  if (threadIdx.x + 1 < blockDim.x)
+    out[threadIdx.x] = 1;
+}
+
+__global__ void shuffles(int* out) {
+  int x = int(threadIdx.x % kWarp);
+  x = __shfl_up_sync(kAllLanes, x, 3);
+  x = __shfl_down_sync(kAllLanes, x, 1);
+  out[threadIdx.x] = __shfl_xor_sync(kAllLanes, x, 4);
+}
+
+__global__ void votes(int* out) {
+  const bool even = threadIdx.x % 2 == 0;
+  const unsigned ballot = __ballot_sync(kAllLanes, even);
+  const bool right = __any_sync(kAllLanes, even) && !__all_sync(kAllLanes, even) &&
+      __syncthreads_or(even) && !__syncthreads_and(even) && __syncthreads_count(even) == 32;
+  out[threadIdx.x] = right ? int(ballot) : 0;
+}
+
+__global__ void reductions(int* out) {
+  const int x = int(threadIdx.x % kWarp) - 16;
+  out[threadIdx.x] = __reduce_min_sync(kAllLanes, x) + __reduce_max_sync(kAllLanes, x) +
+      __reduce_add_sync(kAllLanes, x);
+}
+
+__global__ void atomics(int* out) {
+  extern __shared__ uint4 shared[];
+  int* const count = (int*)shared;
+  if (threadIdx.x == 0)
+    *count = 0;
+  __syncthreads();
+  atomicAdd(count, 1);
+  __syncthreads();
+  out[threadIdx.x] = *count;
+}
+
+__global__ void static_shared(int* out) {
+  __shared__ int turned[kThreads];
+  turned[kThreads - 1 - threadIdx.x] = int(threadIdx.x);
+  __syncthreads();
+  out[threadIdx.x] = turned[threadIdx.x];
+}
+
+template <void (*kernel)(int*)>
+void one_block(Run& run) {
+  const size_t shared = kernel == missing_wait ? kThreads * sizeof(uint4) : kThreads * sizeof(int);
+  launch(kernel, 1, kThreads, shared, nullptr, run.output<int>("out", kThreads * sizeof(int)));
+}
+
+} // namespace oodk::cuda
+
+int main(int argc, char** argv) {
+  using namespace oodk::cuda;
+  return runner::run(argc, argv,
+      {{"out_of_bounds", one_block<out_of_bounds>},
+          {"out_of_bounds_shared", one_block<out_of_bounds_shared>},
+          {"missing_barrier", one_block<missing_barrier>},
+          {"divergent_barrier", one_block<divergent_barrier>},
+          {"missing_wait", one_block<missing_wait>},
+          {"unwritten_output", one_block<unwritten_output>}, {"shuffles", one_block<shuffles>},
+          {"votes", one_block<votes>}, {"reductions", one_block<reductions>},
+          {"atomics", one_block<atomics>}, {"static", one_block<static_shared>}});
+}

@@ -1,0 +1,126 @@
+// The main() of an emulation program: RUNNER NAME DIRECTORY key=value ...
+//
+// Runs the kernel NAME on the arrays in DIRECTORY/*.in and writes DIRECTORY/*.out. It is run once
+// for each of `orders` seeds, which must give the same bits.
+#pragma once
+
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <iterator>
+#include <map>
+
+#include "cuda_emulation.h"
+#include "dtype.h"
+
+namespace runner {
+
+// Memory of exactly so many bytes, for AddressSanitizer to guard.
+class Array {
+ public:
+  explicit Array(size_t bytes) : data_(static_cast<char*>(std::malloc(bytes))), bytes_(bytes) {}
+  Array(const Array&) = delete;
+  ~Array() {
+    ASAN_UNPOISON_MEMORY_REGION(data_, bytes_);
+    std::free(data_);
+  }
+  char* data() const {
+    return data_;
+  }
+  size_t bytes() const {
+    return bytes_;
+  }
+
+ private:
+  char* data_;
+  size_t bytes_;
+};
+
+class Run {
+ public:
+  Run(std::string directory, const std::map<std::string, std::string>& values)
+      : directory_(std::move(directory)), values_(values) {}
+
+  int64_t integer(const std::string& name) const {
+    return std::stoll(values_.at(name));
+  }
+  double real(const std::string& name) const {
+    return std::stod(values_.at(name));
+  }
+  oodk::DType dtype() const {
+    return oodk::DType(integer("dtype"));
+  }
+  size_t out_size() const { // of the type that half precision is accumulated in
+    return dtype() == oodk::DType::f64 ? 8 : 4;
+  }
+  size_t in_size() const {
+    constexpr size_t sizes[] = {8, 4, 2, 2};
+    return sizes[int(dtype())];
+  }
+
+  // The file's contents from `skip` bytes on; what comes before must not be read.
+  template <typename T = void>
+  const T* input(const std::string& name, size_t skip = 0) {
+    std::ifstream file(directory_ + "/" + name + ".in", std::ios::binary);
+    if (!file)
+      throw std::runtime_error("no input " + name);
+    const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+    const Array& array = arrays_.try_emplace(name, bytes.size()).first->second;
+    std::memcpy(array.data(), bytes.data(), bytes.size());
+    ASAN_POISON_MEMORY_REGION(array.data(), skip / 8 * 8);
+    return reinterpret_cast<const T*>(array.data() + skip);
+  }
+  template <typename T = void>
+  T* output(const std::string& name, size_t bytes) {
+    const Array& array = outputs_.try_emplace(name, bytes).first->second;
+    std::memset(array.data(), emulation::poison, bytes);
+    return reinterpret_cast<T*>(array.data());
+  }
+
+  // Writes the outputs, or, after the first run, holds them against what that wrote.
+  void finish(bool first) const {
+    for (const auto& [name, array] : outputs_) {
+      const std::string path = directory_ + "/" + name + ".out";
+      if (first) {
+        std::ofstream(path, std::ios::binary).write(array.data(), std::streamsize(array.bytes()));
+        continue;
+      }
+      std::ifstream file(path, std::ios::binary);
+      const std::string before{std::istreambuf_iterator<char>(file), {}};
+      if (before.compare(0, before.size(), array.data(), array.bytes()) != 0)
+        throw std::runtime_error("the order of the threads changes " + name);
+    }
+  }
+
+ private:
+  std::string directory_;
+  const std::map<std::string, std::string>& values_;
+  std::map<std::string, Array> arrays_, outputs_;
+};
+
+using Kernels = std::map<std::string, void (*)(Run&)>;
+
+inline int run(int argc, char** argv, const Kernels& kernels) {
+  try {
+    std::map<std::string, std::string> values;
+    for (int i = 3; i < argc; ++i) {
+      const std::string argument = argv[i];
+      const size_t equals = argument.find('=');
+      values[argument.substr(0, equals)] = argument.substr(equals + 1);
+    }
+    emulation::settings.processors = std::stoi(values.at("processors"));
+    emulation::settings.shared_bytes = std::stoi(values.at("shared_bytes"));
+    for (int seed = 0; seed < std::stoi(values.at("orders")); ++seed) {
+      emulation::settings.seed = unsigned(seed);
+      Run run(argv[2], values);
+      kernels.at(argv[1])(run);
+      run.finish(seed == 0);
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
+
+} // namespace runner
