@@ -1,11 +1,10 @@
 // CUDA backend of roc_histogram_.
 #include "ops/histogram.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 
+#include "cuda/common.cuh"
+#include "cuda/device.h"
 #include "cuda/histogram_kernel.cuh"
 
 namespace oodk {
@@ -18,28 +17,21 @@ void launch(const HistogramArgs& args, int64_t* counts, cudaStream_t stream) {
       args.width};
   constexpr int threads = 256, each = 16; // scores
   const int64_t blocks = (args.n + threads * each - 1) / (threads * each);
-  count_scores<S><<<int(std::clamp<int64_t>(blocks, 1, 4096)), threads, 0, stream>>>(in);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(concat("roc_histogram_: ", cudaGetErrorString(error)));
+  cuda::launch(count_scores<S>, std::clamp<int64_t>(blocks, 1, 4096), threads, 0, stream, in);
 }
 
 void roc_histogram_(Tensor counts, const Tensor& table, const Tensor& scores, int64_t side,
     std::optional<Tensor> rows, std::optional<Tensor> atoms) {
+  const cuda::OnDevice on(scores);
   const HistogramArgs args = histogram_args(counts, table, scores, side, rows, atoms);
   if (args.n == 0)
     return;
-  const int32_t device = scores.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   int64_t* c = counts.mutable_data_ptr<int64_t>();
-  const auto s = static_cast<cudaStream_t>(stream);
   switch (args.dtype) {
-    case DType::f64: return launch<double>(args, c, s);
-    case DType::f32: return launch<float>(args, c, s);
-    case DType::bf16: return launch<BFloat16Bits>(args, c, s);
-    case DType::f16: return launch<HalfBits>(args, c, s);
+    case DType::f64: return launch<double>(args, c, on.stream);
+    case DType::f32: return launch<float>(args, c, on.stream);
+    case DType::bf16: return launch<BFloat16Bits>(args, c, on.stream);
+    case DType::f16: return launch<HalfBits>(args, c, on.stream);
   }
 }
 
