@@ -26,9 +26,10 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/errors.cpp
   csrc/cuda/mos.cu
   csrc/cuda/logits.cu)
+list(JOIN CMAKE_CUDA_ARCHITECTURES "," _architectures) # a definition cannot hold semicolons
 target_compile_definitions(_cuda PRIVATE USE_CUDA
   OODK_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}"
-  OODK_CUDA_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}")
+  OODK_CUDA_ARCHITECTURES="${_architectures}")
 target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra>)
 # libtorch.so pulls in libtorch_cuda under a CUDA torch; a CPU torch at build time has none to name.

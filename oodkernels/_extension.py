@@ -46,6 +46,6 @@ def build_info() -> dict[str, object]:
         "cpu_capability": _C.cpu_capability(),
         "cpu_capabilities": _C.available_cpu_capabilities(),
         "cuda": cuda.get("compiler"),
-        "cuda_architectures": cuda.get("architectures", "").split(";") if cuda else [],
+        "cuda_architectures": cuda.get("architectures", "").split(",") if cuda else [],
         "threads": torch.get_num_threads(),
     }
