@@ -25,10 +25,10 @@ from oodkernels import reference
 HERE = Path(__file__).parent
 SOURCES = HERE / "cuda_emulation"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = (
-    "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas "
-    "-fsanitize=address,undefined -fno-sanitize-recover=all"
-).split()
+FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum DType has them
 POISON = 0xFF
 ORDERS = 3
@@ -44,8 +44,8 @@ class Emulator:
 
         def build(name: str) -> None:
             include = ["-I", str(SOURCES), "-I", str(HERE.parent / "csrc")]
-            source, program = SOURCES / f"{name}.cpp", directory / name
-            subprocess.run([COMPILER, *FLAGS, *include, str(source), "-o", str(program)], check=True)
+            files = [str(SOURCES / f"{name}.cpp"), "-o", str(directory / name)]
+            subprocess.run([COMPILER, *FLAGS, *include, *files], check=True)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(build, ("mos", "logits", "faults")))
@@ -209,21 +209,19 @@ SAMPLES = [
     Sample(3, (3, 2) * 1000, torch.bfloat16, index=torch.int32),  # many tiny groups
     Sample(5, (3, 2) * 1000, shared=8, kind="special"),
     Sample(40, (100, 30), torch.bfloat16, processors=4),
+    Sample(8300, (2, 2), torch.bfloat16),  # more rows than the grid has threads
+    Sample(900, (5, 9, 70)),  # as much shared memory as there is
 ]
 
 samples = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
 
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    """Of what is accumulated in float32 (exponentials of differences) or float64."""
-    return {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}
-
-
 def assert_close(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Equal up to the rounding of what is accumulated in float32 or float64."""
     for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(
-            f, e.flatten().to(f.dtype), equal_nan=True, **tolerance(f.dtype)
-        )
+        rtol, atol = (1e-5, 2e-6) if f.dtype == torch.float32 else (1e-9, 1e-12)
+        e = e.flatten().to(f.dtype)
+        torch.testing.assert_close(f, e, rtol=rtol, atol=atol, equal_nan=True)
 
 
 # --- MOS ------------------------------------------------------------------------------------------
@@ -263,7 +261,7 @@ def test_mos_log_others(emulator: Emulator, sample: Sample) -> None:
     outputs = dict.fromkeys(("log_others", "stats"), sample.accumulated)
     found, stats = emulator.run("mos_log_others", sample.inputs(), outputs, **sample.values())
     assert_close([found], [expected.detach()])
-    expected.backward(grad)
+    torch.autograd.backward(expected, grad)
     check_backward(emulator, "mos_log_others_backward", sample, logits, grad=grad, stats=stats)
 
 
@@ -275,11 +273,9 @@ def test_mos_loss(emulator: Emulator, sample: Sample) -> None:
     grad = torch.randn(expected.shape, generator=random, dtype=sample.accumulated)
     outputs = dict.fromkeys(("loss", "stats"), sample.accumulated)
     inputs = sample.inputs(target=sample.target)
-    found, stats = emulator.run(
-        "mos_loss", inputs, outputs, ignore_index=-100, **sample.values()
-    )
+    found, stats = emulator.run("mos_loss", inputs, outputs, ignore_index=-100, **sample.values())
     assert_close([found], [expected.detach()])
-    expected.backward(grad)
+    torch.autograd.backward(expected, grad)
     assert logits.grad is not None
     logits.grad[sample.target == -100] = 0  # autograd makes NaN of it where the row has one
     check_backward(
@@ -382,14 +378,15 @@ def test_mos_ties_go_to_the_lowest_index(emulator: Emulator) -> None:
     assert group.tolist() == [0, 0]
 
 
-# --- logit scores -----------------------------------------------------------------------------------
+# --- logit scores ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.3, 1000.0])
-@samples
+@pytest.mark.parametrize(
+    ("sample", "temperature"),
+    [*((s, 1.0) for s in SAMPLES), *((s, t) for s in SAMPLES[4:12] for t in (0.3, 1000.0))],
+    ids=str,
+)
 def test_logit_scores(emulator: Emulator, sample: Sample, temperature: float) -> None:
-    if temperature != 1.0 and sample.kind == "large":
-        pytest.skip("the reference itself overflows")
     outputs = dict.fromkeys(("msp", "max_logit", "energy", "entropy"), sample.accumulated)
     *found, label = emulator.run(
         "logit_scores",
@@ -403,7 +400,7 @@ def test_logit_scores(emulator: Emulator, sample: Sample, temperature: float) ->
     torch.testing.assert_close(label, expected_label)
 
 
-# --- planted faults ---------------------------------------------------------------------------------
+# --- planted faults -------------------------------------------------------------------------------
 
 
 def test_out_of_bounds_write_is_caught(emulator: Emulator) -> None:

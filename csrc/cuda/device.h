@@ -13,16 +13,22 @@ namespace oodk::cuda {
 
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    this->stream = static_cast<cudaStream_t>(stream);
+  OnDevice(const char* op, const Tensor& logits) : guard_(index(op, logits)) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(logits.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
   }
 
   cudaStream_t stream;
 
  private:
+  static int32_t index(const char* op, const Tensor& logits) {
+    OODK_CHECK_VALUE(logits.is_cuda(), op, ": logits must be on a CUDA device, as another ",
+        "argument is, got ", device_of(logits));
+    return logits.get_device_index();
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
 };
 

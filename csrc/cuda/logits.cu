@@ -12,8 +12,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_scores(
     const Tensor& logits, double temperature) {
   const char* op = "logit_scores";
-  const cuda::OnDevice on(logits);
   const Rows rows = logit_args(op, logits, temperature);
+  const cuda::OnDevice on(op, logits);
   cuda::check_width(op, rows.width);
   const LogitScores out = new_logit_scores(logits, rows.dtype);
   if (rows.count > 0)

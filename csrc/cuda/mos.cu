@@ -12,7 +12,7 @@ namespace {
 
 struct Call {
   Call(const char* op, const Tensor& logits, const Tensor& groups)
-      : on(logits), args(mos_args(op, logits, groups)) {
+      : args(mos_args(op, logits, groups)), on(op, logits) {
     const Rows& rows = args.logits;
     cuda::check_width(op, rows.width);
     OODK_CHECK_VALUE(rows.width >= 2 * args.n_groups, op, ": groups must leave every group at ",
@@ -42,8 +42,8 @@ struct Call {
     return oodk::empty(sizes_of(logits), logits.scalar_type(), logits);
   }
 
-  cuda::OnDevice on;
   MosArgs args;
+  cuda::OnDevice on;
 };
 
 Tensor mos_score(const Tensor& logits, const Tensor& groups) {

@@ -468,6 +468,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
 // --- backward -----------------------------------------------------------------------------------
 
 constexpr int kBackwardThreads = 256;
+template <typename S>
+constexpr int kBackwardBlocks = sizeof(S) == sizeof(double) ? 3 : 4; // on a multiprocessor
 
 // Of one group in one row: dL/dz = scale e^(z - m), plus onehot in one column.
 template <typename T>
@@ -558,7 +560,7 @@ __device__ inline void store(const acc_t<S> (&y)[kPerUnit<S>], int column, int w
 // A thread stays with one unit of the row, of which there are `units` at most, and with it in the
 // same group but for the shift of rows that start within a unit.
 template <typename S, typename Op>
-__global__ void __launch_bounds__(kBackwardThreads, 4)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
     mos_backward(Rows<S> z, Grouping groups, int units, Op op, S* grad_logits) {
   using T = acc_t<S>;
   constexpr int V = kPerUnit<S>;

@@ -35,7 +35,7 @@ struct Rows {
 constexpr int kRowThreads = 128;
 // Blocks on a multiprocessor: while some wait for memory, others compute.
 template <typename S>
-constexpr int kRowBlocks = sizeof(S) == sizeof(double) ? 4 : 6;
+constexpr int kRowBlocks = sizeof(S) == sizeof(double) ? 3 : 6;
 
 // How a launch divides its rows among blocks and threads.
 struct Tiling {
@@ -92,12 +92,13 @@ Tiling tile(const Rows<S>& z, const Device& device) {
       (z.count >> (t.rows_log2 + 1)) >= int64_t(kRowBlocks<S>) * device.processors)
     ++t.rows_log2;
 
-  // The eight lanes that read shared memory at once must meet eight different units mod 8.
-  const int rows = t.rows(), step = rows >= 8 ? 1 : 8 / rows;
-  const int capacity = std::max(bytes / int(sizeof(uint4)) / rows - (step - 1), 8);
+  // The eight lanes that read shared memory at once must meet eight different units mod 8: 8 / rows
+  // workers of each row, an odd number of units apart, and the rows, an odd multiple of that apart.
+  const int rows = t.rows(), step = std::max(8 / rows, 1);
+  const int capacity = std::max(bytes / int(sizeof(uint4)) / rows - (2 * step - 1), 8);
   const int spans = (t.row_units + capacity - 1) / capacity;
   t.units = (t.row_units + spans - 1) / spans;
-  t.pitch = rows == 1 ? t.units : t.units + ((step - t.units) % 8 + 8) % 8;
+  t.pitch = rows == 1 ? t.units : (t.units + step - 1) / (2 * step) * (2 * step) + step;
   const int workers = kRowThreads >> t.rows_log2;
   t.chunk = (t.units + workers - 1) / workers;
   if (rows < 8)

@@ -1,4 +1,8 @@
 // Contract of the MOS ops (schemas: library.cpp), shared by the CPU and the CUDA backend.
+//
+// The contents of groups and target are checked on the CPU, and on CUDA under OODK_VALIDATE=1.
+// Otherwise CUDA kernels stay within bounds whatever they hold: groups that are not valid make
+// every result NaN (label and group 0), a target that is not makes its row's loss and gradient NaN.
 #pragma once
 
 #include "stable.h"
