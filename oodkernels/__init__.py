@@ -3,6 +3,8 @@
 Importing it registers ``torch.ops.oodk.*``. Every score is higher = more in-distribution.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.groups import Groups
@@ -20,12 +22,16 @@ from oodkernels.ops import (
     roc_metrics,
 )
 
+if TYPE_CHECKING:
+    from oodkernels.streaming import OODMetrics
+
 __all__ = [
     "Groups",
     "LogitScores",
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "OODMetrics",
     "OODResult",
     "OODResults",
     "ROCMetrics",
@@ -40,3 +46,11 @@ __all__ = [
     "ood_metrics",
     "roc_metrics",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OODMetrics":  # needs torchmetrics, which nothing else here does
+        from oodkernels.streaming import OODMetrics
+
+        return OODMetrics
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
