@@ -8,26 +8,38 @@ from oodkernels._version import __version__
 from oodkernels.groups import Groups
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
+    DOSSelection,
+    KMeansResult,
     LogitScores,
     MOSPrediction,
+    cluster_argmax,
+    dos_select,
+    kmeans_init,
     logit_scores,
     mos_log_others,
     mos_loss,
     mos_predict,
     mos_score,
+    nearest_centroid,
 )
 
 __all__ = [
+    "DOSSelection",
     "Groups",
+    "KMeansResult",
     "LogitScores",
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
     "__version__",
     "build_info",
+    "cluster_argmax",
+    "dos_select",
+    "kmeans_init",
     "logit_scores",
     "mos_log_others",
     "mos_loss",
     "mos_predict",
     "mos_score",
+    "nearest_centroid",
 ]
