@@ -5,6 +5,7 @@ Importing it registers ``torch.ops.oodk.*``. Every score is higher = more in-dis
 
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
+from oodkernels.cluster import KMeans, kmeans
 from oodkernels.groups import Groups
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
@@ -26,6 +27,7 @@ from oodkernels.ops import (
 __all__ = [
     "DOSSelection",
     "Groups",
+    "KMeans",
     "KMeansResult",
     "LogitScores",
     "MOSHead",
@@ -35,6 +37,7 @@ __all__ = [
     "build_info",
     "cluster_argmax",
     "dos_select",
+    "kmeans",
     "kmeans_init",
     "logit_scores",
     "mos_log_others",

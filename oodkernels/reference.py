@@ -237,7 +237,8 @@ def lloyd(
         if renormalize:
             norm = new.norm(dim=1, keepdim=True)
             new = new / torch.where(norm == 0, 1, norm)
-        shift = float((new - centroids).square().sum())
+        unused = new.isnan() & centroids.isnan()
+        shift = float(torch.where(unused, 0, new - centroids).square().sum())
         centroids = new
         d2 = _squared_distances(points, centroids)
         labels = d2.argmin(-1)

@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dos_select(const Tensor& features, co
   int64_t* selected = indices.mutable_data_ptr<int64_t>();
   for_problems(p, true, [&](int64_t b, const auto& points) {
     using T = value_t<decltype(points)>;
-    const Work work{k, n_init, trials(0, k), true};
+    const Work work{k, n_init, trials(0, k), max_iter};
     const auto gram = gram_of(points, work);
     std::vector<int64_t> rows(n_init * k);
     seed_clusters(points, gram.get(), work, seed, rows.data());

@@ -18,7 +18,7 @@ Tensor kmeans_init(
   Tensor out = p.new_output({n_init, k}, ScalarType::Long);
   int64_t* rows = out.mutable_data_ptr<int64_t>();
   for_problems(p, normalize, [&](int64_t b, const auto& points) {
-    const Work work{k, n_init, trials(n_trials, k), false};
+    const Work work{k, n_init, trials(n_trials, k), 0};
     seed_clusters(points, gram_of(points, work).get(), work, seed, rows + b * n_init * k);
   });
   return out;
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& x, const Tensor&
   const void* from = start.tensor.const_data_ptr();
   for_problems(p, normalize, [&](int64_t b, const auto& points) {
     using T = value_t<decltype(points)>;
-    const Work work{start.k, start.restarts, 0, true};
+    const Work work{start.k, start.restarts, 0, max_iter};
     const auto* rows = start.rows ? (const int64_t*)from + b * start.restarts * start.k : nullptr;
     const auto* centroids = start.rows ? nullptr : (const T*)from + b * start.k * p.d;
     to.write(b, points,

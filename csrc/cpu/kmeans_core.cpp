@@ -67,6 +67,7 @@ class Lloyd {
   }
 
   Fit<T> from_rows(const int64_t* rows) {
+    std::fill_n(centroids_.get(), k_ * stride_, T(0));
     Members first(k_);
     for (int64_t c = 0; c < k_; ++c) {
       const int64_t at = rows[c] < 0 ? -1 : x_.position(rows[c]);
@@ -174,7 +175,8 @@ class Lloyd {
       const Buffer<T> sum(stride_);
       kernels.sum_rows(x_.points(), members.of(c), count, sum);
       const T divisor = divisor_of(sum, count);
-      for (int64_t j = 0; j < d; ++j) {
+      const bool unused = count == 0 && std::isnan(centroid[0]); // before and now
+      for (int64_t j = 0; j < d && !unused; ++j) {
         const T value = sum[j] / divisor;
         shift[c] += double(value - centroid[j]) * double(value - centroid[j]);
         centroid[j] = value;
@@ -470,12 +472,16 @@ Gram<T>::Gram(const PointSet<T>& x) : n(x.size()) {
 template <typename T>
 bool gram_pays(const PointSet<T>& x, const Work& work) {
   constexpr double most = 256 << 20; // bytes
-  const double n = double(x.size()), rounds = work.lloyd ? 10 : 0;
+  constexpr int64_t usual = 10; // iterations until most labels have settled
+  const double n = double(x.size()), d = double(x.dim());
   if (n * n * sizeof(T) > most)
     return false;
-  const double direct = n * x.dim() * work.k * work.restarts * (work.trials + rounds);
-  const double products = n * n * x.dim() / 2;
-  const double reads = n * work.restarts * (2.0 * work.k * work.trials + rounds * n);
+  const int64_t columns = round_up(work.restarts * work.trials, kmeans_kernels<T>().panel);
+  const double rounds = double(work.restarts * std::min(usual, work.iterations));
+  const double direct = n * d * work.k * (double(columns) + rounds);
+  // Reading a row of G costs some multiply-adds a value, from the caches that it fits.
+  const double products = n * n * d / 2;
+  const double reads = 2 * n * (double(work.restarts) * work.k * work.trials + rounds * n);
   return products + reads < direct;
 }
 
@@ -497,7 +503,7 @@ void seed_clusters(
     return seed_by_gram(x, *gram, steps, work, seed, rows);
   constexpr int64_t together = 8; // restarts
   for (int64_t r = 0; r < work.restarts; r += together)
-    seed_by_products(x, steps, {k, std::min(together, work.restarts - r), work.trials, false}, r,
+    seed_by_products(x, steps, {k, std::min(together, work.restarts - r), work.trials, 0}, r,
         seed, rows + r * k);
 }
 

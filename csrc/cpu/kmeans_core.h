@@ -260,10 +260,9 @@ struct LloydOptions {
 };
 
 // What is to be done with a set of points: for each restart k-means++ with so many trials a step (0
-// for none), Lloyd's iteration, or both.
+// for none), and at most so many iterations of Lloyd's.
 struct Work {
-  int64_t k, restarts, trials;
-  bool lloyd;
+  int64_t k, restarts, trials, iterations;
 };
 
 template <typename T>
