@@ -138,4 +138,4 @@ def test_share_of_a_training_step(benchmark: Any) -> None:
     seconds = timer.timeit(3 if QUICK else 50).median
     benchmark.extra_info["ms of selection"] = 1e3 * seconds
     benchmark.extra_info["share of the step"] = seconds / median(benchmark)
-    assert QUICK or seconds < 0.05 * median(benchmark)
+    assert QUICK or not seconds > 0.05 * median(benchmark)  # NaN where benchmarks are disabled

@@ -441,26 +441,29 @@ Gram<T>::Gram(const PointSet<T>& x) : n(x.size()) {
     kernels.pack(rows + begin * panel * x.stride(), x.stride(),
         std::min(n, end * panel) - begin * panel, d, packed + begin * panel * d);
   });
-  // Tiles are computed from the diagonal to the right and mirrored. A short and a long tile make a
-  // pair, so that every thread gets the same work.
-  const auto compute = [&](int64_t t) {
-    const int64_t first = t * tile / panel;
-    kernels.product(rows + t * tile * x.stride(), x.stride(), 1, d, packed + first * panel * d,
-        panels - first, values + t * tile * stride + first * panel, stride);
+  // Blocks of tiles are computed from the diagonal to the right, and mirrored. A block is as high as
+  // leaves every thread some, so that a panel serves many tiles. A short and a long block make a
+  // pair, so that all threads get the same work.
+  const int64_t height = std::clamp<int64_t>(tiles / 32, 1, x.block() / tile);
+  const int64_t blocks = (tiles + height - 1) / height, pairs = (blocks + 1) / 2;
+  const auto first_column = [&](int64_t block) { return block * height * tile / panel * panel; };
+  const auto compute = [&](int64_t block) {
+    const int64_t t = block * height, from = first_column(block);
+    kernels.product(rows + t * tile * x.stride(), x.stride(), std::min(height, tiles - t), d,
+        packed + from * d, panels - from / panel, values + t * tile * stride + from, stride);
   };
-  const int64_t pairs = (tiles + 1) / 2;
-  parallel(pairs, double(tile) * n * d, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      compute(t);
-      if (tiles - 1 - t != t)
-        compute(tiles - 1 - t);
+  parallel(pairs, double(height * tile) * n * d, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      compute(b);
+      if (blocks - 1 - b != b)
+        compute(blocks - 1 - b);
     }
   });
   parallel(tiles, double(tile) * n, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       T* rows = values + t * tile * stride;
       const int64_t count = std::min(tile, n - t * tile);
-      for (int64_t j = 0; j < t * tile / panel * panel; ++j)
+      for (int64_t j = 0; j < first_column(t / height); ++j)
         for (int64_t i = 0; i < count; ++i)
           rows[i * stride + j] = values[j * stride + t * tile + i];
       for (int64_t i = 0; i < count; ++i)
