@@ -516,18 +516,25 @@ Fit<T> lloyd(const PointSet<T>& x, const Gram<T>* gram, const Work& work, const 
   if (options.tol > 0)
     options.tol *= x.mean_variance();
   std::vector<Fit<T>> fits(work.restarts);
+  const auto worse = [](const Fit<T>& a, const Fit<T>& b) { return b.inertia < a.inertia; };
   const auto some = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
+    for (int64_t r = begin, best = begin; r < end; ++r) {
       Lloyd<T> run(x, gram, work.k, options);
       fits[r] = rows ? run.from_rows(rows + r * work.k) : run.from_centroids(centroids);
+      if (r > best) { // of each thread's restarts one keeps its memory
+        const bool better = worse(fits[best], fits[r]);
+        Fit<T>& loser = fits[better ? best : r];
+        loser.centroids = {};
+        loser.label = {};
+        best = better ? r : best;
+      }
     }
   };
   if (gram) // few points: a restart a thread; many: all threads on one restart
     parallel(work.restarts, double(x.size()) * x.size(), some);
   else
     some(0, work.restarts);
-  const auto best = std::min_element(fits.begin(), fits.end(),
-      [](const Fit<T>& a, const Fit<T>& b) { return a.inertia < b.inertia; });
+  const auto best = std::max_element(fits.begin(), fits.end(), worse);
   if (gram) {
     x.assign(Packed<T>(best->centroids, best->stride, work.k, x.dim()), best->label.data());
     best->inertia = x.inertia(best->label.data(), best->centroids, best->stride);

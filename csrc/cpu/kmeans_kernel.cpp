@@ -388,7 +388,7 @@ void absorb(const T* dots, T norm2_c, const T* norm2, T* d2, int64_t begin, int6
 }
 
 template <typename T>
-constexpr KmeansKernels<T> kTable = {kTile, 2 * lanes<T>, lanes<T>, scales<T>, load_rows<T>,
+constexpr KmeansKernels<T> kTable = {kTile, 2 * lanes<T>, scales<T>, load_rows<T>,
     squared_norm<T>, pack<T>, product<T>, assign<T>, assign_products<T>, sum_rows<T>, distances<T>,
     potential<T>, absorb<T>};
 

@@ -25,7 +25,7 @@ struct Points {
 // order, so it has the same bits wherever it is computed.
 template <typename T>
 struct KmeansKernels {
-  int64_t tile, panel, lanes;
+  int64_t tile, panel;
   // Sums of d2 are kept for blocks of this many points.
   static constexpr int64_t kBlock = 64;
 
