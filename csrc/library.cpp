@@ -39,4 +39,22 @@ STABLE_TORCH_LIBRARY(oodk, m) {
   m.def(
       "roc_histogram_(Tensor(a!) counts, Tensor table, Tensor scores, int side, "
       "Tensor? rows=None, Tensor? atoms=None) -> ()");
+
+  // K-means, seeded and deterministic: x is (..., N, d); see ops/kmeans.h.
+  m.def(
+      "kmeans_init(Tensor x, int k, int n_init=1, int n_trials=0, int seed=0, "
+      "bool normalize=True) -> Tensor");
+  m.def(
+      "kmeans(Tensor x, Tensor init, int max_iter=300, float tol=1e-4, bool normalize=True, "
+      "bool renormalize=False) -> (Tensor centroids, Tensor labels, Tensor inertia, Tensor n_iter)");
+  m.def(
+      "nearest_centroid(Tensor x, Tensor centroids, bool normalize=False) -> "
+      "(Tensor labels, Tensor distance)");
+
+  // DOS, Jiang et al., ICLR 2024: see ops/dos.h.
+  m.def("cluster_argmax(Tensor labels, Tensor scores, int k, int m=1) -> Tensor");
+  m.def(
+      "dos_select(Tensor features, Tensor scores, int k, int n_select, int n_init=5, "
+      "int max_iter=300, float tol=1e-4, int seed=0, str mode=\"default\") -> "
+      "(Tensor indices, Tensor labels, Tensor centroids, Tensor inertia)");
 }

@@ -292,7 +292,6 @@ class Groups:
 
         Raises:
             ValueError: wrong shape, a value is not finite, or k is out of range.
-            ImportError: scikit-learn is missing.
         """
         where = "Groups.from_features"
         if isinstance(class_means, Tensor):
@@ -308,14 +307,10 @@ class Groups:
                 f"{where}: class_means must be finite, got {infinite.size} classes that are "
                 f"not, the first of them {infinite[0]}"
             )
-        try:
-            from sklearn.cluster import KMeans
-        except ImportError as error:
-            raise ImportError(
-                f"{where} needs scikit-learn: pip install 'oodkernels[demo]'"
-            ) from error
-        fitted = KMeans(n_clusters=k, n_init=10, random_state=seed).fit(x)
-        group = fitted.labels_.astype(np.int64)
+        from oodkernels.cluster import KMeans  # whose ops import this module
+
+        fitted = KMeans(k, n_init=10, random_state=seed).fit(x)
+        group = fitted.labels_
         distance = np.linalg.norm(x - fitted.cluster_centers_[group], axis=1)
         sizes = np.bincount(group, minlength=k)
         for empty in np.flatnonzero(sizes == 0):

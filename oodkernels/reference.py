@@ -5,6 +5,8 @@ Written to be read, not to be fast. Pass float64 for a result to hold others aga
 
 from __future__ import annotations
 
+import itertools
+import math
 from fractions import Fraction
 from itertools import pairwise
 
@@ -141,3 +143,253 @@ def roc_histogram_(
     counts[side, facts + 2] += (~scores.isnan() & (single.double() != scores.double())).sum()
     for low in (bits & 0xFFFF).unique().tolist():
         counts[side, facts + 3] |= low
+
+
+# --- K-means and DOS: x is one problem (N, d) or a batch of them (..., N, d) ----------------------
+
+
+def philox(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four random words of a counter."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            p1 >> 32 ^ c1 ^ k0,
+            p1 & 0xFFFFFFFF,
+            p0 >> 32 ^ c3 ^ k1,
+            p0 & 0xFFFFFFFF,
+        )
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+SEEDING, SAMPLE, FILL = 0, 1, 2
+"""What a random number is for: the last word of the counter."""
+
+
+def random_bits(seed: int, stream: int, restart: int, step: int, index: int) -> int:
+    """64 random bits; a Philox block serves two indices."""
+    words = philox((index // 2, step, restart, stream), seed)
+    low = index % 2 * 2
+    return words[low + 1] << 32 | words[low]
+
+
+def uniform(bits: int) -> float:
+    """Uniform in [0, 1), a multiple of 2^-53."""
+    return (bits >> 11) * 2.0**-53
+
+
+def _per_problem(x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Splits leading dimensions: x (..., N, d), the others by the same leading dimensions."""
+    batch = x.shape[:-2]
+    flat = [t.reshape((math.prod(batch), *t.shape[len(batch) :])) for t in (x, *others)]
+    return list(zip(*flat, strict=True))
+
+
+def _stacked(batch: torch.Size, results: list[Tensor]) -> Tensor:
+    return torch.stack(results).reshape((*batch, *results[0].shape))
+
+
+def kmeans_points(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Points as they are clustered, and which of them are: all but those with NaN or inf."""
+    x = _accumulated(x)
+    valid = x.isfinite().all(-1) & (normalize | x.square().sum(-1).isfinite())
+    if normalize:
+        norm = torch.where(valid, x.norm(dim=-1), 1)
+        x = x / torch.where(norm == 0, 1, norm)[..., None]
+    return x, valid
+
+
+def kmeans_init(
+    x: Tensor, k: int, n_init: int = 1, n_trials: int = 0, seed: int = 0, normalize: bool = True
+) -> Tensor:
+    """Greedy k-means++ (Arthur & Vassilvitskii, SODA 2007): the best of some candidates a step.
+
+    The first centre is drawn uniformly, candidates with probability proportional to the squared
+    distance to the centres so far; the one that leaves the least sum of squared distances wins.
+    """
+    trials = n_trials or 2 + int(math.log(k))
+
+    def one(x: Tensor, restart: int) -> Tensor:
+        points, valid = kmeans_points(x, normalize)
+        rows = valid.nonzero()[:, 0]
+        points = points[rows]
+        chosen: list[int] = []
+        d2 = points.new_full((len(points),), math.inf)
+        for step in range(min(k, len(points))):
+            draws = [uniform(random_bits(seed, SEEDING, restart, step, i)) for i in range(trials)]
+            if step == 0:
+                candidates = [int(draws[0] * len(points))]
+            elif d2.sum() == 0:
+                candidates = [min(set(range(len(points))) - set(chosen))]
+            else:
+                share = d2.double().cumsum(0)
+                targets = torch.tensor(draws, dtype=torch.float64, device=x.device) * share[-1]
+                candidates = torch.searchsorted(share, targets, right=True).tolist()
+            distance = (points[candidates][:, None] - points).square().sum(-1)
+            left = torch.minimum(d2, distance)
+            best = int(left.sum(-1).argmin())
+            chosen.append(candidates[best])
+            d2 = left[best]
+        unused = rows.new_full((k - len(chosen),), -1)
+        return torch.cat([rows[chosen], unused])
+
+    init = [torch.stack([one(p, r) for r in range(n_init)]) for (p,) in _per_problem(x)]
+    if not init:
+        return torch.empty((*x.shape[:-2], n_init, k), dtype=torch.int64, device=x.device)
+    return _stacked(x.shape[:-2], init)
+
+
+def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
+    distance = (points[:, None] - centroids).square().sum(-1)
+    return torch.where(distance.isnan(), math.inf, distance)
+
+
+def nearest_centroid(
+    x: Tensor, centroids: Tensor, normalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Index of the nearest centroid and the squared distance to it; -1 and NaN for a bad row."""
+    if centroids.dim() > 2:
+        results = [nearest_centroid(p, c, normalize) for p, c in _per_problem(x, centroids)]
+        batch = x.shape[:-2]
+        return _stacked(batch, [r[0] for r in results]), _stacked(batch, [r[1] for r in results])
+    points, valid = kmeans_points(x.reshape(-1, x.shape[-1]), normalize)
+    d2 = _squared_distances(points, centroids.to(points))
+    best = d2.argmin(-1)
+    found = valid & d2.gather(-1, best[:, None])[:, 0].isfinite()
+    distance = torch.where(found, d2.gather(-1, best[:, None])[:, 0], math.nan)
+    return torch.where(found, best, -1).view(x.shape[:-1]), distance.view(x.shape[:-1])
+
+
+def lloyd(
+    points: Tensor, centroids: Tensor, max_iter: int, tol: float, renormalize: bool
+) -> tuple[Tensor, Tensor, float, int]:
+    """Lloyd's iteration on finite points (N, d), from centroids (k, d), NaN where unused.
+
+    Stops as scikit-learn does: when no label changes, when the squared shifts of the centroids sum
+    to at most tol times the mean variance of a feature, or after max_iter iterations.
+    """
+    k = len(centroids)
+    d2 = _squared_distances(points, centroids)
+    labels = d2.argmin(-1)
+    limit = tol * float(points.var(0, correction=0).mean()) if len(points) else 0.0
+    n_iter = 0
+    before = None
+    while n_iter < max_iter and len(points):
+        n_iter += 1
+        if before is not None and torch.equal(labels, before):
+            break
+        before = labels
+        # Empty clusters take the farthest points, from clusters that keep one.
+        member = labels.clone()
+        distance = d2.gather(1, labels[:, None])[:, 0]
+        farthest = iter(distance.argsort(descending=True, stable=True).tolist())
+        for c in range(k):
+            if not (labels == c).any():
+                for i in farthest:
+                    if (member == member[i]).sum() > 1:
+                        member[i] = c
+                        break
+        new = torch.stack([points[member == c].mean(0) for c in range(k)])
+        if renormalize:
+            norm = new.norm(dim=1, keepdim=True)
+            new = new / torch.where(norm == 0, 1, norm)
+        unused = new.isnan() & centroids.isnan()
+        shift = float(torch.where(unused, 0, new - centroids).square().sum())
+        centroids = new
+        d2 = _squared_distances(points, centroids)
+        labels = d2.argmin(-1)
+        if shift <= limit:
+            break
+    inertia = float(d2.gather(1, labels[:, None]).sum()) if len(points) else 0.0
+    return centroids, labels, inertia, n_iter
+
+
+def kmeans(
+    x: Tensor,
+    init: Tensor,
+    max_iter: int = 300,
+    tol: float = 1e-4,
+    normalize: bool = True,
+    renormalize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lloyd's iteration from rows of x (..., n_init, k) or centroids (..., k, d): the best."""
+
+    def one(x: Tensor, init: Tensor) -> tuple[Tensor, ...]:
+        points, valid = kmeans_points(x, normalize)
+        nan = points.new_full((1, x.shape[-1]), math.nan)
+        starts = [init.to(points)]
+        if init.dtype == torch.int64:
+            usable = torch.cat([torch.where(valid[:, None], points, math.nan), nan])
+            starts = [usable[rows] for rows in init]
+        fits = [lloyd(points[valid], c, max_iter, tol, renormalize) for c in starts]
+        centroids, labels, inertia, n_iter = min(fits, key=lambda fit: fit[2])
+        all_labels = torch.full(valid.shape, -1, dtype=torch.int64, device=x.device)
+        all_labels[valid] = labels
+        return (
+            centroids,
+            all_labels,
+            torch.tensor(inertia, dtype=torch.float64, device=x.device),
+            torch.tensor(n_iter, device=x.device),
+        )
+
+    results = [one(*problem) for problem in _per_problem(x, init)]
+    centroids, labels, inertia, n_iter = (
+        _stacked(x.shape[:-2], list(output)) for output in zip(*results, strict=True)
+    )
+    return centroids, labels, inertia, n_iter
+
+
+def cluster_argmax(labels: Tensor, scores: Tensor, k: int, m: int = 1) -> Tensor:
+    """Rows of the m largest scores of each cluster, (..., k, m), -1 where there are fewer."""
+    scores = torch.where(scores.isnan(), -math.inf, scores)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    out = torch.full((*labels.shape[:-1], k, m), -1, dtype=torch.int64, device=labels.device)
+    for index in itertools.product(*map(range, labels.shape[:-1])):
+        label, rows, best = labels[index], order[index], out[index]
+        for c in range(k):
+            members = rows[label[rows] == c][:m]
+            best[c, : len(members)] = members
+    return out
+
+
+def dos_selection(
+    labels: Tensor, scores: Tensor, k: int, n_select: int, seed: int = 0, mode: str = "default"
+) -> Tensor:
+    """The rows that DOS selects from labels (N,), -1 for a row left out, and scores (N,)."""
+    m = 1 if k > n_select else n_select // k
+    best = cluster_argmax(labels, scores, k, m)
+    if k > n_select and mode == "official":
+        best = best[:n_select]
+    elif k > n_select:
+        used = best[best[:, 0] >= 0]
+        value = torch.where(scores.isnan(), -math.inf, scores)[used[:, 0]]
+        kept = value.argsort(descending=True, stable=True)[:n_select]
+        best = used[kept.sort().values]
+    selected = [row for row in best.flatten().tolist() if row >= 0]
+    others = [i for i, label in enumerate(labels.tolist()) if label >= 0 and i not in selected]
+    others.sort(key=lambda i: (random_bits(seed, FILL, 0, 0, i), i))
+    selected = (selected + others + [-1] * n_select)[:n_select]
+    return torch.tensor(selected, device=labels.device)
+
+
+def dos_select(
+    features: Tensor,
+    scores: Tensor,
+    k: int,
+    n_select: int,
+    n_init: int = 5,
+    max_iter: int = 300,
+    tol: float = 1e-4,
+    seed: int = 0,
+    mode: str = "default",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Diverse outlier sampling: Jiang et al., ICLR 2024."""
+    init = kmeans_init(features, k, n_init, seed=seed)
+    centroids, labels, inertia, _ = kmeans(features, init, max_iter, tol)
+    selected = [
+        dos_selection(labels[index], scores[index], k, n_select, seed, mode)
+        for index in itertools.product(*map(range, labels.shape[:-1]))
+    ]
+    return _stacked(labels.shape[:-1], selected), labels, centroids, inertia

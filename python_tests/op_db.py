@@ -46,6 +46,8 @@ class Op:
     # (output index, dtype) -> (rtol, atol), against the reference in float64.
     tolerance: Callable[[int, torch.dtype], tuple[float, float]]
     rowwise: tuple[int, ...] = (0,)  # positions of the arguments that have the leading dimensions
+    problem: tuple[int, ...] = ()  # the same, where the op is one of all rows and not row by row
+    float64: tuple[int, ...] = ()  # outputs that are float64 whatever the input
     differentiable: bool = False
     # Compares what no tolerance can, such as labels among nearly equal classes.
     compare: Callable[[Sample, Any, Any], None] | None = None
@@ -63,7 +65,7 @@ def offsets_of(widths: list[int], device: str, dtype: torch.dtype = torch.int64)
 GROUPINGS = {
     "mixed": [3, 70, 2, 130, 60, 17, 64, 65, 5],
     "one class": [2],
-    "tiny": [2, 3, 4, 2, 11] * 40,
+    "tiny": [2, 3, 4, 2, 11] * 12,
     "narrow": [11] * 10,
     "huge": [2113],
     "imagenet": [126, 125, 127, 126, 126, 126, 126, 126],
@@ -226,6 +228,194 @@ def logit_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return [(0.0, 2e-6), (0.0, 0.0), (2e-6, 2e-6), (1e-5, 4e-6), (0.0, 0.0)][output]
 
 
+def points_of(*shape: int, k: int = 5, device: str, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Clusters far apart, of points in directions far apart."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    *batch, n, d = shape
+    centres = torch.randn(*batch, k, d, generator=generator, dtype=torch.float64) * 5
+    label = torch.randint(k, (*batch, n), generator=generator)
+    x = centres.gather(-2, label[..., None].expand(shape))
+    x = x + torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x.to(device, dtype)
+
+
+def special_points(device: str, dtype: torch.dtype) -> Tensor:
+    """Rows that are left out, zeros, duplicates."""
+    x = points_of(40, 11, device=device, dtype=dtype)
+    x[0, 3], x[7, 0], x[20, :], x[39, 10] = NAN, INF, -INF, NAN
+    x[[4, 25]] = 0
+    x[[5, 6, 21]] = x[8].clone()
+    return x
+
+
+def clusterings(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int]]:
+    """Points and k: tails that no vector width divides, degenerate sizes, batches."""
+    for n, d, k in ((61, 9, 5), (50, 2, 3), (150, 33, 12), (20, 130, 1), (1, 3, 1)):
+        yield f"{n, d, k}", points_of(n, d, k=k, device=device, dtype=dtype), k
+    yield "special", special_points(device, dtype), 6
+    yield "special: fewer points than clusters", points_of(4, 6, device=device, dtype=dtype), 9
+    yield "all equal", torch.ones(9, 4, device=device, dtype=dtype), 4
+    yield "special: no points", torch.ones(0, 4, device=device, dtype=dtype), 4
+    for batch in ((3,), (2, 3), (1, 5)):
+        yield f"batch {batch}", points_of(*batch, 40, 17, device=device, dtype=dtype), 5
+    yield "special: all left out", torch.full((5, 4), NAN, device=device, dtype=dtype), 2
+
+
+def kmeans_init_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for name, x, k in clusterings(device, dtype):
+        yield Sample((x, k, 3), name=name)
+        yield Sample((x, k, 2, 1, 2**40 + 7, False), name=f"{name}, plain, as they are")
+
+
+def init_of(x: Tensor, k: int, n_init: int = 2) -> Tensor:
+    """Rows to start from, distinct as far as there are so many."""
+    n = x.shape[-2]
+    rows = torch.arange(n_init * k).view(n_init, k) % max(n, 1)
+    if n == 0:
+        rows[:] = -1
+    return rows.expand(*x.shape[:-2], n_init, k).to(x.device)
+
+
+def kmeans_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for name, x, k in clusterings(device, dtype):
+        yield Sample(
+            (x, init_of(x, k, 1), 2, 0.0, False), name=f"{name}, as they are, 2 iterations"
+        )
+        if name == "special":  # zero is as far from all directions: nothing but rounding decides
+            continue
+        yield Sample((x, init_of(x, k)), name=name)
+        if x.shape[-2] != 1:  # whose shift and variance are both nothing but rounding
+            yield Sample((x, init_of(x, k, 1), 5, 1e-3, True, True), name=f"{name}, renormalised")
+    x = points_of(60, 8, device=device, dtype=dtype)
+    centroids = points_of(7, 8, device=device, dtype=torch.float64, seed=3)
+    yield Sample((x, centroids, 0, 0.0, False), name="no iteration")
+    yield Sample((x, centroids, 20, 0.0, False), name="centroids")
+    centroids = centroids.clone()
+    centroids[2] = NAN
+    yield Sample((x, centroids.to(dtype), 1, 0.0, False), name="special: an unused centroid")
+
+
+def points_refused(
+    op: str, name: str, device: str
+) -> Iterator[tuple[Tensor, type[Exception], str]]:
+    x = torch.randn(6, 3, device=device)
+    yield x.long(), TypeError, f"{name} must be float64, float32"
+    yield x[0], ValueError, rf"{name} must have shape \(..., N, d\), got \(3,\)"
+    yield x[:, :0], ValueError, rf"{name} must have at least one feature, got shape \(6, 0\)"
+
+
+def kmeans_init_refused(device: str) -> Iterator[Refused]:
+    x = torch.randn(6, 3, device=device)
+    for bad, error, message in points_refused("kmeans_init", "x", device):
+        yield Refused((bad, 2), error, message)
+    yield Refused((x, 0), ValueError, "k must be at least 1 .* got 0")
+    yield Refused((x, 2, 0), ValueError, "n_init must be at least 1 .* got 0")
+    yield Refused((x, 2, 1, -1), ValueError, "n_trials must be at least 0 .* got -1")
+
+
+def kmeans_refused(device: str) -> Iterator[Refused]:
+    x = torch.randn(6, 3, device=device)
+    rows = torch.tensor([[0, 1]], device=device)
+    for bad, error, message in points_refused("kmeans", "x", device):
+        yield Refused((bad, rows), error, message)
+    for bad in (rows[0], rows[None], x[:2, :2], x[:0], rows[:, :0]):
+        yield Refused((x, bad), ValueError, r"init must be int64 rows .* for x \(6, 3\)")
+    yield Refused((x, rows.int()), TypeError, "init .*must be float64")
+    yield Refused(
+        (x, rows + 5), ValueError, r"init must hold rows of x, -1..5, got 6", contents=True
+    )
+    yield Refused((x, rows - 2), ValueError, r"init must hold rows .* got -2", contents=True)
+    yield Refused((x, rows, -1), ValueError, "max_iter must be at least 0 .* got -1")
+    for tol in (-1.0, NAN, INF):
+        yield Refused((x, rows, 1, tol), ValueError, "tol must be finite and at least 0")
+
+
+def nearest_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for name, x, k in clusterings(device, dtype):
+        c = points_of(k, x.shape[-1], k=k, device=device, dtype=dtype, seed=1)
+        yield Sample((x, c), name=name)
+        yield Sample((x, c.double(), True), name=f"{name}, directions")
+    x = points_of(5, 40, 19, device=device, dtype=dtype)
+    c = points_of(5, 37, 19, k=37, device=device, dtype=dtype, seed=1)
+    yield Sample((x, c), name="each its own centroids")
+    c = c.clone()
+    c[0, 1], c[1], c[2, 3:9] = c[0, 0].clone(), NAN, INF
+    yield Sample((x, c), name="special: ties and unused centroids")
+    yield Sample((x[0, 0], c[0]), name="a single point")
+
+
+def nearest_refused(device: str) -> Iterator[Refused]:
+    x, c = torch.randn(6, 3, device=device), torch.randn(2, 3, device=device)
+    yield Refused((x.long(), c), TypeError, "x must be float64")
+    yield Refused((x[0, 0], c), ValueError, "x must have at least one dimension")
+    yield Refused((x, c.long()), TypeError, "centroids must be float64")
+    yield Refused((x[:, :0], c[:, :0]), ValueError, "x must have at least one feature")
+    for bad in (c[0], c[:, :2], c[:0], c[None]):
+        yield Refused((x, bad), ValueError, r"centroids must have shape \(k, d\), .* x \(6, 3\)")
+
+
+def kmeans_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    return (1e-12, 1e-12) if dtype == torch.float64 else (2e-5, 2e-6)
+
+
+def cluster_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for n, k, m in ((40, 5, 1), (100, 7, 9), (3, 5, 2), (1, 1, 1), (0, 2, 2)):
+        for batch in ((), (4,), (2, 3)):
+            generator = torch.Generator().manual_seed(n)
+            labels = torch.randint(-1, k + 1, (*batch, n), generator=generator)
+            scores = torch.randn(*batch, n, generator=generator).mul(4).round()
+            if n > 10:
+                scores[..., 3], scores[..., 4], scores[..., 5] = NAN, INF, -INF
+            yield Sample(
+                (labels.to(device), scores.to(device, dtype), k, m), name=f"{n, k, m} {batch}"
+            )
+
+
+def cluster_refused(device: str) -> Iterator[Refused]:
+    labels = torch.tensor([0, 1, 1], device=device)
+    scores = torch.randn(3, device=device)
+    yield Refused((labels.int(), scores, 2), TypeError, "labels must be int64")
+    yield Refused((labels, labels, 2), TypeError, "scores must be float64")
+    yield Refused((labels[0], scores[0], 2), ValueError, "scores must have at least one dimension")
+    yield Refused((labels, scores[:2], 2), ValueError, r"shape of scores, \(2,\), got \(3,\)")
+    yield Refused((labels, scores, 0), ValueError, "k must be at least 1 .* got 0")
+    yield Refused((labels, scores, 2, 0), ValueError, "m must be at least 1 .* got 0")
+
+
+def dos_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for name, x, k in clusterings(device, dtype):
+        generator = torch.Generator().manual_seed(k)
+        n = x.shape[-2]
+        scores = torch.randn(x.shape[:-1], generator=generator, dtype=torch.float64)
+        if n > 10:
+            scores[..., 3], scores[..., 4], scores[..., 5] = NAN, INF, -INF
+        scores = scores.to(device, dtype)
+        for n_select in {1, max(1, k - 2), k, min(3 * k + 1, n), n}:
+            if 1 <= n_select <= n:
+                yield Sample((x, scores, k, n_select, 2), name=f"{name}, {n_select}")
+        if n > k > 1:
+            yield Sample(
+                (x, scores, k, k - 1), {"mode": "official", "seed": 5}, name=f"{name}, official"
+            )
+
+
+def dos_refused(device: str) -> Iterator[Refused]:
+    x, s = torch.randn(6, 3, device=device), torch.randn(6, device=device)
+    for bad, error, message in points_refused("dos_select", "features", device):
+        yield Refused((bad, s, 2, 2), error, message)
+    yield Refused((x, s.long(), 2, 2), TypeError, "scores must be float64")
+    yield Refused(
+        (x, s[:5], 2, 2), ValueError, r"scores must have shape features.shape\[:-1\], got"
+    )
+    yield Refused((x, s, 0, 2), ValueError, "k must be at least 1 .* got 0")
+    yield Refused((x, s, 2, 0), ValueError, "n_select must be at least 1 .* got 0")
+    yield Refused((x, s, 2, 7), ValueError, "n_select must be at most .* 6, got 7")
+    yield Refused((x, s, 2, 2, 0), ValueError, "n_init must be at least 1 .* got 0")
+    yield Refused((x, s, 2, 2, 1, -1), ValueError, "max_iter must be at least 0 .* got -1")
+    yield Refused((x, s, 2, 2, 1, 1, NAN), ValueError, "tol must be finite and at least 0")
+    yield Refused((x, s, 2, 2), ValueError, "mode must be default or official", {"mode": "best"})
+
+
 OPS = [
     Op("mos_score", reference.mos_score, mos_samples, mos_refused, score_tolerance),
     Op(
@@ -259,5 +449,50 @@ OPS = [
         logit_samples,
         logit_refused,
         logit_tolerance,
+    ),
+    Op(
+        "kmeans_init",
+        reference.kmeans_init,
+        kmeans_init_samples,
+        kmeans_init_refused,
+        kmeans_tolerance,
+        rowwise=(),
+        problem=(0,),
+    ),
+    Op(
+        "kmeans",
+        reference.kmeans,
+        kmeans_samples,
+        kmeans_refused,
+        kmeans_tolerance,
+        rowwise=(),
+        problem=(0, 1),
+        float64=(2,),
+    ),
+    Op(
+        "nearest_centroid",
+        reference.nearest_centroid,
+        nearest_samples,
+        nearest_refused,
+        kmeans_tolerance,
+    ),
+    Op(
+        "cluster_argmax",
+        reference.cluster_argmax,
+        cluster_samples,
+        cluster_refused,
+        kmeans_tolerance,
+        rowwise=(),
+        problem=(0, 1),
+    ),
+    Op(
+        "dos_select",
+        reference.dos_select,
+        dos_samples,
+        dos_refused,
+        kmeans_tolerance,
+        rowwise=(),
+        problem=(0, 1),
+        float64=(3,),
     ),
 ]

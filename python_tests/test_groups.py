@@ -288,7 +288,6 @@ def test_from_table_refuses(tmp_path, text, message):
 
 
 def test_from_features_finds_the_clusters():
-    pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     truth = rng.permutation(np.arange(60) % 4)
     means = 20 * np.eye(4, 16)[truth] + rng.normal(size=(60, 16))
@@ -299,12 +298,8 @@ def test_from_features_finds_the_clusters():
 
 
 def test_from_features_leaves_no_group_empty():
-    pytest.importorskip("sklearn")
-    from sklearn.exceptions import ConvergenceWarning
-
     means = np.repeat([[0.0, 0.0], [1.0, 1.0]], 5, axis=0)
-    with pytest.warns(ConvergenceWarning):
-        groups = Groups.from_features(means, 6)
+    groups = Groups.from_features(means, 6)
     assert len(groups) == 6
     assert groups.sizes.min() >= 1
     assert len(Groups.from_features(np.eye(5), 5)) == 5
@@ -322,12 +317,6 @@ def test_from_features_leaves_no_group_empty():
 def test_from_features_refuses(means, k, message):
     with pytest.raises(ValueError, match=message):
         Groups.from_features(means, k)
-
-
-def test_from_features_names_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"oodkernels\[demo\]"):
-        Groups.from_features(np.eye(3), 2)
 
 
 # WordNet

@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -20,5 +22,30 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size
     madvise((void*)begin, end - begin, MADV_HUGEPAGE); // advice: failing is no error
 #endif
 }
+
+// Uninitialised values, aligned for vectors.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t n) : data_((T*)operator new[](n * sizeof(T), kAlign)) {
+    advise_huge_pages(data_.get(), n * sizeof(T));
+  }
+  operator T*() const {
+    return data_.get();
+  }
+  T* get() const {
+    return data_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(T* data) const {
+      operator delete[](data, kAlign);
+    }
+  };
+  std::unique_ptr<T, Free> data_;
+};
 
 } // namespace oodk

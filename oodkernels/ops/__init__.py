@@ -1,19 +1,28 @@
 """The ops as Python functions; as torch ops they are ``torch.ops.oodk.*``."""
 
+from oodkernels.ops.dos import DOSSelection, cluster_argmax, dos_select
 from oodkernels.ops.histogram import roc_histogram_
+from oodkernels.ops.kmeans import KMeansResult, kmeans, kmeans_init, nearest_centroid
 from oodkernels.ops.logits import LogitScores, logit_scores
 from oodkernels.ops.mos import MOSPrediction, mos_log_others, mos_loss, mos_predict, mos_score
 from oodkernels.ops.roc import ROCMetrics, roc_metrics
 
 __all__ = [
+    "DOSSelection",
+    "KMeansResult",
     "LogitScores",
     "MOSPrediction",
     "ROCMetrics",
+    "cluster_argmax",
+    "dos_select",
+    "kmeans",
+    "kmeans_init",
     "logit_scores",
     "mos_log_others",
     "mos_loss",
     "mos_predict",
     "mos_score",
+    "nearest_centroid",
     "roc_histogram_",
     "roc_metrics",
 ]
