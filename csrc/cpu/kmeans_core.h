@@ -11,8 +11,9 @@
 // Elsewhere points meet packed centroids directly. The labels that are returned always come from
 // there: they are those of nearest_centroid for the centroids returned.
 //
-// All sums are taken in an order that is fixed by the data alone, so the number of threads, the other
-// problems of a batch and the way taken change no bit.
+// All sums are taken in an order that is fixed by the data alone, and the way by the size of the
+// problem: the number of threads and the other problems of a batch change no bit. Seeds have the same
+// bits either way; Lloyd's rounding differs, within the bound that oodkernels/ops/kmeans.py states.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +46,7 @@ int64_t row_stride(int64_t width) {
 // f(begin, end) over ranges of 0..n-1 that are worth a thread each: `work` operations an item.
 template <typename F>
 void parallel(int64_t n, double work, const F& f) {
-  constexpr double least = 1 << 16;
+  constexpr double least = 1 << 18;
   const int64_t grain = std::max<int64_t>(1, int64_t(least / std::max(work, 1.0)));
   torch::stable::parallel_for(0, n, grain, f);
 }
