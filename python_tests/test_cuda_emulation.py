@@ -1,5 +1,7 @@
 """The CUDA kernels, run on the CPU by cuda_emulation/ and held against ``oodkernels.reference``.
 
+The sums of the ROC ops, which it does not have, are held against the CPU backend.
+
 Every run is under AddressSanitizer and UBSan, with the threads of a block in several orders that
 must give the same bits, and with shared memory and outputs filled with a NaN first.
 """
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 
 from oodkernels import reference
+from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, order_key
+from oodkernels.ops.roc import scores_of_keys, sort_keys
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "cuda_emulation"
@@ -48,12 +52,13 @@ class Emulator:
             subprocess.run([COMPILER, *FLAGS, *include, *files], check=True)
 
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(build, ("mos", "logits", "faults")))
+            list(pool.map(build, ("mos", "logits", "roc", "histogram", "faults")))
 
     def start(
         self, kernel: str, inputs: dict[str, Tensor], **values: Any
     ) -> subprocess.CompletedProcess[str]:
-        program = "mos" if "mos" in kernel else "logits" if "logit" in kernel else "faults"
+        programs = {"mos": "mos", "logit": "logits", "roc": "roc", "histogram": "histogram"}
+        program = programs.get(kernel.split("_")[0], "faults")
         for file in self.directory.glob("*.out"):
             file.unlink()
         for name, x in inputs.items():
@@ -400,6 +405,293 @@ def test_logit_scores(emulator: Emulator, sample: Sample, temperature: float) ->
     torch.testing.assert_close(label, expected_label)
 
 
+# --- ROC ------------------------------------------------------------------------------------------
+
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def some_scores(n: int, dtype: torch.dtype, kind: str, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=random, dtype=torch.float64)
+    if kind == "ties":
+        x = x.round()
+    if kind == "tied":
+        x = torch.ones_like(x)
+    x = x.to(dtype)
+    if kind in ("special", "nan"):
+        special = [torch.inf, -torch.inf, 0.0, -0.0, 1e-40, -1e-40, 5e-324, 1e300, 65504.0]
+        special += [torch.nan, -torch.nan] if kind == "nan" else []
+        values = torch.tensor(special, dtype=torch.float64)
+        at = torch.randperm(n, generator=random)[: (n + 1) // 2]
+        x[at] = values[(at + n) % len(values)].to(dtype)
+    if kind == "bits":
+        integer = INTEGERS[dtype.itemsize]
+        low, high = torch.iinfo(integer).min, torch.iinfo(integer).max
+        x = torch.randint(low, high, (n,), generator=random, dtype=integer).view(dtype)
+    return x
+
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+SIZES = (1, 31, 32, 33, 127, 128, 129, 1000)
+
+KEYS = [  # kind, scores, blocks, stride, values before the first score
+    *(("nan", n, 1 + n // 200, 1, n % 3) for n in SIZES),
+    ("bits", 1000, 3, 1, 8),
+    ("bits", 129, 2, 7, 5),
+    ("normal", 40, 1, 0, 0),
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("kind", "n", "blocks", "stride", "offset"), KEYS)
+def test_roc_keys(
+    emulator: Emulator, dtype: torch.dtype, kind: str, n: int, blocks: int, stride: int, offset: int
+) -> None:
+    storage = some_scores(offset + (n - 1) * stride + 1, dtype, kind)
+    scores = storage.as_strided((n,), (stride,), offset)
+    integer = INTEGERS[dtype.itemsize]
+    (keys,) = emulator.run(
+        "roc_keys",
+        {"scores": storage},
+        {"keys": integer},
+        dtype=DTYPES.index(dtype),
+        inf_bits=torch.tensor(torch.inf, dtype=dtype).view(integer).item(),
+        n=n,
+        blocks=blocks,
+        stride=stride,
+        offset=offset,
+    )
+    nan = scores.isnan()
+    assert torch.equal(keys == torch.iinfo(integer).max, nan)
+    assert torch.equal(scores_of_keys(keys[~nan], dtype), scores[~nan])
+    if not nan.all():
+        assert torch.equal(keys[~nan].sort().values, sort_keys(scores[~nan]))
+
+
+def cuda_keys(scores: Tensor) -> Tensor:
+    """Sorted keys, those of NaN the greatest; the CPU backend refuses NaN."""
+    keys = sort_keys(scores[~scores.isnan()])
+    nan = torch.full((len(scores) - len(keys),), torch.iinfo(keys.dtype).max, dtype=keys.dtype)
+    return torch.cat([keys, nan])
+
+
+SETS = [  # ID and OOD scores, those of a thread, kind
+    *((n, SIZES[i - 3], 64, "normal") for i, n in enumerate(SIZES)),
+    *((300, 211, 2, kind) for kind in ("ties", "tied", "special", "nan", "separate")),
+]
+LARGE_SETS = [
+    *((55, 73 + more, 1, "normal") for more in (-1, 0, 1)),  # around a full block
+    *((3000, 14_001, 64, kind) for kind in ("normal", "ties", "tied")),
+    (4096, 4096, 64, "normal"),
+    (9000, 8000, 1, "ties"),  # more blocks than sum_blocks has threads
+    (16_400, 1, 1, "special"),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "m", "size", "kind"),
+    [
+        *((dtype, *sets) for dtype in DTYPES for sets in SETS),
+        *((DTYPES[i % 4], *sets) for i, sets in enumerate(LARGE_SETS)),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_roc_counts(
+    emulator: Emulator, dtype: torch.dtype, n: int, m: int, size: int, kind: str
+) -> None:
+    x = some_scores(n, dtype, kind, seed=1)
+    y = some_scores(m, dtype, kind, seed=2) - (100 if kind == "separate" else 0)
+    id_keys, ood_keys = cuda_keys(x), cuda_keys(y)
+    counts, areas = roc_counts(emulator, dtype, id_keys, ood_keys, size)
+    expected, expected_areas = torch.ops.oodk._roc_counts(id_keys, ood_keys)
+    assert torch.equal(counts, expected.flatten())
+    torch.testing.assert_close(areas, expected_areas, rtol=1e-12, atol=0)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_unsorted_roc_keys_stay_in_bounds(
+    emulator: Emulator, dtype: torch.dtype, size: int
+) -> None:
+    for kind in ("ties", "bits"):
+        keys = some_scores(700, dtype, kind).view(INTEGERS[dtype.itemsize])
+        roc_counts(emulator, dtype, keys, keys.flip(0)[:600], size)
+        roc_counts(emulator, dtype, keys, keys.sort(descending=True).values, size)
+
+
+def roc_counts(
+    emulator: Emulator, dtype: torch.dtype, id_keys: Tensor, ood_keys: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    counts, areas, _ = emulator.run(
+        "roc_counts",
+        {"id": id_keys, "ood": ood_keys},
+        {"counts": torch.int64, "areas": torch.float64, "partial": torch.int64},
+        dtype=DTYPES.index(dtype),
+        n=len(id_keys),
+        m=len(ood_keys),
+        size=size,
+    )
+    return counts, areas
+
+
+# --- histogram ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    n: int
+    dtype: torch.dtype
+    kind: str = "normal"
+    rows: int = 0  # of counts, but for `side`, that scores go to; 0: rows is None
+    atoms: bool = False
+    blocks: int = 1
+    offset: int = 0  # values before the first score
+    n_rows: int = 3
+    side: int = 1
+
+    def __str__(self) -> str:
+        parts: list[Any] = [self.n, str(self.dtype)[6:], self.kind, f"blocks{self.blocks}"]
+        parts += [f"rows{self.rows}"] * bool(self.rows) + ["atoms"] * self.atoms
+        return "-".join(map(str, parts))
+
+    @property
+    def storage(self) -> Tensor:
+        return some_scores(self.offset + self.n, self.dtype, self.kind, self.n)
+
+    @property
+    def scores(self) -> Tensor:
+        return self.storage[self.offset :]
+
+    @property
+    def row(self) -> Tensor:
+        random = torch.Generator().manual_seed(self.n)
+        return torch.randint(0, self.rows + 1, (self.n,), generator=random).to(torch.uint8)
+
+    @property
+    def atom_keys(self) -> Tensor:
+        keys = order_key(self.scores[: self.n // 2 + 1])
+        missing = torch.tensor([-(2**31), 12345, 2**31 - 1], dtype=torch.int32)
+        atoms: Tensor = torch.cat([keys, missing]).unique()
+        return atoms
+
+
+def prefixes(keys: Tensor) -> Tensor:
+    return (keys >> 16) + N_PREFIXES // 2
+
+
+def tables(sample: Histogram) -> tuple[Tensor, int]:
+    """A table, and its number of bins: some prefixes have many, some share one."""
+    shift = torch.full((N_PREFIXES,), 16)
+    shift[::97], shift[0xBF80:0xBF90], shift[0x8000] = 15, 8, 5  # by 1.0, by 0.0
+    bins = 1 << (16 - shift)
+    bins[(shift == 16) & (torch.arange(N_PREFIXES) % 32 > 0)] = 0
+    start = bins.cumsum(0) - bins
+    table = start << 5 | shift
+    if sample.atoms:
+        first = torch.searchsorted(prefixes(sample.atom_keys), torch.arange(N_PREFIXES + 1))
+        table |= first[:-1] << 32 | first.diff() << 56
+    return table, int(bins.sum()) + 1
+
+
+def check_histogram(
+    emulator: Emulator,
+    sample: Histogram,
+    table: Tensor,
+    bins: int,
+    refused: Tensor,
+    found_atoms: bool = True,
+) -> None:
+    """`refused`: the scores whose table entry points outside of counts."""
+    x, atoms = sample.scores, sample.atom_keys if sample.atoms else None
+    rows = sample.row if sample.rows else None
+    n_atoms = 0 if atoms is None else len(atoms)
+    width = bins + n_atoms + N_FACTS
+    random = torch.Generator().manual_seed(0)
+    before = torch.randint(0, 2**40, (sample.n_rows, width), generator=random)
+    before[:, -1] &= 0xFFFF
+    inputs = {"scores": sample.storage, "table": table, "before": before}
+    if atoms is not None:
+        inputs["atoms"] = atoms
+    if rows is not None:
+        inputs["rows"] = rows
+    (counts,) = emulator.run(
+        "histogram",
+        inputs,
+        {"counts": torch.int64},
+        dtype=DTYPES.index(sample.dtype),
+        has_rows=int(rows is not None),
+        **{k: getattr(sample, k) for k in ("n", "side", "n_rows", "blocks", "offset")},
+        width=width,
+        n_atoms=n_atoms,
+    )
+    # What is refused is NaN to the reference, but still has the facts of a number.
+    if rows is not None:
+        outside = sample.side + rows.long() >= sample.n_rows
+        refused, rows = refused | outside, torch.where(outside, 0, rows)
+    if atoms is not None and not found_atoms:
+        atoms = torch.full_like(atoms, 2**31 - 1)  # a NaN's
+    expected = before.clone()
+    x = torch.where(refused, torch.nan, x)
+    table = torch.where(table >> 5 & 0x7FFFFFF < bins, table, 0)
+    reference.roc_histogram_(expected, table, x, sample.side, rows, atoms)
+    facts = torch.zeros(1, 1 + N_FACTS, dtype=torch.int64)
+    x = sample.scores
+    reference.roc_histogram_(facts, torch.full((N_PREFIXES,), 16), x[~x.isnan()], 0)
+    expected[sample.side, -2] = before[sample.side, -2] + facts[0, -2]
+    expected[sample.side, -1] = before[sample.side, -1] | facts[0, -1]
+    assert torch.equal(counts.view_as(expected), expected)
+
+
+HISTOGRAMS = [
+    *(Histogram(n, dtype, offset=n % 5) for n in (*SIZES, 257) for dtype in DTYPES),
+    *(
+        Histogram(600, dtype, kind, rows, atoms, blocks)
+        for dtype in DTYPES
+        for kind in ("ties", "nan", "bits")
+        for rows, atoms, blocks in ((0, True, 3), (1, False, 2), (1, True, 1))
+    ),
+    *(Histogram(3000, dtype, "tied", 1, blocks=2) for dtype in DTYPES),
+    *(
+        Histogram(700, dtype, "nan", 200, atoms, blocks=2)
+        for dtype in DTYPES
+        for atoms in (False, True)
+    ),
+    Histogram(400, torch.float32, "ties", 200, blocks=2, n_rows=1, side=0),  # most rows outside
+    Histogram(400, torch.float32, "ties", 2, atoms=True, n_rows=3, side=0),
+]
+
+
+@pytest.mark.parametrize("sample", HISTOGRAMS, ids=str)
+def test_histogram(emulator: Emulator, sample: Histogram) -> None:
+    check_histogram(emulator, sample, *tables(sample), torch.zeros(sample.n, dtype=torch.bool))
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [0, 1])
+def test_histogram_table_that_points_outside(
+    emulator: Emulator, dtype: torch.dtype, rows: int
+) -> None:
+    sample = Histogram(500, dtype, "nan", rows, blocks=2)
+    table, bins = tables(sample)
+    for start in (bins, 2**27 - 1):
+        outside = torch.arange(N_PREFIXES) % 2 == 0
+        prefix = prefixes(order_key(sample.scores))
+        bad = torch.where(outside, start << 5 | 16, table)
+        check_histogram(emulator, sample, bad, bins, outside[prefix])
+
+
+@dtypes
+def test_histogram_atoms_that_lie_outside_are_not_read(
+    emulator: Emulator, dtype: torch.dtype
+) -> None:
+    sample = Histogram(500, dtype, "ties", 1, atoms=True)
+    table, bins = tables(sample)
+    good = torch.zeros(sample.n, dtype=torch.bool)
+    for first, n in ((len(sample.atom_keys), 1), (0xFFFFFF, 127), (len(sample.atom_keys) - 1, 2)):
+        bad = table & (1 << 32) - 1 | first << 32 | n << 56
+        check_histogram(emulator, sample, bad, bins, good, found_atoms=False)
+
+
 # --- planted faults -------------------------------------------------------------------------------
 
 
@@ -439,7 +731,9 @@ def test_unwritten_output_is_caught(emulator: Emulator) -> None:
     assert unwritten(emulator.output("out", torch.int32)).nonzero().flatten().tolist() == [63]
 
 
-@pytest.mark.parametrize("operation", ["shuffles", "votes", "reductions", "atomics", "static"])
+@pytest.mark.parametrize(
+    "operation", ["shuffles", "votes", "matches", "reductions", "atomics", "static"]
+)
 def test_emulated_operations(emulator: Emulator, operation: str) -> None:
     done = emulator.start(operation, {})
     assert done.returncode == 0, done.stderr
@@ -451,6 +745,7 @@ def test_emulated_operations(emulator: Emulator, operation: str) -> None:
         .gather(1, (torch.arange(32) ^ 4).expand(2, 32))
         .flatten(),
         "votes": torch.full((64,), 0x55555555),
+        "matches": torch.where(lane % 2 == 0, 0x55555555, 0xAAAAAAAA).int(),
         "reductions": torch.full((64,), -16 + 15 + sum(range(-16, 16))),
         "atomics": torch.full((64,), 64),
         "static": torch.arange(64).flip(0),

@@ -13,20 +13,20 @@ namespace oodk::cuda {
 
 class OnDevice {
  public:
-  OnDevice(const char* op, const Tensor& logits) : guard_(index(op, logits)) {
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) { // known to be on CUDA
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(logits.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
+  OnDevice(const char* op, const Tensor& logits) : OnDevice(checked(op, logits)) {}
 
   cudaStream_t stream;
 
  private:
-  static int32_t index(const char* op, const Tensor& logits) {
+  static const Tensor& checked(const char* op, const Tensor& logits) {
     OODK_CHECK_VALUE(logits.is_cuda(), op, ": logits must be on a CUDA device, as another ",
         "argument is, got ", device_of(logits));
-    return logits.get_device_index();
+    return logits;
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

@@ -3,39 +3,10 @@
 // one address. Traffic: the scores once; table and counters mostly stay in L2.
 #pragma once
 
+#include "cuda/common.cuh"
 #include "histogram_key.h"
 
-namespace oodk {
-
-// Bits of a half-precision score as those of the float32 it equals.
-struct BFloat16Bits {
-  uint16_t bits;
-};
-struct HalfBits {
-  uint16_t bits;
-};
-
-OODK_HOST_DEVICE float float_of_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-OODK_HOST_DEVICE float as_float(float x, bool&) { return x; }
-OODK_HOST_DEVICE float as_float(double x, bool& rounded) {
-  const float y = float(x);
-  rounded = double(y) != x;
-  return y;
-}
-OODK_HOST_DEVICE float as_float(BFloat16Bits x, bool&) {
-  return float_of_bits(uint32_t(x.bits) << 16);
-}
-OODK_HOST_DEVICE float as_float(HalfBits x, bool&) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
-  const float number = float_of_bits(magnitude) * 0x1p112f; // right for subnormals too
-  const bool special = magnitude >= 0x0f800000;             // inf or NaN
-  return float_of_bits((special ? magnitude | 0x7f800000 : float_bits(number)) | sign);
-}
+namespace oodk::cuda {
 
 template <typename S>
 struct HistogramLaunch {
@@ -55,15 +26,15 @@ struct ThreadFacts {
 // What one score does; `add(at)` increments counts[at] and is called by every lane, `at` < 0 for
 // nothing to add.
 template <typename S, typename Add>
-OODK_HOST_DEVICE void count_score(
+__device__ inline void count_score(
     const HistogramLaunch<S>& in, int64_t i, Add&& add, ThreadFacts& mine) {
   int64_t at = -1, tally = -1;
   if (i < in.n) {
     int64_t row = in.row + (in.rows ? in.rows[i] : 0);
     const bool outside = row >= in.n_rows;
     row = outside ? in.row : row;
-    bool rounded = false;
-    const float x = as_float(in.scores[i], rounded) + 0.0f; // -0.0 becomes 0.0
+    const acc_t<S> score = widen(in.scores[i]);
+    const float x = float(score) + 0.0f; // -0.0 becomes 0.0
     int64_t counter = -1;
     if (x == x && !outside)
       counter = find_counter(in.table, order_key(float_bits(x)));
@@ -74,7 +45,8 @@ OODK_HOST_DEVICE void count_score(
     else if (counter >= 0)
       tally = facts + kScores;
     if (x == x) {
-      mine.rounded += rounded;
+      if constexpr (std::is_same_v<S, double>)
+        mine.rounded += x != score;
       mine.low_bits |= float_bits(x) & 0xffff;
     }
   }
@@ -83,32 +55,32 @@ OODK_HOST_DEVICE void count_score(
     add(tally);
 }
 
-#if defined(__CUDACC__)
-
 struct WarpAdd {
   unsigned long long* counts;
 
   __device__ void operator()(int64_t at) const {
-    const unsigned same = __match_any_sync(0xffffffffu, (unsigned long long)at);
-    const int lane = threadIdx.x % 32;
+    const unsigned same = __match_any_sync(kAllLanes, (unsigned long long)at);
+    const int lane = threadIdx.x % kWarp;
     if (at >= 0 && __ffs(same) - 1 == lane)
       atomicAdd(counts + at, (unsigned long long)__popc(same));
   }
 };
 
+constexpr int kHistogramThreads = 256; // of a block
+
 template <typename S>
-__global__ void __launch_bounds__(256) count_scores(HistogramLaunch<S> in) {
+__global__ void __launch_bounds__(kHistogramThreads) count_scores(HistogramLaunch<S> in) {
   ThreadFacts mine;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   const int64_t first = int64_t(blockIdx.x) * blockDim.x;
   for (int64_t block = first; block < in.n; block += stride) // whole warps stay together
     count_score(in, block + threadIdx.x, WarpAdd{in.counts}, mine);
-  for (int step = 16; step > 0; step /= 2) {
-    mine.scores += __shfl_xor_sync(0xffffffffu, mine.scores, step);
-    mine.rounded += __shfl_xor_sync(0xffffffffu, mine.rounded, step);
-    mine.low_bits |= __shfl_xor_sync(0xffffffffu, mine.low_bits, step);
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    mine.scores += __shfl_xor_sync(kAllLanes, mine.scores, step);
+    mine.rounded += __shfl_xor_sync(kAllLanes, mine.rounded, step);
+    mine.low_bits |= __shfl_xor_sync(kAllLanes, mine.low_bits, step);
   }
-  if (threadIdx.x % 32 == 0) {
+  if (threadIdx.x % kWarp == 0) {
     unsigned long long* facts = in.counts + (in.row + 1) * in.width - kFacts;
     atomicAdd(facts + kScores, (unsigned long long)mine.scores);
     if (mine.rounded)
@@ -118,6 +90,4 @@ __global__ void __launch_bounds__(256) count_scores(HistogramLaunch<S> in) {
   }
 }
 
-#endif
-
-} // namespace oodk
+} // namespace oodk::cuda

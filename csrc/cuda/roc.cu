@@ -80,10 +80,10 @@ std::tuple<Tensor, Tensor> counts_of(const RocKeys& keys) {
   const Tensor scratch = empty({blocks * int64_t(sizeof(RocSums))}, ScalarType::Byte, keys.id);
   const Tensor counts = keys.new_counts(), areas = keys.new_areas();
   RocSums* partial = (RocSums*)scratch.mutable_data_ptr();
-  launch(sum_chunks<Key>, blocks, kRocThreads, 0, here.stream,
+  launch(sum_chunks<Key>, blocks, kRocThreads, kRocShared, here.stream,
       (const Key*)keys.id.const_data_ptr(), keys.n, (const Key*)keys.ood.const_data_ptr(), keys.m,
       size, partial);
-  launch(sum_blocks, 1, kRocThreads, 0, here.stream, partial, blocks, keys.n, keys.m,
+  launch(sum_blocks, 1, kRocThreads, kRocShared, here.stream, partial, blocks, keys.n, keys.m,
       counts.mutable_data_ptr<int64_t>(), areas.mutable_data_ptr<double>());
   return {counts, areas};
 }

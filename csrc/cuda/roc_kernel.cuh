@@ -6,13 +6,13 @@
 // integers are those of the CPU; areas differ from it in rounding only.
 #pragma once
 
-#include <cstdint>
-
+#include "cuda/common.cuh"
 #include "ops/roc_sums.h"
 
 namespace oodk::cuda {
 
 constexpr int kRocThreads = 128; // of a block
+constexpr size_t kRocShared = kRocThreads * sizeof(RocSums); // bytes, of a block that sums
 
 // The signed integer that orders as the score whose bits are given; NaN is the greatest.
 template <typename Key>
@@ -56,7 +56,8 @@ __device__ inline RocSums sums_of_chunk(const Key* id, int64_t n, const Key* ood
 
 // Adds the sums of the block's threads, as a tree; thread 0 returns them all.
 __device__ inline RocSums sums_of_block(const RocSums& own) {
-  __shared__ RocSums all[kRocThreads];
+  extern __shared__ uint4 shared[];
+  RocSums* const all = (RocSums*)shared;
   all[threadIdx.x] = own;
   __syncthreads();
   for (int half = kRocThreads / 2; half > 0; half /= 2) {

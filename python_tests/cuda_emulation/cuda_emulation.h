@@ -182,6 +182,15 @@ inline int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) == mask;
 }
 template <typename T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  emulation::Block::meet("__match_any_sync", mask, uint64_t(value));
+  unsigned same = 0;
+  for (int i = 0; i < emulation::kWarp; ++i)
+    if (mask >> i & 1 && T(emulation::current->met[size_t(i)]) == value)
+      same |= 1u << i;
+  return same;
+}
+template <typename T>
 T __reduce_add_sync(unsigned mask, T value) {
   return emulation::reduce<T>("__reduce_add_sync", mask, value, std::plus<T>());
 }

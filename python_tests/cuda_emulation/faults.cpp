@@ -61,6 +61,11 @@ __global__ void votes(int* out) {
   out[threadIdx.x] = right ? int(ballot) : 0;
 }
 
+__global__ void matches(int* out) {
+  const unsigned long long high = 1ull << 40; // tells values apart beyond 32 bits
+  out[threadIdx.x] = int(__match_any_sync(kAllLanes, threadIdx.x % 2 * high));
+}
+
 __global__ void reductions(int* out) {
   const int x = int(threadIdx.x % kWarp) - 16;
   out[threadIdx.x] = __reduce_min_sync(kAllLanes, x) + __reduce_max_sync(kAllLanes, x) +
@@ -102,6 +107,7 @@ int main(int argc, char** argv) {
           {"divergent_barrier", one_block<divergent_barrier>},
           {"missing_wait", one_block<missing_wait>},
           {"unwritten_output", one_block<unwritten_output>}, {"shuffles", one_block<shuffles>},
-          {"votes", one_block<votes>}, {"reductions", one_block<reductions>},
-          {"atomics", one_block<atomics>}, {"static", one_block<static_shared>}});
+          {"votes", one_block<votes>}, {"matches", one_block<matches>},
+          {"reductions", one_block<reductions>}, {"atomics", one_block<atomics>},
+          {"static", one_block<static_shared>}});
 }
