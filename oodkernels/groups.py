@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oodkernels._files import write_text
+
 Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -550,13 +552,7 @@ class Groups:
 
     def save(self, path: PathLike) -> None:
         """Write the groups to a JSON file. The file is replaced whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: PathLike) -> Groups:

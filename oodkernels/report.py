@@ -6,7 +6,6 @@ import base64
 import csv
 import io
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from matplotlib.ticker import NullLocator
 from sklearn.metrics import roc_curve
 
 import oodkernels
+from oodkernels._files import write_text
 from oodkernels.demo import ID_SET, DemoResult
 from oodkernels.evaluation import (
     AVERAGE,
@@ -89,17 +89,8 @@ def write_report(result: DemoResult, out: Path) -> list[Path]:
         "report.html": to_html(result),
     }
     for name, text in texts.items():
-        _write(out / name, text)
+        write_text(out / name, text)
     return [out / name for name in texts]
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

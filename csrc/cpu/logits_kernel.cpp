@@ -27,18 +27,11 @@ struct Sums {
 template <typename S, typename T = acc_t<S>>
 OODK_INLINE Sums<T> along_row(const S* z, int64_t n, T inverse) {
   constexpr int L = lanes<T>;
-  vec<T> m0 = load(z + n - L), m1 = m0;
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) {
-    m0 = max(load(z + i), m0);
-    m1 = max(load(z + i + L), m1);
-  }
-  if (i + L <= n)
-    m0 = max(load(z + i), m0);
-  const T m = reduce_max(max(m0, m1));
+  const T m = max_of(z, n);
   const vec<T> c = splat(m);
   vec<T> s0{}, s1{}, w0{}, w1{};
-  for (i = 0; i + 2 * L <= n; i += 2 * L) {
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
     const vec<T> d0 = scaled<T>(load(z + i), c, inverse), e0 = exp(d0);
     const vec<T> d1 = scaled<T>(load(z + i + L), c, inverse), e1 = exp(d1);
     s0 += e0;

@@ -42,18 +42,11 @@ OODK_INLINE vec<T> shift_lanes(vec<T> best) {
 template <typename S, typename T = acc_t<S>>
 OODK_INLINE void along_row(const S* z, int64_t n, T* best, T* sum) {
   constexpr int L = lanes<T>;
-  vec<T> m0 = load(z + n - L), m1 = m0;
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) {
-    m0 = max(load(z + i), m0);
-    m1 = max(load(z + i + L), m1);
-  }
-  if (i + L <= n)
-    m0 = max(load(z + i), m0);
-  const T m = reduce_max(max(m0, m1));
+  const T m = max_of(z, n);
   const vec<T> c = splat(shift(m));
   vec<T> s0{}, s1{};
-  for (i = 0; i + 2 * L <= n; i += 2 * L) {
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
     s0 += exp(load(z + i) - c);
     s1 += exp(load(z + i + L) - c);
   }

@@ -417,6 +417,21 @@ OODK_INLINE void load_columns(const S* const* rows, int64_t width, int64_t begin
   }
 }
 
+// The largest of n >= lanes adjacent values; any of them where one is NaN.
+template <typename S, typename T = acc_t<S>>
+OODK_INLINE T max_of(const S* z, int64_t n) {
+  constexpr int L = lanes<T>;
+  vec<T> m0 = load(z + n - L), m1 = m0;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    m0 = max(load(z + i), m0);
+    m1 = max(load(z + i + L), m1);
+  }
+  if (i + L <= n)
+    m0 = max(load(z + i), m0);
+  return reduce_max(max(m0, m1));
+}
+
 // First of n adjacent values that equals `value`; 0 where none does (NaN).
 template <typename S, typename T = acc_t<S>>
 int64_t find_first(const S* z, int64_t n, T value) {
