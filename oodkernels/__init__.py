@@ -3,6 +3,7 @@
 Importing it registers ``torch.ops.oodk.*``. Every score is higher = more in-distribution.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from oodkernels._extension import build_info
@@ -30,9 +31,28 @@ from oodkernels.ops import (
 )
 
 if TYPE_CHECKING:
+    from oodkernels.calibration import (
+        CalibrationError,
+        expected_calibration_error,
+        reliability_diagram,
+    )
+    from oodkernels.misclassification import MisclassificationMetrics, misclassification_metrics
     from oodkernels.streaming import OODMetrics
+    from oodkernels.threshold import Threshold
+
+# Loaded when asked for: they bring torchmetrics, which takes longer to import than all the rest.
+_LATER = {
+    "CalibrationError": "calibration",
+    "MisclassificationMetrics": "misclassification",
+    "OODMetrics": "streaming",
+    "Threshold": "threshold",
+    "expected_calibration_error": "calibration",
+    "misclassification_metrics": "misclassification",
+    "reliability_diagram": "calibration",
+}
 
 __all__ = [
+    "CalibrationError",
     "DOSSelection",
     "Groups",
     "KMeans",
@@ -41,31 +61,34 @@ __all__ = [
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "MisclassificationMetrics",
     "OODMetrics",
     "OODResult",
     "OODResults",
     "ROCMetrics",
+    "Threshold",
     "__version__",
     "build_info",
     "cluster_argmax",
     "compare_conventions",
     "dos_select",
+    "expected_calibration_error",
     "kmeans",
     "kmeans_init",
     "logit_scores",
+    "misclassification_metrics",
     "mos_log_others",
     "mos_loss",
     "mos_predict",
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "reliability_diagram",
     "roc_metrics",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "OODMetrics":  # needs torchmetrics, which nothing else here does
-        from oodkernels.streaming import OODMetrics
-
-        return OODMetrics
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
