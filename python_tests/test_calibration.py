@@ -3,14 +3,13 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import python
 
 from oodkernels.calibration import (
     calibration_bins,
@@ -274,7 +273,8 @@ def test_without_extras():
         "try: reliability_diagram([0.5], [True])\n"
         "except ImportError as error: print(error)\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = python("-c", code)
+    assert out.returncode == 0, out.stderr
     first, second, third = out.stdout.splitlines()
     assert first == "0.5"
     assert "CalibrationError is a torchmetrics.Metric" in second

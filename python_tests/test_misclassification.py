@@ -3,8 +3,6 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import python
 
 from oodkernels.metrics import ood_metrics
 from oodkernels.misclassification import misclassification_metrics
@@ -357,7 +356,8 @@ def test_without_torchmetrics():
         "try: MisclassificationMetrics(tpr=0.9)\n"
         "except ImportError as error: print(error)\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = python("-c", code)
+    assert out.returncode == 0, out.stderr
     first, second = out.stdout.splitlines()
     assert first == "1.0"
     assert "MisclassificationMetrics is a torchmetrics.Metric" in second

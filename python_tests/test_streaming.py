@@ -3,14 +3,13 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import python
 
 pytest.importorskip("torchmetrics")
 from oodkernels._sketch import Cells, Layout, Sketch
@@ -489,12 +488,8 @@ def test_saved_state_in_another_process(tmp_path):
         "metric = OODMetrics(); metric.load_state_dict(torch.load(sys.argv[1]))\n"
         "metric.merge_state(metric.clone()); print(repr(metric.compute()['auroc_lower']))"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "state.pt")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    out = python("-c", code, str(tmp_path / "state.pt"))
+    assert out.returncode == 0, out.stderr
     assert float(out.stdout) == metric.compute()["auroc_lower"]
 
 
@@ -623,7 +618,8 @@ def test_without_torchmetrics():
         "try: import oodkernels.streaming\n"
         "except ImportError as error: print(error)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = python("-c", code)
+    assert out.returncode == 0, out.stderr
     assert "pip install 'oodkernels[metrics]'" in out.stdout
 
 
