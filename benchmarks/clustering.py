@@ -75,7 +75,7 @@ def sklearn_kmeans(x: np.ndarray, k: int, n_init: int, limit: int | None, **opti
 
 def faiss_kmeans(x: np.ndarray, k: int, iterations: int, start: np.ndarray | None = None) -> Tensor:
     """Centroids (k, d): from random points, or from `start`."""
-    import faiss
+    faiss = pytest.importorskip("faiss")
 
     n, d = x.shape
     clustering = faiss.Clustering(d, k)
