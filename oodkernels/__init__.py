@@ -10,6 +10,18 @@ from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
 from oodkernels.groups import Groups
+from oodkernels.losses import (
+    AbsentClassLoss,
+    ConfidenceLoss,
+    EnergyBoundedLoss,
+    JointGANLoss,
+    OutlierExposureLoss,
+    absent_class_loss,
+    confidence_loss,
+    energy_bounded_loss,
+    joint_gan_loss,
+    outlier_exposure_loss,
+)
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
@@ -17,6 +29,7 @@ from oodkernels.ops import (
     KMeansResult,
     LogitScores,
     MOSPrediction,
+    OutlierCrossEntropy,
     ROCMetrics,
     cluster_argmax,
     dos_select,
@@ -27,6 +40,7 @@ from oodkernels.ops import (
     mos_predict,
     mos_score,
     nearest_centroid,
+    outlier_cross_entropy,
     roc_metrics,
 )
 
@@ -52,9 +66,13 @@ _LATER = {
 }
 
 __all__ = [
+    "AbsentClassLoss",
     "CalibrationError",
+    "ConfidenceLoss",
     "DOSSelection",
+    "EnergyBoundedLoss",
     "Groups",
+    "JointGANLoss",
     "KMeans",
     "KMeansResult",
     "LogitScores",
@@ -65,14 +83,20 @@ __all__ = [
     "OODMetrics",
     "OODResult",
     "OODResults",
+    "OutlierCrossEntropy",
+    "OutlierExposureLoss",
     "ROCMetrics",
     "Threshold",
     "__version__",
+    "absent_class_loss",
     "build_info",
     "cluster_argmax",
     "compare_conventions",
+    "confidence_loss",
     "dos_select",
+    "energy_bounded_loss",
     "expected_calibration_error",
+    "joint_gan_loss",
     "kmeans",
     "kmeans_init",
     "logit_scores",
@@ -83,6 +107,8 @@ __all__ = [
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "outlier_cross_entropy",
+    "outlier_exposure_loss",
     "reliability_diagram",
     "roc_metrics",
 ]
