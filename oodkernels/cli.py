@@ -108,11 +108,12 @@ def _demo(out: Path, seed: int, epochs: int, groups: int, quiet: bool) -> None:
     # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
     from oodkernels.demo import STAGES, Settings, run
     from oodkernels.report import write_report
-    from oodkernels.training import Recipe
+    from oodkernels.training import TrainConfig
 
     _require_writable(out)
     start = time.perf_counter()
-    settings = Settings(seed=seed, num_groups=groups, recipe=Recipe(epochs=epochs))
+    recipe = TrainConfig(epochs=epochs, accelerator="cpu")
+    settings = Settings(seed=seed, num_groups=groups, recipe=recipe)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
