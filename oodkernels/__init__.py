@@ -23,6 +23,14 @@ from oodkernels.losses import (
     outlier_exposure_loss,
 )
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.mining import (
+    DOSMiner,
+    MiningLog,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    UniformMiner,
+)
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
     DOSSelection,
@@ -69,6 +77,7 @@ __all__ = [
     "AbsentClassLoss",
     "CalibrationError",
     "ConfidenceLoss",
+    "DOSMiner",
     "DOSSelection",
     "EnergyBoundedLoss",
     "Groups",
@@ -79,14 +88,19 @@ __all__ = [
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "MiningLog",
     "MisclassificationMetrics",
+    "NTOMMiner",
     "OODMetrics",
     "OODResult",
     "OODResults",
     "OutlierCrossEntropy",
     "OutlierExposureLoss",
+    "OutlierMiner",
+    "POEMMiner",
     "ROCMetrics",
     "Threshold",
+    "UniformMiner",
     "__version__",
     "absent_class_loss",
     "build_info",
