@@ -143,7 +143,7 @@ class OODDetector:
 
     name: ClassVar[str] = ""
     """Short name, in the registry and in files."""
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """What ``score`` reads, of {"x", "logits", "features", "confidence"}."""
     trained_on: ClassVar[frozenset[str]] = frozenset()
     """What ``fit`` reads, of {"x", "logits", "features", "labels"}; empty: there is no fit."""

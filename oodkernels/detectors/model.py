@@ -52,7 +52,12 @@ class FeatureModel(nn.Module):
 
 
 def extract(
-    model: nn.Module, x: Tensor, layers: Iterable[str] = (), features: str | None = None
+    model: nn.Module,
+    x: Tensor,
+    layers: Iterable[str] = (),
+    features: str | None = None,
+    *,
+    evaluate: bool = True,
 ) -> Outputs:
     """Logits, penultimate features and outputs of named layers, from one forward pass.
 
@@ -69,6 +74,7 @@ def extract(
             classifier reads: the layer that ``model.get_classifier()`` gives (timm), else
             ``model.head``, ``model.fc`` or ``model.classifier`` if that is an ``nn.Linear``, else
             the model's last ``nn.Linear``. Features (N, d, ...) are averaged over the positions.
+        evaluate: False to run the model in the mode it is in.
 
     Returns:
         :class:`Outputs`.
@@ -100,7 +106,8 @@ def extract(
         seen[name] = output.clone()
 
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        if evaluate:
+            stack.enter_context(_evaluating(model))
         for name in layers:
             hook = partial(lambda name, module, args, output: keep(name, output), name)
             stack.enter_context(named[name].register_forward_hook(hook))
