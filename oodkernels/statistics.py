@@ -130,8 +130,7 @@ class ClassStatistics:
         if low < -1 or (limit is not None and high >= limit):
             allowed = "at least 0" if limit is None else f"in 0..{limit - 1}"
             raise ValueError(
-                f"{where}: labels must be {allowed}, or -1 for OOD, got "
-                f"{low if low < -1 else high}"
+                f"{where}: labels must be {allowed}, or -1 for OOD, got {low if low < -1 else high}"
             )
         self._resize(where, high + 1, features.shape[1], features.device)
         for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):

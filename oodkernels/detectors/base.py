@@ -477,9 +477,7 @@ class OODDetector:
                 missing.append(name)
         return missing
 
-    def _training_batches(
-        self, data: Iterable[Sequence[Tensor]]
-    ) -> Iterator[tuple[Batch, Tensor]]:
+    def _training_batches(self, data: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Batch, Tensor]]:
         """Batches of ``data`` with what the detector is trained on, and their labels."""
         where = f"{type(self).__name__}.fit"
         if isinstance(data, Tensor) or not isinstance(data, Iterable):
@@ -495,7 +493,8 @@ class OODDetector:
             x, y = pair
             batch = _batch(where, x, None, None, None)
             with torch.no_grad():
-                yield _completed(where, [self], batch, self.trained_on)[0], y
+                completed = _completed(where, [self], batch, self.trained_on)[0]
+            yield completed, y
 
     def _learn(self, method: str, batch: Batch, labels: Tensor | None) -> None:
         where = f"{type(self).__name__}.{method}"

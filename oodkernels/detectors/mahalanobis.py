@@ -115,9 +115,7 @@ class Mahalanobis(OODDetector):
             self.needs = frozenset({"x"})
         self._reset()
 
-    def layer_scores(
-        self, x: Tensor | None = None, *, features: Features | None = None
-    ) -> Tensor:
+    def layer_scores(self, x: Tensor | None = None, *, features: Features | None = None) -> Tensor:
         """The score of every layer, (N, layers): what the weights weigh. As :meth:`score`.
 
         Raises:
@@ -173,7 +171,9 @@ class Mahalanobis(OODDetector):
             if n < 5:
                 raise ValueError(f"{where}: labels must have at least 5 {kind} samples, got {n}")
         mean, std = scores.mean(0), scores.std(0).clamp(min=torch.finfo(torch.float64).tiny)
-        regression = LogisticRegressionCV().fit(((scores - mean) / std).numpy(), is_id.numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of defaults that will change
+            regression = LogisticRegressionCV().fit(((scores - mean) / std).numpy(), is_id.numpy())
         slope = torch.from_numpy(regression.coef_[0]) / std
         intercept = torch.from_numpy(regression.intercept_) - slope @ mean
         self.weights = torch.cat([slope, intercept])
