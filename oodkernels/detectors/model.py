@@ -9,7 +9,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 Model: TypeAlias = Callable[[Tensor], Any]
@@ -44,7 +43,7 @@ class FeatureModel(nn.Module):
     def __init__(self, model: nn.Module, features: str | None = None) -> None:
         super().__init__()
         self.model = model
-        self.features = features
+        self.features: str | None = features
 
     def forward(self, x: Tensor, layers: Iterable[str] = ()) -> Outputs:
         """:func:`extract` of the model."""
@@ -87,7 +86,7 @@ def extract(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, FeatureModel):
-        model, features = model.model, features or model.features
+        return extract(model.model, x, layers, features or model.features)
     layers = tuple(layers)
     named = dict(model.named_modules())
     for name in layers if features is None else (*layers, features):
