@@ -196,7 +196,7 @@ class ClassStatistics:
         self.counts, self.means = total, mean
         return self
 
-    def to(self, device: torch.device | str) -> ClassStatistics:
+    def to(self, device: torch.device | str | int) -> ClassStatistics:
         """Move to a device; returns itself."""
         self._device = torch.device(device)
         for name in _STATE:

@@ -102,7 +102,7 @@ class KNN(OODDetector):
         return (z - kth).norm(dim=1)
 
     def _kth(self, z: Tensor) -> Tensor:
-        """Row of the k-th nearest in the bank, (N,): of those with the k largest z.b - |b|^2 / 2."""
+        """Rows of the k-th nearest in the bank, (N,): those of the k-th largest z.b - |b|^2 / 2."""
         best = torch.empty(len(z), 0, dtype=z.dtype, device=z.device)
         rows = torch.empty(len(z), 0, dtype=torch.int64, device=z.device)
         for begin in range(0, len(self.bank), max(_BLOCK, 2 * self.k)):

@@ -89,6 +89,7 @@ class Mahalanobis(OODDetector):
     name = "mahalanobis"
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -194,7 +195,7 @@ class Mahalanobis(OODDetector):
         super()._reset()
         self.statistics: dict[str, ClassStatistics] = {}
         self.shrinkages: dict[str, float] = {}
-        self.weights: Tensor | None = None
+        self.weights = None
         self._whitening: dict[str, Tensor] = {}
         self._spaces: dict[tuple[str, torch.dtype, torch.device], _Space] = {}
 
