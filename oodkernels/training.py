@@ -388,6 +388,7 @@ class _Run:
             interrupted = stack.enter_context(_sigint())
             show = stack.enter_context(self._bar())
             self._loop(interrupted, show)
+        fabric.barrier()  # no process is to go on before the files are there
         trainer.model.eval()
         best_path = self._path("best.pt")
         return FitResult(
@@ -699,6 +700,7 @@ class _Run:
                 last.parent.mkdir(parents=True, exist_ok=True)
                 for left in last.parent.glob(".*.tmp"):
                     left.unlink(missing_ok=True)
+        self.fabric.barrier()
         if isinstance(resume, bool):
             there = last is not None and last.exists()
             if resume and last is None:
@@ -711,7 +713,6 @@ class _Run:
             checkpoint = load_checkpoint(last) if there and last is not None else None
         else:
             checkpoint = load_checkpoint(resume)
-        self.fabric.barrier()
         if checkpoint is not None:
             self._check(checkpoint)
         config = self._path("train.toml")
