@@ -216,7 +216,8 @@ class AbnormalityModule(OODDetector):
                 f"AbnormalityModule.fit: noise must give the shape it gets, "
                 f"{tuple(x[clean:].shape)}, got {tuple(abnormal.shape)}"
             )
-        logit = _present(self.risk)(self._evidence(torch.cat([x[:clean], abnormal])))[:, 0]
+        evidence, _ = self._evidence(torch.cat([x[:clean], abnormal]))
+        logit = _present(self.risk)(evidence)[:, 0]
         target = (torch.arange(len(x), device=logit.device) < clean).to(logit)
         return F.binary_cross_entropy_with_logits(logit, target)
 
@@ -255,12 +256,13 @@ class AbnormalityModule(OODDetector):
         return hidden.to(accumulate_type(hidden.dtype))
 
     @torch.no_grad()
-    def _evidence(self, x: Tensor) -> Tensor:
-        """Logits, squared reconstruction errors and hidden layer of each input, side by side."""
+    def _evidence(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, squared reconstruction errors and hidden layer side by side; logits alone."""
         outputs = self._outputs(x)
         hidden = self._hidden(outputs)
         error = (_present(self.decoder)(hidden) - to_model(_present(self.model), x)).square()
-        return torch.cat([t.flatten(1).to(hidden) for t in (outputs.logits, error, hidden)], 1)
+        parts = (outputs.logits, error, hidden)
+        return torch.cat([t.flatten(1).to(hidden) for t in parts], 1), outputs.logits
 
     def _check(self, where: str, batch: Batch) -> None:
         if not isinstance(self.model, nn.Module):
@@ -281,10 +283,19 @@ class AbnormalityModule(OODDetector):
             )
 
     def _score(self, batch: Batch) -> Tensor:
-        device = to_model(_present(self.model), _present(batch.x)).device
-        self.to(device)
-        logit: Tensor = _present(self.risk)(self._evidence(_present(batch.x)))[:, 0]
-        return logit
+        return self._judged(batch)[0]
+
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return self._judged(batch)[1], None
+
+    def _judged(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.once(self, lambda: self._compute(_present(batch.x)))
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normality and predicted class."""
+        self.to(to_model(_present(self.model), x).device)
+        evidence, logits = self._evidence(x)
+        return _present(self.risk)(evidence)[:, 0], logits.argmax(1)
 
     # --- keeping ------------------------------------------------------------------------------
 
@@ -335,12 +346,13 @@ class AbnormalityModule(OODDetector):
         if not self._given_decoder:
             self.decoder = None
 
+    def _arguments(self) -> dict[str, Any]:
+        modules = ("decoder", "noise")
+        return {name: v for name, v in super()._arguments().items() if name not in modules}
+
     def _settings(self) -> dict[str, Any]:
         return {
-            "layer": self.layer,
-            "epochs": self.epochs,
-            "freeze": self.freeze,
-            "seed": self.seed,
+            **self._arguments(),
             "shape": self._shape,
             "given_decoder": self._given_decoder,
         }
