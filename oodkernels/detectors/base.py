@@ -144,7 +144,7 @@ class OODDetector:
 
     name: ClassVar[str] = ""
     """Short name, in the registry and in files."""
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """What ``score`` reads, of {"x", "logits", "features", "confidence"}."""
     trained_on: ClassVar[frozenset[str]] = frozenset()
     """What ``fit`` reads, of {"x", "logits", "features", "labels"}; empty: there is no fit."""
@@ -498,7 +498,8 @@ class OODDetector:
             x, y = pair
             batch = _batch(where, x, None, None, None)
             with torch.no_grad():
-                yield _completed(where, [self], batch, self.trained_on)[0], y
+                completed = _completed(where, [self], batch, self.trained_on)[0]
+            yield completed, y
 
     def _learn(self, method: str, batch: Batch, labels: Tensor | None) -> None:
         where = f"{type(self).__name__}.{method}"
