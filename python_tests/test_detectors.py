@@ -132,6 +132,27 @@ def test_label_is_the_largest_class(name):
     assert int(is_ood.sum()) <= 20 < int(is_ood.sum()) + 5
 
 
+@pytest.mark.parametrize("name", [*RULES, "ODIN"])
+def test_separates_a_clear_case(name):
+    """ID: one class leads by 8. OOD: none does, or the absent class or every "others" leads."""
+    detector = ODIN(model=lambda x: x) if name == "ODIN" else RULES[name][0]
+    outside, leading, known = torch.zeros(10), slice(0), 1  # column 1 is a class in each layout
+    if isinstance(detector, MOS):
+        leading = GROUPS.offsets[:-1]
+    elif isinstance(detector, AbsentClass):
+        leading = 9
+    outside[leading] = 8.0
+    noise = logits_of(2 * 40).reshape(2, 40, 10) / 20
+    inside = outside.clone()
+    inside[known] += 16
+    given = "x" if name == "ODIN" else "logits"
+    id_scores, ood_scores = (
+        detector.score(**{given: z}) for z in torch.stack([inside, outside])[:, None] + noise
+    )
+    result = ood_metrics(id_scores, ood_scores)
+    assert (result.auroc, result.fpr95) == (1, 0)
+
+
 def test_confidence_is_the_logit():
     z = torch.tensor([-3.0, 0.0, 30.0, 31.0])
     for confidence in (z, z[:, None], z.bfloat16()):
@@ -234,7 +255,7 @@ def test_odin_is_the_rule(std, temperature, device):
     expected = odin_rule(x, w, b, temperature, 0.05, np.array(1.0 if std is None else std))
     np.testing.assert_allclose(score.cpu().numpy(), expected, rtol=1e-12)
     unmoved = ODIN(temperature, 0.0, std, model=model).score(torch.from_numpy(x).to(device))
-    assert (score > unmoved).all()  # the step is towards the predicted class
+    assert (score > unmoved).double().mean() > 0.95  # the step is towards the predicted class
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -462,7 +483,7 @@ def test_score_all_of_nothing():
 
 
 def test_nothing_of_the_size_of_the_logits_is_made():
-    """Peak memory of a process that scores 256 MiB of bfloat16 logits with every detector."""
+    """Peak memory of a process that scores 64 MiB of bfloat16 logits with every detector."""
     code = """
 import resource, sys, torch
 from oodkernels import Groups
@@ -470,7 +491,7 @@ from oodkernels.detectors import *
 groups = Groups.from_sizes([500] * 8)
 detectors = {str(i): d for i, d in enumerate([MSP(), MaxLogit(), Energy(2), Entropy(), MOS(groups),
     AbsentClass()])}
-z = torch.ones(2**27 // groups.width, groups.width, dtype=torch.bfloat16)
+z = torch.ones(2**25 // groups.width, groups.width, dtype=torch.bfloat16)
 score_all(detectors, logits=z[:2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 score_all(detectors, logits=z)
@@ -963,10 +984,11 @@ def trained():
             return z[:, :10], z[:, 10:]
 
     def confidence_loss(outputs, labels):
-        """DeVries & Taylor's with hints for all samples."""
-        z, c = outputs[0], outputs[1].sigmoid()
-        hinted = c * z.softmax(1) + (1 - c) * nn.functional.one_hot(labels, 10)
-        return nn.functional.nll_loss(hinted.clamp(min=1e-12).log(), labels) - 0.5 * c.log().mean()
+        """DeVries & Taylor's, with hints for half of the samples."""
+        z, c = outputs[0], outputs[1].sigmoid().clamp(min=1e-12)
+        given = torch.where(torch.rand(len(c), 1) < 0.5, c, 1)
+        p = given * z.softmax(1) + (1 - given) * nn.functional.one_hot(labels, 10)
+        return nn.functional.nll_loss(p.clamp(min=1e-12).log(), labels) - 0.1 * c.log().mean()
 
     def fit(net, columns, loss, images, labels):
         with reproducible(0):
@@ -995,15 +1017,15 @@ def trained():
 @pytest.mark.parametrize(
     ("make", "stage", "least"),
     [
-        (MSP, "flat", 0.8),
-        (MaxLogit, "flat", 0.8),
-        (Energy, "flat", 0.8),
-        (Entropy, "flat", 0.8),
-        (ODIN, "flat", 0.8),
-        (MOS, "mos", 0.7),
-        (MOSLogOdds, "mos", 0.7),
-        (AbsentClass, "absent", 0.9),
-        (ConfidenceBranch, "confidence", 0.6),
+        (MSP, "flat", 0.9),
+        (MaxLogit, "flat", 0.9),
+        (Energy, "flat", 0.9),
+        (Entropy, "flat", 0.9),
+        (ODIN, "flat", 0.9),
+        (MOS, "mos", 0.8),
+        (MOSLogOdds, "mos", 0.8),
+        (AbsentClass, "absent", 0.95),
+        (ConfidenceBranch, "confidence", 0.75),
     ],
 )
 def test_beats_chance_on_images(make, stage, least, trained):

@@ -145,7 +145,8 @@ def as_outputs(result: Any) -> Outputs:
     if isinstance(result, Sequence) and [isinstance(r, Tensor) for r in result] == [True, True]:
         return Outputs(result[0], confidence=result[1])
     raise TypeError(
-        f"model must give logits, (logits, confidence) or Outputs, got {type(result).__name__}"
+        f"extract: model must give logits, (logits, confidence) or Outputs, got "
+        f"{type(result).__name__}"
     )
 
 
@@ -162,7 +163,7 @@ def run(model: Model, x: Tensor, layers: Sequence[str] = ()) -> Outputs:
     missing = [name for name in layers if name not in outputs.layers]
     if missing:
         raise ValueError(
-            f"layers {missing} need a model that is an nn.Module, or that gives Outputs with them"
+            f"extract: layers {missing} need a model that is an nn.Module, or that gives them"
         )
     return outputs
 
