@@ -102,6 +102,8 @@ class ClassStatistics:
         """
         return self._update("ClassStatistics.update", features, labels)
 
+    @torch.inference_mode(False)  # or the statistics could not be updated outside of it
+    @torch.no_grad()
     def _update(self, where: str, features: Tensor, labels: Tensor) -> ClassStatistics:
         features, labels = features.detach(), labels.detach()
         check_floating(where, "features", features)

@@ -322,6 +322,10 @@ def test_input_step_is_the_authors(device: str) -> None:
     for score, depth in ((found, 4), (layers[:, 0], 2), (layers[:, 1], 4)):
         close(score, authors_step(model, model[:depth], (x, y), test, 0.1), 1e-6)
     plain = Mahalanobis(model=model).fit([(x, y)]).score(test)
+    with torch.inference_mode():
+        again = Mahalanobis(eps=0.1, std=std, model=model).fit([(x, y)])
+        assert torch.equal(again.score(test), again.score(test + 0))
+    torch.testing.assert_close(again.score(test), found.cpu())
     assert (found.cpu() > plain).double().mean() > 0.9
 
 
