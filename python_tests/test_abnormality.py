@@ -58,9 +58,11 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layer", [None, "0"])
 def test_losses_are_the_authors(layer: str | None) -> None:
-    model = classifier().eval()
+    torch.manual_seed(0)
+    model = classifier().double().eval()
     detector = AbnormalityModule(layer, model=model)
     x, y = data()[0]
+    x = x.double()
     detector.build(x)
     z = model(x)
     hidden = model[:6](x) if layer is None else model[:1](x)
@@ -189,18 +191,21 @@ def test_distortions_of_few_images_of_any_scale(n: int) -> None:
 # --- files and errors -----------------------------------------------------------------------------
 
 
-def test_file_gives_the_detector_back(tmp_path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_file_gives_the_detector_back(dtype: torch.dtype, tmp_path) -> None:
     pytest.importorskip("safetensors")
-    model = classifier()
-    detector = AbnormalityModule("5", epochs=(1, 2), freeze=True, seed=3, model=model).fit(data())
-    x = data()[0][0]
+    model = classifier().to(dtype)
+    it = [(x.to(dtype), y) for x, y in data()]
+    detector = AbnormalityModule("5", epochs=(1, 2), freeze=True, seed=3, model=model).fit(it)
+    x = it[0][0]
+    assert detector.score(x).dtype == (dtype if dtype != torch.bfloat16 else torch.float32)
     detector.calibrate(detector.score(x))
     detector.save(tmp_path / "file")
     loaded = OODDetector.load(tmp_path / "file", model, num_classes=3)
     assert torch.equal(loaded.predict(x).is_ood, detector.predict(x).is_ood)
     assert torch.equal(loaded.score(x), detector.score(x))
     assert repr(loaded) == "AbnormalityModule(layer='5', epochs=(1, 2), freeze=True, seed=3)"
-    assert torch.equal(loaded.fit(data()).score(x), detector.fit(data()).score(x))
+    assert torch.equal(loaded.fit(it).score(x), detector.fit(it).score(x))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +235,11 @@ def test_file_gives_the_detector_back(tmp_path) -> None:
             lambda m: AbnormalityModule(model=m).fit([(x.int(), y) for x, y in data()]),
             TypeError,
             "x must be floating-point, got torch.int32",
+        ),
+        (
+            lambda m: AbnormalityModule(model=m).fit([(x, y + 1) for x, y in data()]),
+            ValueError,
+            "labels must be below 3, the number of logits, got 3",
         ),
         (
             lambda m: AbnormalityModule("7", model=m).fit(data()),

@@ -104,6 +104,10 @@ def test_batches_and_file(tmp_path) -> None:
     loaded = OODDetector.load(tmp_path / "file", width=16)
     loaded.partial_fit(features=bank[130:])
     assert torch.equal(loaded.score(features=x), expected)
+    loaded.partial_fit(features=bank[:1].double()).to("cpu")
+    assert loaded.score(features=x).dtype == torch.float32
+    loaded = OODDetector.load(tmp_path / "file").partial_fit(features=bank[130:])
+    loaded.score(features=x)
     assert (loaded.k, loaded.width, len(loaded.bank)) == (3, 16, 200)
     detector.fit(features=bank)
     assert torch.equal(detector.score(features=x), expected)
