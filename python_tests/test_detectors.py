@@ -683,6 +683,42 @@ def test_fit():
     torch.testing.assert_close(refitted.means, expected + 1)
 
 
+def test_fitting_drops_the_threshold():
+    x, y = blobs()
+    detector = Means().fit(features=x, labels=y)
+    for learn in (detector.fit, detector.partial_fit):
+        detector.calibrate(detector.score(features=x))
+        learn(features=x, labels=y)
+        with pytest.raises(NotFittedError, match="calibrate must come first"):
+            detector.predict(features=x)
+
+
+def test_detector_of_several_layers():
+    class Layered(Means):
+        layers = ("conv", "relu")
+
+        def _score(self, batch):
+            return batch.layers["relu"].sum((1, 2, 3)) - batch.layers["conv"].sum((1, 2, 3))
+
+    net, x = Net().eval(), torch.randn(5, 1, 8, 8)
+    conv = net.conv(x).detach()
+    detector = Layered(model=net)
+    detector._status = "fitted"
+    score = detector.score(features={"conv": conv, "relu": conv.relu()})
+    torch.testing.assert_close(score, conv.relu().sum((1, 2, 3)) - conv.sum((1, 2, 3)))
+    torch.testing.assert_close(detector.score(x), score)
+    both = {"layered": detector, "max": MaxLogit(model=net)}
+    scores = score_all(both, x=x, chunk=2)
+    torch.testing.assert_close(scores["layered"], score)
+    torch.testing.assert_close(scores["max"], net(x).detach().amax(1))
+    with pytest.raises(ValueError, match=r"Layered.score: means needs features\['relu'\], or x"):
+        detector.score(features={"conv": conv})
+    with pytest.raises(ValueError, match=r"extract: .* has no layer 'conv'"):
+        Layered(model=mlp()).fit([(torch.randn(4, 6), torch.zeros(4).long())])
+    with pytest.raises(ValueError, match=r"extract: layers \['conv', 'relu'\] need a mod"):
+        Layered(model=lambda x: x).fit([(torch.randn(4, 6), torch.zeros(4).long())])
+
+
 def test_fit_leaves_ood_samples_out():
     x, y = blobs()
     both = torch.cat([x, x + 100]), torch.cat([y, torch.full_like(y, -1)])
@@ -911,6 +947,7 @@ def test_repr_shows_the_settings():
 def test_import_brings_no_extra():
     code = "import sys, oodkernels.detectors; print(*(m for m in sys.modules))"
     modules = set(python("-c", code).stdout.split())
+    assert "oodkernels.detectors" in modules
     assert not modules & {"safetensors", "torchmetrics", "sklearn", "pytorch_ood", "faiss"}
 
 
