@@ -378,6 +378,9 @@ def test_extract_finds_the_classifier():
     last = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     assert extract(last, torch.randn(3, 3)).features.shape == (3, 4)
     assert extract(nn.Identity(), torch.randn(3, 3)).features is None
+    by_keyword = Net()
+    by_keyword.forward = lambda x: by_keyword.fc(input=x)
+    assert extract(by_keyword, torch.randn(3, 4)).features is None
 
 
 def test_extract_errors():
@@ -388,6 +391,9 @@ def test_extract_errors():
         extract(net, x, ["unused"])
     with pytest.raises(ValueError, match="extract: layer 'unused' did not run"):
         extract(net, x, features="unused")
+    pair = nn.Sequential(nn.LSTM(3, 2), nn.Identity())
+    with pytest.raises(TypeError, match="extract: layer '0' must give a tensor, got tuple"):
+        extract(pair, torch.randn(4, 3), ["0"])
     with pytest.raises(TypeError, match=r"extract: model must be an nn.Module, got f"):
         extract(lambda x: x, x)
     assert net.training

@@ -99,24 +99,26 @@ def extract(
 
     seen: dict[str | None, Tensor] = {}
 
-    def keep(name: str | None, output: Any) -> None:
+    def keep(name: str | None, module: nn.Module, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
-            raise TypeError(f"{where}: layer {name!r} must give a tensor, got {type(output)}")
+            raise TypeError(
+                f"{where}: layer {name!r} must give a tensor, got {type(output).__name__}"
+            )
         seen[name] = output.clone()
+
+    def keep_input(module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            seen[None] = args[0].clone()
 
     with ExitStack() as stack:
         if evaluate:
             stack.enter_context(_evaluating(model))
         for name in layers:
-            hook = partial(lambda name, module, args, output: keep(name, output), name)
-            stack.enter_context(named[name].register_forward_hook(hook))
+            stack.enter_context(named[name].register_forward_hook(partial(keep, name)))
         if features is not None:
-            hook = partial(lambda module, args, output: keep(None, output))
-            stack.enter_context(named[features].register_forward_hook(hook))
+            stack.enter_context(named[features].register_forward_hook(partial(keep, None)))
         elif (classifier := _classifier(model)) is not None:
-            stack.enter_context(
-                classifier.register_forward_pre_hook(lambda module, args: keep(None, args[0]))
-            )
+            stack.enter_context(classifier.register_forward_pre_hook(keep_input))
         outputs = as_outputs(model(x))
 
     for name in layers:
