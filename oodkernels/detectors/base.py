@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oodkernels._files import replacing
-from oodkernels.detectors.model import Model, run
+from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.groups import Groups
 from oodkernels.metrics import Scores
 from oodkernels.ops import LogitScores, MOSPrediction, logit_scores, mos_predict
@@ -170,7 +170,7 @@ class OODDetector:
         features: Features | None = None,
         labels: Tensor | None = None,
     ) -> Self:
-        """Learn from ID samples, forgetting what was learnt before.
+        """Learn from ID samples, forgetting what was learnt before and the threshold.
 
         Args:
             data: Batches (x, labels), such as a ``DataLoader``, for the model to run on; in one
@@ -209,7 +209,8 @@ class OODDetector:
         """Learn from one more batch; arguments as for :meth:`fit`.
 
         Returns:
-            The detector. What is computed from all batches is computed when first needed.
+            The detector, without its threshold. What is computed from all batches is computed when
+            first needed.
 
         Raises:
             ValueError: As :meth:`fit`.
@@ -417,7 +418,7 @@ class OODDetector:
     def _reset(self) -> None:
         """Forget what was learnt."""
         self._status = "unfitted"
-        self.num_classes = self.width = None
+        self.num_classes = self.width = self.threshold = None
         for name in self._tensors:
             vars(self).pop(name, None)
 
@@ -517,6 +518,7 @@ class OODDetector:
         with torch.no_grad():
             self._update(where, batch, labels)
         self._status = "pending"
+        self.threshold = None  # it was of other scores
 
 
 def score_all(
@@ -634,7 +636,7 @@ def _completed(
 
 def _run(model: Model, batch: Batch, detectors: Sequence[OODDetector]) -> Batch:
     """The batch with what the model makes of its x; what was given is kept."""
-    x = _present(batch.x)
+    x = to_model(model, _present(batch.x))
     layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
     found = run(model, x, layers)
 
