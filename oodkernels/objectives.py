@@ -64,6 +64,14 @@ class Context:
     def __init__(self, step: int, steps: int, epoch: int, fabric: Fabric) -> None:
         self.step, self.steps, self.epoch, self.fabric = step, steps, epoch, fabric
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Over processes."""
+        if self.fabric.world_size == 1:
+            return value
+        mean = self.fabric.all_reduce(value.clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        return mean
+
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         """Take a step of an optimiser of the objective's own, by the mean over processes."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -71,9 +79,7 @@ class Context:
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(loss, parameters), strict=True
         ):
-            if self.fabric.world_size > 1:
-                self.fabric.all_reduce(gradient, reduce_op="mean")
-            parameter.grad = gradient
+            parameter.grad = self.mean(gradient)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -350,7 +356,9 @@ class ConfidenceObjective(Objective):
                 "ConfidenceObjective: the model must give (logits, confidence), got logits alone"
             )
         price = self.loss.weight.clone()
-        return self.loss(found.logits, found.confidence, y), {"lambda": price}
+        loss = self.loss(found.logits, found.confidence, y)
+        self.loss.weight = context.mean(self.loss.weight)
+        return loss, {"lambda": price}
 
 
 class AbnormalityObjective(Objective):

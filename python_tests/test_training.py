@@ -442,9 +442,9 @@ def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "ddp.json").read_text())
-    for name in ("softmax", "mos", "oe", "ntom"):
+    for name in ("softmax", "oe", "ntom"):
         model = make_model(name)
-        how = config(objective=name, accumulate=2, log_every=1)
+        how = config(objective=name, accumulate=2, log_every=1, schedule="constant")
         trainer = Trainer(model, config=how)
         outliers = None if trainer.objective.outliers is None else outlier_loader(8)
         result = trainer.fit(loader(100, 8), outliers, loader(100, 9))
@@ -452,7 +452,7 @@ def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
             assert here == pytest.approx(there, rel=2e-4, abs=1e-5)
         there = torch.tensor(found[name]["weights"])
         torch.testing.assert_close(weights(model), there, rtol=1e-3, atol=1e-4)
-    assert found["same on ranks"]
+    assert all(found["same on processes"])
     assert found["resumed"]
     for name in ("dos", "confidence", "synthetic"):
         losses = [row["loss"] for row in found[name]["history"]]
