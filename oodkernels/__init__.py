@@ -70,26 +70,28 @@ if TYPE_CHECKING:
     from oodkernels.misclassification import MisclassificationMetrics, misclassification_metrics
     from oodkernels.streaming import OODMetrics
     from oodkernels.threshold import Threshold
+    from oodkernels.training import TrainConfig, Trainer
 
-# Loaded when asked for: they bring torchmetrics, which takes longer to import than all the rest.
+# Loaded when asked for: they bring torchmetrics and others that take longer than all the rest.
 _LATER = {
     "CalibrationError": "calibration",
     "MisclassificationMetrics": "misclassification",
     "OODMetrics": "streaming",
     "Threshold": "threshold",
+    "TrainConfig": "training",
+    "Trainer": "training",
     "expected_calibration_error": "calibration",
     "misclassification_metrics": "misclassification",
     "reliability_diagram": "calibration",
 }
 
 __all__ = [
+    "DETECTORS",
     "AbsentClassLoss",
     "CalibrationError",
+    "ClassStatistics",
     "ConfidenceLoss",
     "DOSMiner",
-    "DETECTORS",
-    "CalibrationError",
-    "ClassStatistics",
     "DOSSelection",
     "EnergyBoundedLoss",
     "Groups",
@@ -103,6 +105,7 @@ __all__ = [
     "MiningLog",
     "MisclassificationMetrics",
     "NTOMMiner",
+    "OODDetector",
     "OODMetrics",
     "OODResult",
     "OODResults",
@@ -110,13 +113,11 @@ __all__ = [
     "OutlierExposureLoss",
     "OutlierMiner",
     "POEMMiner",
-    "OODDetector",
-    "OODMetrics",
-    "OODResult",
-    "OODResults",
     "Prediction",
     "ROCMetrics",
     "Threshold",
+    "TrainConfig",
+    "Trainer",
     "UniformMiner",
     "__version__",
     "absent_class_loss",
@@ -128,8 +129,8 @@ __all__ = [
     "dos_select",
     "energy_bounded_loss",
     "expected_calibration_error",
-    "joint_gan_loss",
     "extract",
+    "joint_gan_loss",
     "kmeans",
     "kmeans_init",
     "logit_scores",
