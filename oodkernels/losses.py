@@ -230,7 +230,7 @@ def joint_gan_loss(
 
 
 def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
-    """The discriminator's loss of a joint GAN: binary cross entropy on real and on generated samples.
+    """The discriminator's loss of a joint GAN (Lee et al., ICLR 2018): binary cross entropy.
 
     Args:
         real: The discriminator's logits of ID samples, any shape; larger = more real.
@@ -392,14 +392,14 @@ class ConfidenceLoss(nn.Module):
         """The loss; arguments as for :func:`confidence_loss`."""
         nll, cost = _confidence_terms(logits, confidence_logits, target, hints)
         is_ood = target == OOD
-        # A copy, because the backward needs the weight that was used.
-        loss = _reduce(nll + self.weight.clone() * cost, is_ood, self.reduction)
+        loss = _reduce(nll + self.weight * cost, is_ood, self.reduction)
         if self.training:
             with torch.no_grad():
                 factor = torch.where(
                     _reduce(cost, is_ood, "mean") < self.budget, 1 / 1.01, 1 / 0.99
                 )
-                self.weight.mul_(torch.where(is_ood.all(), 1, factor))
+                # Not in place: the backward needs the weight that was used.
+                self.weight = self.weight * torch.where(is_ood.all(), 1, factor)
         return loss
 
     def extra_repr(self) -> str:
