@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from oodkernels.nn import MOSLoss
 from oodkernels.ops._common import accumulate_type, check_floating
-from oodkernels.ops.outlier import OOD, outlier_cross_entropy
+from oodkernels.ops.outlier import OOD, outlier_cross_entropy, outlier_loss
 
 __all__ = [
     "AbsentClassLoss",
@@ -64,9 +64,7 @@ def outlier_exposure_loss(
         TypeError: ``logits`` is not of a type above, or ``target`` not int64.
     """
     _check_reduction("outlier_exposure_loss", reduction)
-    each = outlier_cross_entropy(logits, target).loss
-    is_ood = target == OOD
-    return _reduce(torch.where(is_ood, weight * each, each), is_ood, reduction)
+    return _outlier_loss(logits, target, weight, False, reduction)
 
 
 def energy_bounded_loss(
@@ -132,10 +130,7 @@ def absent_class_loss(
     """
     _check_reduction("absent_class_loss", reduction)
     check_floating("absent_class_loss", "logits", logits)
-    absent = logits.shape[-1] - 1
-    is_ood = (target == OOD) | (target == absent)
-    each = outlier_cross_entropy(logits, torch.where(is_ood, absent, target)).loss
-    return _reduce(torch.where(is_ood, beta * each, each), is_ood, reduction)
+    return _outlier_loss(logits, target, beta, True, reduction)
 
 
 def confidence_loss(
@@ -520,6 +515,23 @@ class Discriminator(nn.Module):
         """Logits (N,) of images (N, channels, size, size)."""
         logits: Tensor = self.layers(images)
         return logits.flatten()
+
+
+def _outlier_loss(
+    logits: Tensor, target: Tensor, weight: float, absent: bool, reduction: str
+) -> Tensor:
+    """Cross entropy, ``weight`` times it on OOD samples: to the absent class or to uniform."""
+    if reduction != "none":
+        loss = outlier_loss(logits, target, weight, absent, reduction == "mean")
+        if loss is not None:
+            return loss
+    is_ood = target == OOD
+    if absent:
+        last = logits.shape[-1] - 1
+        is_ood = is_ood | (target == last)
+        target = torch.where(is_ood, last, target)
+    each = outlier_cross_entropy(logits, target).loss
+    return _reduce(torch.where(is_ood, weight * each, each), is_ood, reduction)
 
 
 def _reduce(each: Tensor, is_ood: Tensor, reduction: str) -> Tensor:

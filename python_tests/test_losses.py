@@ -492,15 +492,17 @@ def test_gan_steps_do_what_they_are_for() -> None:
     classifier = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2))
     generator = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
     discriminator = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1))
-    optimizers = {n: torch.optim.Adam(n.parameters(), 1e-2) for n in (classifier, generator)}
-    optimizers[discriminator] = torch.optim.Adam(discriminator.parameters(), 1e-2)
+    optimizers = {
+        network: torch.optim.Adam(network.parameters(), lr, (0.5, 0.999))
+        for network, lr in ((classifier, 1e-2), (generator, 2e-3), (discriminator, 2e-3))
+    }
 
     def update(network: nn.Module, value: Tensor) -> None:
         optimizers[network].zero_grad()
         value.backward()
         optimizers[network].step()
 
-    for _ in range(200):
+    for _ in range(75):
         y = torch.randint(2, (64,))
         x = (2.0 * y - 1)[:, None] * 2 + 0.3 * torch.randn(64, 2)
         made = generator(torch.randn(64, 4))
@@ -513,8 +515,8 @@ def test_gan_steps_do_what_they_are_for() -> None:
         logits = classifier(x)
         confidence = logits.softmax(-1).amax(-1).mean()
         made_confidence = classifier(generator(torch.randn(64, 4))).softmax(-1).amax(-1).mean()
-    assert (logits.argmax(-1) == y).float().mean() > 0.95
-    assert made_confidence < confidence - 0.1
+    assert (logits.argmax(-1) == y).float().mean() > 0.9
+    assert made_confidence < confidence - 0.2
 
 
 # --- what they are for ----------------------------------------------------------------------------

@@ -54,10 +54,42 @@ Tensor outlier_cross_entropy_backward(const Tensor& grad_loss, const Tensor& gra
   return out;
 }
 
+std::tuple<Tensor, Tensor> outlier_loss(
+    const Tensor& logits, const Tensor& target, double weight, bool absent, bool mean) {
+  const char* op = "outlier_cross_entropy";
+  const OutlierArgs args(op, logits, target);
+  args.check_contents(op);
+  const OutlierRows rows = rows_of(args);
+  const int64_t count = args.logits.count;
+  int64_t n_ood = 0;
+  for (int64_t r = 0; r < count; ++r)
+    n_ood += rows.target[r] == -1 || (absent && rows.target[r] == rows.width - 1);
+  const auto share = [&](int64_t n) { return mean && n > 0 ? 1.0 / double(n) : 1.0; };
+  const OutlierWeights weights{share(count - n_ood), weight * share(n_ood), absent};
+  const Tensor each = args.new_rows(args.out_type());
+  Tensor grad = new_gradient(args.logits.tensor), loss = empty({}, args.out_type(), logits);
+  void *e = each.mutable_data_ptr(), *to = grad.mutable_data_ptr();
+  for_row_blocks(count, rows.width, [&](int64_t begin, int64_t end) {
+    kernels().loss_and_gradient(rows, begin, end, weights, e, to);
+  });
+  const auto sum = [&](auto* values) {
+    double total = 0;
+    for (int64_t r = 0; r < count; ++r)
+      total += values[r];
+    return total;
+  };
+  if (rows.dtype == DType::f64)
+    *loss.mutable_data_ptr<double>() = sum((const double*)e);
+  else
+    *loss.mutable_data_ptr<float>() = float(sum((const float*)e));
+  return {loss, grad};
+}
+
 } // namespace
 } // namespace oodk
 
 STABLE_TORCH_LIBRARY_IMPL(oodk, CPU, m) {
   m.impl("_outlier_cross_entropy", TORCH_BOX(&oodk::outlier_cross_entropy));
   m.impl("_outlier_cross_entropy_backward", TORCH_BOX(&oodk::outlier_cross_entropy_backward));
+  m.impl("_outlier_loss", TORCH_BOX(&oodk::outlier_loss));
 }

@@ -21,29 +21,38 @@ struct Sums {
   T m, s, w;
 };
 
-// Of n >= lanes adjacent logits. w only where it is asked for.
-template <bool kMean, typename S, typename T = acc_t<S>>
-OODK_INLINE Sums<T> along_row(const S* z, int64_t n) {
+// Of n adjacent logits: w where it is asked for, and the e^(z - m), in whole vectors.
+template <bool kMean, bool kKeep, typename S, typename T = acc_t<S>>
+OODK_INLINE Sums<T> along_row(
+    const S* z, int64_t n, [[maybe_unused]] acc_t<S>* kept = nullptr) {
   constexpr int L = lanes<T>;
-  const T m = max_of(z, n);
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  const T m = n >= L ? max_of(z, n) : reduce_max(load_first(z, int(n), nothing));
   const vec<T> c = splat(m);
   vec<T> s0{}, s1{}, w0{}, w1{};
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
-    const vec<T> d0 = load(z + i) - c, d1 = load(z + i + L) - c;
-    s0 += exp(d0);
-    s1 += exp(d1);
+    const vec<T> d0 = load(z + i) - c, e0 = exp(d0);
+    const vec<T> d1 = load(z + i + L) - c, e1 = exp(d1);
+    s0 += e0;
+    s1 += e1;
     if (kMean) {
       w0 += d0;
       w1 += d1;
     }
+    if (kKeep) {
+      store(kept + i, e0);
+      store(kept + i + L, e1);
+    }
   }
   for (; i < n; i += L) {
     const int left = int(n - i < L ? n - i : L);
-    const T nothing = -std::numeric_limits<T>::infinity();
-    s0 += exp((left == L ? load(z + i) : load_first(z + i, left, nothing)) - c);
+    const vec<T> e = exp((left == L ? load(z + i) : load_first(z + i, left, nothing)) - c);
+    s0 += e;
     if (kMean)
       w0 += (left == L ? load(z + i) : load_first(z + i, left, m)) - c;
+    if (kKeep)
+      store(kept + i, e);
   }
   return {m, reduce_add(s0 + s1), kMean ? reduce_add(w0 + w1) : T(0)};
 }
@@ -64,8 +73,8 @@ void forward(const OutlierRows& in, int64_t begin, int64_t end, void* loss, void
     };
     if (in.width >= 4 * L) {
       for (int64_t r = begin; r < end; ++r) {
-        const Sums<T> sums = in.target[r] == kOod ? along_row<true>(row(r), in.width)
-                                                  : along_row<false>(row(r), in.width);
+        const Sums<T> sums = in.target[r] == kOod ? along_row<true, false>(row(r), in.width)
+                                                  : along_row<false, false>(row(r), in.width);
         write(r, sums, std::log(sums.s));
       }
       return;
@@ -112,9 +121,42 @@ void backward(const OutlierRows& in, int64_t begin, int64_t end, const void* gra
   });
 }
 
+// Both in one read of the logits and one write of the gradient: e^(z - m) of the row stays in cache.
+void loss_and_gradient(const OutlierRows& in, int64_t begin, int64_t end,
+    const OutlierWeights& weights, void* loss, void* grad_logits) {
+  dispatch(in.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    using T = acc_t<S>;
+    constexpr int L = lanes<T>;
+    const int64_t n = in.width;
+    const Scratch<T> kept(n + L);
+    for (int64_t r = begin; r < end; ++r) {
+      const S* row = (const S*)in.logits + r * in.stride;
+      S* to = (S*)grad_logits + r * n;
+      const int64_t absent = weights.absent ? n - 1 : kOod;
+      const bool ood = in.target[r] == kOod || in.target[r] == absent;
+      const int64_t t = ood ? absent : in.target[r];
+      const Sums<T> sums = t == kOod ? along_row<true, true>(row, n, kept)
+                                     : along_row<false, true>(row, n, kept);
+      const T weight = T(ood ? weights.ood : weights.id);
+      ((T*)loss)[r] = weight *
+          (std::log(sums.s) + (t == kOod ? -sums.w / T(n) : sums.m - widen(row[t])));
+      const T factor = weight / sums.s;
+      const vec<T> scale = splat(factor), bias = splat(t == kOod ? -weight / T(n) : T(0));
+      int64_t i = 0;
+      for (; i + L <= n; i += L)
+        store(to + i, load((const T*)kept + i) * scale + bias);
+      if (i < n)
+        store_first(to + i, int(n - i), load((const T*)kept + i) * scale + bias);
+      if (t != kOod)
+        narrow(kept[t] * factor - weight, to + t);
+    }
+  });
+}
+
 } // namespace
 
-extern const OutlierKernels outlier_kernels = {forward, backward};
+extern const OutlierKernels outlier_kernels = {forward, backward, loss_and_gradient};
 
 } // namespace OODK_CPU_NS
 } // namespace oodk
