@@ -31,6 +31,7 @@ def pytorch_ood(module: str) -> types.ModuleType:
     for i in range(len(parents)):
         package = types.ModuleType(".".join(parents[: i + 1]))
         package.__path__ = [str(Path(found.submodule_search_locations[0], *parents[1 : i + 1]))]
+        package.__spec__ = found  # which find_spec asks for
         sys.modules[package.__name__] = package
     return import_module(f"pytorch_ood.{module}")
 

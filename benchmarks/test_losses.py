@@ -66,7 +66,9 @@ def step_of(case: Case, peer: str) -> Callable[[], Tensor | None]:
 def test_outlier_exposure(
     measure: Any, shape: tuple[int, int], dtype: torch.dtype, peer: str
 ) -> None:
-    """Forward and backward: the logits are read twice and a gradient as large is written."""
+    """Forward and backward: at best one read of the logits and one write of the gradient."""
+    if peer == "pytorch-ood" and dtype == torch.bfloat16:
+        pytest.skip("pytorch-ood's loss takes float32 alone")
     case = Case(shape, dtype)
     step = step_of(case, peer)
     if peer != "pytorch-ood":  # which weighs OOD samples otherwise
@@ -74,4 +76,4 @@ def test_outlier_exposure(
         tolerance = 1e-5 if dtype == torch.float32 else 0.1  # peers round the softmax to bfloat16
         rows = shape[0]
         torch.testing.assert_close(step() * rows, expected * rows, rtol=0, atol=tolerance)
-    measure(step, nbytes=3 * case.nbytes, exps=2 * case.logits.numel())
+    measure(step, nbytes=2 * case.nbytes, exps=case.logits.numel())

@@ -555,7 +555,7 @@ def _check_reduction(where: str, reduction: str) -> None:
 
 
 def _check_temperature(where: str, temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{where}: temperature must be positive and finite, got {temperature}")
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor, nn
 
 import oodkernels as oodk
-from oodkernels import losses
+from oodkernels import losses, reference
+from oodkernels.ops.outlier import outlier_loss
 
 LOSSES = {  # name -> functional form, module, both with settings that are not the defaults
     "outlier exposure": (
@@ -251,6 +253,141 @@ def test_names() -> None:
         assert hasattr(losses, name)
 
 
+# --- loss and gradient in one read of the logits --------------------------------------------------
+
+sides = pytest.mark.parametrize("absent", [False, True], ids=["uniform", "absent"])
+
+
+def outlier_rows(width: int, dtype: torch.dtype, rows: int = 37) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(width)
+    logits = (torch.randn(rows, width, generator=random, dtype=torch.float64) * 4).to(dtype)
+    target = torch.randint(-1, width, (rows,), generator=random)
+    target[::3] = -1
+    target[-1] = width - 1
+    return logits, target
+
+
+def plainly(logits: Tensor, target: Tensor, weight: float, absent: bool, mean: bool) -> Tensor:
+    is_ood = target == -1
+    if absent:
+        is_ood = is_ood | (target == logits.shape[-1] - 1)
+        target = torch.where(is_ood, logits.shape[-1] - 1, target)
+    each = reference.outlier_cross_entropy(logits, target)[0]
+    share = [m.sum() if mean and m.any() else 1 for m in (~is_ood, is_ood)]
+    return each[~is_ood].sum() / share[0] + weight * each[is_ood].sum() / share[1]
+
+
+@sides
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_read_is_the_reference(dtype: torch.dtype, absent: bool) -> None:
+    for width in (1, 2, 7, 15, 16, 17, 33, 63, 64, 65, 200, 1008):
+        for mean in (False, True):
+            logits, target = outlier_rows(width, dtype)
+            exact = logits.double().requires_grad_()
+            expected = plainly(exact, target, 0.3, absent, mean)
+            (expected_grad,) = torch.autograd.grad(expected, exact)
+            for layout in (logits, logits.t().contiguous().t(), torch.cat([logits] * 2, 1)):
+                x = layout[:, :width].detach().requires_grad_()
+                loss = outlier_loss(x, target, 0.3, absent, mean)
+                assert loss is not None
+                assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                (grad,) = torch.autograd.grad(loss, x)
+                assert grad.dtype == dtype
+                small = 1e-12 if dtype == torch.float64 else 2e-6
+                torch.testing.assert_close(loss.double(), expected.detach(), rtol=small, atol=small)
+                eps = torch.finfo(dtype).eps
+                torch.testing.assert_close(
+                    grad.double(), expected_grad, rtol=max(eps, 5 * small), atol=small / 10
+                )
+
+
+@sides
+@pytest.mark.parametrize("width", [5, 100])
+def test_one_read_of_special_rows(width: int, absent: bool) -> None:
+    logits, target = outlier_rows(width, torch.float32, 12)
+    logits[0, 1], logits[1, 0], logits[2, -1] = math.nan, math.inf, math.inf
+    logits[3], logits[4, 0], logits[6, 1], logits[7] = -math.inf, -math.inf, -math.inf, 1e30
+    for row in range(len(logits)):
+        x = logits[row].clone().requires_grad_()
+        exact = logits[row].double().requires_grad_()
+        found = outlier_loss(x, target[row], 0.3, absent, True)
+        expected = plainly(exact, target[row], 0.3, absent, True)
+        assert found is not None
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+        found.backward()
+        expected.backward()
+        assert x.grad is not None
+        torch.testing.assert_close(
+            x.grad.double(), exact.grad, rtol=1e-5, atol=1e-6, equal_nan=True
+        )
+
+
+def test_gradient_of_a_scaled_loss_and_of_a_kept_graph() -> None:
+    logits, target = outlier_rows(100, torch.float32)
+    logits.requires_grad_()
+    loss = losses.outlier_exposure_loss(logits, target)
+    loss.backward(retain_graph=True)
+    assert logits.grad is not None
+    once = logits.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 3 * once)
+    logits.grad = None
+    (losses.outlier_exposure_loss(logits, target) * 4 / 2).backward()
+    torch.testing.assert_close(logits.grad, 2 * once)
+    hidden = logits.detach().requires_grad_()  # no leaf, and used twice
+    (losses.outlier_exposure_loss(hidden * 1, target) + hidden.sum()).backward()
+    torch.testing.assert_close(hidden.grad, once + 1)
+    grad = torch.autograd.grad(
+        losses.outlier_exposure_loss(hidden, target), hidden, create_graph=True
+    )[0]
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["outlier exposure", "absent class"])
+def test_small_gradients_of_float16_survive_a_scaled_loss(name: str) -> None:
+    """1 / rows of a small probability underflows in float16; scaled, it does not."""
+    function, _ = LOSSES[name]
+    logits = torch.zeros(1000, 400, dtype=torch.float16)
+    logits[:, 0] = 8
+    target = torch.zeros(1000, dtype=torch.int64)
+    logits.requires_grad_()
+    (function(logits, target) * 2**16).backward()
+    assert logits.grad is not None
+    p = logits.detach()[0].double().softmax(-1)[1]
+    torch.testing.assert_close(logits.grad[0, 1].double(), p / 1000 * 2**16, rtol=2**-10, atol=0)
+    assert p / 1000 < torch.finfo(torch.float16).smallest_normal / 100
+
+
+def test_one_read_is_the_same_on_any_number_of_threads() -> None:
+    logits, target = outlier_rows(700, torch.float32, 300)
+    found = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        found.append(torch.ops.oodk._outlier_loss(logits, target, 0.3, False, True))
+    for loss, grad in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(grad, found[0][1])
+
+
+def test_one_read_as_an_op() -> None:
+    logits, target = outlier_rows(20, torch.float32)
+    op = torch.ops.oodk._outlier_loss.default
+    torch.library.opcheck(op, (logits, target, 0.3, False, True))
+    torch.library.opcheck(op, (logits[:, ::2], target.clamp(max=9), 0.3, True, False))
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_one_read_on_each_instruction_set(capability: str) -> None:
+    if capability not in oodk.build_info()["cpu_capabilities"]:
+        pytest.skip(f"this processor has no {capability}")
+    tests = ("-m", "pytest", "test_losses.py", "-q", "-k", "one_read_is_the_reference or read_of")
+    result = python(*tests, OODK_CPU_CAPABILITY=capability)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
+
+
 # --- pytorch-ood ----------------------------------------------------------------------------------
 
 
@@ -412,6 +549,7 @@ def test_confidence_of_half_precision() -> None:
     torch.testing.assert_close(loss, expected.float())
 
 
+@pytest.mark.filterwarnings("ignore:Discarding samples")
 @pytest.mark.parametrize("size", [(9, 4), (0, 5)])
 def test_confidence_with_hints_to_all_is_pytorch_oods(
     pytorch_ood: Any, size: tuple[int, int]
