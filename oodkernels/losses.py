@@ -189,7 +189,7 @@ def _confidence_terms(
             f"confidence_loss: hints must have the shape of target, {tuple(target.shape)}, got "
             f"{tuple(hints.shape)}"
         )
-    k = confidence_logits.to(accumulate_type(confidence_logits.dtype)).view(target.shape)
+    k = confidence_logits.to(accumulate_type(confidence_logits.dtype)).reshape(target.shape)
     log_c, log_doubt = F.logsigmoid(k), F.logsigmoid(-k)
     nll = torch.where(hints, -torch.logaddexp(log_c - each, log_doubt), each)
     is_ood = target == OOD
@@ -440,8 +440,8 @@ class JointGANLoss(nn.Module):
 class Generator(nn.Module):
     """A small DCGAN generator (Radford et al., ICLR 2016): noise to square images in [0, 1].
 
-    Transposed convolutions double the side, from the least side >= 4 that ``size`` is a power of
-    two times; what a classifier wants normalised is normalised after it.
+    Transposed convolutions double the side, from 4 to 7 where ``size`` is a power of two times
+    that, any ``size`` being possible. Normalise the images after it as your data are.
 
     Args:
         size: Side of the images, in pixels.
@@ -560,11 +560,11 @@ def _check_temperature(where: str, temperature: float) -> None:
 
 
 def _pyramid(where: str, size: int) -> tuple[int, int]:
-    """The least side >= 4 that ``size`` is 2^n times, and n."""
+    """The least side that ``size`` is 2^n times, 4 or more if n > 0, and n."""
     if size < 1:
         raise ValueError(f"{where}: size must be at least 1 pixel, got {size}")
     n = 0
-    while size % 2 == 0 and size > 4:
+    while size % 2 == 0 and size >= 8:
         size //= 2
         n += 1
     return size, n
