@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
@@ -12,6 +16,18 @@ from sklearn import metrics
 from torch import Tensor
 
 Array = NDArray[Any]
+
+
+def pytorch_ood(module: str) -> types.ModuleType:
+    """``pytorch_ood.<module>`` alone: the package as a whole wants torchvision and more."""
+    if "pytorch_ood" not in sys.modules:
+        found = importlib.util.find_spec("pytorch_ood")
+        if found is None or not found.submodule_search_locations:
+            pytest.skip("needs pytorch-ood")
+        package = types.ModuleType("pytorch_ood")
+        package.__path__ = list(found.submodule_search_locations)
+        sys.modules["pytorch_ood"] = package
+    return pytest.importorskip(f"pytorch_ood.{module}", exc_type=ImportError)
 
 
 def official_score(logits: Tensor, slices: Tensor) -> Tensor:
