@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +21,18 @@ from torch import Tensor
 Array = NDArray[Any]
 
 
+@lru_cache
 def pytorch_ood(module: str) -> types.ModuleType:
-    """``pytorch_ood.<module>`` alone: the package as a whole wants torchvision and more."""
-    if "pytorch_ood" not in sys.modules:
-        found = importlib.util.find_spec("pytorch_ood")
-        if found is None or not found.submodule_search_locations:
-            pytest.skip("needs pytorch-ood")
-        package = types.ModuleType("pytorch_ood")
-        package.__path__ = list(found.submodule_search_locations)
-        sys.modules["pytorch_ood"] = package
-    return pytest.importorskip(f"pytorch_ood.{module}", exc_type=ImportError)
+    """One of its modules: the packages around it want torchvision and more."""
+    found = importlib.util.find_spec("pytorch_ood")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs pytorch-ood")
+    *parents, _ = f"pytorch_ood.{module}".split(".")
+    for i in range(len(parents)):
+        package = types.ModuleType(".".join(parents[: i + 1]))
+        package.__path__ = [str(Path(found.submodule_search_locations[0], *parents[1 : i + 1]))]
+        sys.modules[package.__name__] = package
+    return import_module(f"pytorch_ood.{module}")
 
 
 def official_score(logits: Tensor, slices: Tensor) -> Tensor:
