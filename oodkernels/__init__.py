@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Any
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
+from oodkernels.detectors import (
+    DETECTORS,
+    OODDetector,
+    Prediction,
+    as_pytorch_ood,
+    extract,
+    score_all,
+)
 from oodkernels.groups import Groups
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
 from oodkernels.nn import MOSHead, MOSLoss
@@ -29,6 +37,7 @@ from oodkernels.ops import (
     nearest_centroid,
     roc_metrics,
 )
+from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
     from oodkernels.calibration import (
@@ -52,7 +61,9 @@ _LATER = {
 }
 
 __all__ = [
+    "DETECTORS",
     "CalibrationError",
+    "ClassStatistics",
     "DOSSelection",
     "Groups",
     "KMeans",
@@ -62,17 +73,21 @@ __all__ = [
     "MOSLoss",
     "MOSPrediction",
     "MisclassificationMetrics",
+    "OODDetector",
     "OODMetrics",
     "OODResult",
     "OODResults",
+    "Prediction",
     "ROCMetrics",
     "Threshold",
     "__version__",
+    "as_pytorch_ood",
     "build_info",
     "cluster_argmax",
     "compare_conventions",
     "dos_select",
     "expected_calibration_error",
+    "extract",
     "kmeans",
     "kmeans_init",
     "logit_scores",
@@ -85,6 +100,7 @@ __all__ = [
     "ood_metrics",
     "reliability_diagram",
     "roc_metrics",
+    "score_all",
 ]
 
 
