@@ -30,6 +30,7 @@ __all__ = ["Batch", "NotFittedError", "OODDetector", "Prediction", "score_all"]
 
 _FORMAT, _VERSION = "oodkernels.detector", "1"
 _CHUNK_BYTES = 8 << 20
+_ROW_BLOCK = 16  # rows that the CPU kernels take together
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -143,7 +144,7 @@ class OODDetector:
 
     name: ClassVar[str] = ""
     """Short name, in the registry and in files."""
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """What ``score`` reads, of {"x", "logits", "features", "confidence"}."""
     trained_on: ClassVar[frozenset[str]] = frozenset()
     """What ``fit`` reads, of {"x", "logits", "features", "labels"}; empty: there is no fit."""
@@ -189,7 +190,7 @@ class OODDetector:
             return self
         self._reset()
         if data is None:
-            self.partial_fit(logits=logits, features=features, labels=labels)
+            self._learn("fit", self._batch("fit", None, logits, features, None), labels)
         else:
             for batch, y in self._training_batches(data):
                 self._learn("fit", batch, y)
@@ -377,6 +378,10 @@ class OODDetector:
                 if wanted is not None and content[name] not in (None, wanted):
                     raise ValueError(f"{name} must be {wanted}, got {content[name]}")
             detector = kind._from_settings(content["settings"], model)
+            if detector.num_classes not in (None, content["num_classes"]):
+                raise ValueError(
+                    f"num_classes must be {detector.num_classes}, got {content['num_classes']}"
+                )
             detector.num_classes, detector.width = content["num_classes"], content["width"]
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
@@ -477,9 +482,7 @@ class OODDetector:
                 missing.append(name)
         return missing
 
-    def _training_batches(
-        self, data: Iterable[Sequence[Tensor]]
-    ) -> Iterator[tuple[Batch, Tensor]]:
+    def _training_batches(self, data: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Batch, Tensor]]:
         """Batches of ``data`` with what the detector is trained on, and their labels."""
         where = f"{type(self).__name__}.fit"
         if isinstance(data, Tensor) or not isinstance(data, Iterable):
@@ -495,7 +498,8 @@ class OODDetector:
             x, y = pair
             batch = _batch(where, x, None, None, None)
             with torch.no_grad():
-                yield _completed(where, [self], batch, self.trained_on)[0], y
+                completed = _completed(where, [self], batch, self.trained_on)[0]
+            yield completed, y
 
     def _learn(self, method: str, batch: Batch, labels: Tensor | None) -> None:
         where = f"{type(self).__name__}.{method}"
@@ -538,8 +542,8 @@ def score_all(
         logits: As there.
         features: As there.
         confidence: As there.
-        chunk: Rows at a time. By default the least ``batch_size`` where a model runs, else as
-            many as fill 8 MiB on the CPU and all rows elsewhere.
+        chunk: Rows at a time. By default the least ``batch_size`` where a model runs, else about
+            as many as fill 8 MiB on the CPU and all rows elsewhere.
 
     Returns:
         Name -> (N,) scores, higher = more ID, on the device of the input.
@@ -572,7 +576,8 @@ def _score_all(
             chunk = min((d.batch_size for d in used), default=1)
         elif len(used) > 1 and device.type == "cpu":
             row = max(t.element_size() * t[:1].numel() for _, t in batch.tensors())
-            chunk = max(1, _CHUNK_BYTES // max(1, row))
+            unit = _ROW_BLOCK * torch.get_num_threads()
+            chunk = unit * max(1, _CHUNK_BYTES // max(1, row * unit))
     scores: list[list[Tensor]] = [[] for _ in used]
     with torch.no_grad():
         for part in _chunks(batch, chunk):
@@ -653,9 +658,10 @@ def _batch(
     confidence: Tensor | None,
 ) -> Batch:
     """The checked arguments of ``score`` as a batch."""
-    layers = features if isinstance(features, Mapping) else None
-    matrix = features if isinstance(features, Tensor) or layers is None else None
-    batch = Batch(x, logits, matrix, layers, confidence)
+    if isinstance(features, Mapping):
+        batch = Batch(x, logits, None, features, confidence)
+    else:
+        batch = Batch(x, logits, features, None, confidence)
     shapes = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
     tensors = batch.tensors()
     if not tensors:

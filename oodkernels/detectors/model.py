@@ -9,7 +9,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 Model: TypeAlias = Callable[[Tensor], Any]
@@ -44,7 +43,7 @@ class FeatureModel(nn.Module):
     def __init__(self, model: nn.Module, features: str | None = None) -> None:
         super().__init__()
         self.model = model
-        self.features = features
+        self.features: str | None = features
 
     def forward(self, x: Tensor, layers: Iterable[str] = ()) -> Outputs:
         """:func:`extract` of the model."""
@@ -52,7 +51,12 @@ class FeatureModel(nn.Module):
 
 
 def extract(
-    model: nn.Module, x: Tensor, layers: Iterable[str] = (), features: str | None = None
+    model: nn.Module,
+    x: Tensor,
+    layers: Iterable[str] = (),
+    features: str | None = None,
+    *,
+    evaluate: bool = True,
 ) -> Outputs:
     """Logits, penultimate features and outputs of named layers, from one forward pass.
 
@@ -69,6 +73,7 @@ def extract(
             classifier reads: the layer that ``model.get_classifier()`` gives (timm), else
             ``model.head``, ``model.fc`` or ``model.classifier`` if that is an ``nn.Linear``, else
             the model's last ``nn.Linear``. Features (N, d, ...) are averaged over the positions.
+        evaluate: False to run the model in the mode it is in.
 
     Returns:
         :class:`Outputs`.
@@ -81,7 +86,7 @@ def extract(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, FeatureModel):
-        model, features = model.model, features or model.features
+        return extract(model.model, x, layers, features or model.features)
     layers = tuple(layers)
     named = dict(model.named_modules())
     for name in layers if features is None else (*layers, features):
@@ -100,7 +105,8 @@ def extract(
         seen[name] = output.clone()
 
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        if evaluate:
+            stack.enter_context(_evaluating(model))
         for name in layers:
             hook = partial(lambda name, module, args, output: keep(name, output), name)
             stack.enter_context(named[name].register_forward_hook(hook))
