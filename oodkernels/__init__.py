@@ -11,6 +11,14 @@ from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
 from oodkernels.groups import Groups
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.mining import (
+    DOSMiner,
+    MiningLog,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    UniformMiner,
+)
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
     DOSSelection,
@@ -53,6 +61,7 @@ _LATER = {
 
 __all__ = [
     "CalibrationError",
+    "DOSMiner",
     "DOSSelection",
     "Groups",
     "KMeans",
@@ -61,12 +70,17 @@ __all__ = [
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "MiningLog",
     "MisclassificationMetrics",
+    "NTOMMiner",
     "OODMetrics",
     "OODResult",
     "OODResults",
+    "OutlierMiner",
+    "POEMMiner",
     "ROCMetrics",
     "Threshold",
+    "UniformMiner",
     "__version__",
     "build_info",
     "cluster_argmax",
