@@ -10,6 +10,18 @@ from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
 from oodkernels.groups import Groups
+from oodkernels.losses import (
+    AbsentClassLoss,
+    ConfidenceLoss,
+    EnergyBoundedLoss,
+    JointGANLoss,
+    OutlierExposureLoss,
+    absent_class_loss,
+    confidence_loss,
+    energy_bounded_loss,
+    joint_gan_loss,
+    outlier_exposure_loss,
+)
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
 from oodkernels.mining import (
     DOSMiner,
@@ -25,6 +37,7 @@ from oodkernels.ops import (
     KMeansResult,
     LogitScores,
     MOSPrediction,
+    OutlierCrossEntropy,
     ROCMetrics,
     cluster_argmax,
     dos_select,
@@ -35,6 +48,7 @@ from oodkernels.ops import (
     mos_predict,
     mos_score,
     nearest_centroid,
+    outlier_cross_entropy,
     roc_metrics,
 )
 
@@ -60,10 +74,14 @@ _LATER = {
 }
 
 __all__ = [
+    "AbsentClassLoss",
     "CalibrationError",
+    "ConfidenceLoss",
     "DOSMiner",
     "DOSSelection",
+    "EnergyBoundedLoss",
     "Groups",
+    "JointGANLoss",
     "KMeans",
     "KMeansResult",
     "LogitScores",
@@ -76,17 +94,23 @@ __all__ = [
     "OODMetrics",
     "OODResult",
     "OODResults",
+    "OutlierCrossEntropy",
+    "OutlierExposureLoss",
     "OutlierMiner",
     "POEMMiner",
     "ROCMetrics",
     "Threshold",
     "UniformMiner",
     "__version__",
+    "absent_class_loss",
     "build_info",
     "cluster_argmax",
     "compare_conventions",
+    "confidence_loss",
     "dos_select",
+    "energy_bounded_loss",
     "expected_calibration_error",
+    "joint_gan_loss",
     "kmeans",
     "kmeans_init",
     "logit_scores",
@@ -97,6 +121,8 @@ __all__ = [
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "outlier_cross_entropy",
+    "outlier_exposure_loss",
     "reliability_diagram",
     "roc_metrics",
 ]

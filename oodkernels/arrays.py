@@ -118,8 +118,7 @@ class Samples:
                 names = " and ".join(array.label for array in self.arrays.values())
                 raise ValueError(f"{names} must have equally many samples")
             yield {
-                role: _as_role(role, chunk)
-                for role, chunk in zip(self.arrays, chunks, strict=True)
+                role: _as_role(role, chunk) for role, chunk in zip(self.arrays, chunks, strict=True)
             }
 
     def read(self, role: str) -> Tensor:
@@ -180,9 +179,7 @@ def open_samples(
     for role, names in ROLES.items():
         if role in columns:
             if columns[role] not in found:
-                raise ValueError(
-                    f"{path} has no column {columns[role]!r}, only {_listed(found)}"
-                )
+                raise ValueError(f"{path} has no column {columns[role]!r}, only {_listed(found)}")
             chosen[role] = found[columns[role]]
         elif name := next((name for name in names if name in found), None):
             chosen[role] = found[name]

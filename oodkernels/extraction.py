@@ -244,9 +244,7 @@ def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
 # --- models -----------------------------------------------------------------------------------
 
 
-def load_model(
-    spec: str, weights: PathLike | None = None
-) -> tuple[nn.Module, Transform | None]:
+def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, Transform | None]:
     """A model in evaluation mode, and how it wants its images.
 
     Args:
@@ -511,7 +509,9 @@ def _put_together(
         for role in roles:
             with replacing(folder / f"{role}.npy") as temporary, temporary.open("wb") as file:
                 header = np.lib.format.header_data_from_array_1_0(
-                    np.empty((0, *shapes[role][1:]), torch.empty(0, dtype=types[role]).numpy().dtype)
+                    np.empty(
+                        (0, *shapes[role][1:]), torch.empty(0, dtype=types[role]).numpy().dtype
+                    )
                 )
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": shapes[role]})
                 for chunk in chunks(role):

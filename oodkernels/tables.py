@@ -126,9 +126,7 @@ def to_latex(rows: Sequence[Row]) -> str:
         rf"\multicolumn{{{width}}}{{c}}{{{_escaped(name)}}}"
         for name in (*names[:-1], names[-1].capitalize())
     ]
-    rules = [
-        rf"\cmidrule(lr){{{4 + width * i}-{3 + width * (i + 1)}}}" for i in range(len(names))
-    ]
+    rules = [rf"\cmidrule(lr){{{4 + width * i}-{3 + width * (i + 1)}}}" for i in range(len(names))]
     arrows = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
     heads = [f"{METRIC_NAMES[metric]} {arrows[_arrow(metric)]}" for metric in METRICS]
     body = []

@@ -165,8 +165,9 @@ def pairs(option: str, values: Sequence[str], stem: bool = False) -> dict[str, s
             raise typer.BadParameter(f"must be NAME=VALUE, got {text!r}", param_hint=f"'{option}'")
         if not name or not value or name in found:
             what = f"{name!r} twice" if name in found else repr(text)
-            raise typer.BadParameter(f"must be NAME=VALUE, each name once, got {what}",
-                                     param_hint=f"'{option}'")
+            raise typer.BadParameter(
+                f"must be NAME=VALUE, each name once, got {what}", param_hint=f"'{option}'"
+            )
         found[name] = value
     return found
 

@@ -21,6 +21,7 @@ from oodkernels.cli._common import (
 )
 from oodkernels.cli._tables import results_table
 
+
 def demo(
     out: Annotated[
         Path,

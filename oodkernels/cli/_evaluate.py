@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from oodkernels.evaluation import Sweep
     from oodkernels.heads import Head
 
-DATA = (
-    "`.npy`, `.npz`, `.pt`, `.safetensors`, `.csv` or `.parquet`, or a folder of `oodk extract`"
-)
+DATA = "`.npy`, `.npz`, `.pt`, `.safetensors`, `.csv` or `.parquet`, or a folder of `oodk extract`"
 
 
 class Kind(str, Enum):
@@ -122,7 +120,8 @@ def evaluate(
     labels: Annotated[
         Path | None,
         typer.Option(
-            exists=True, help="Labels of the ID samples, for accuracy and reliability, where they "
+            exists=True,
+            help="Labels of the ID samples, for accuracy and reliability, where they "
             "are in a file of their own.",
         ),
     ] = None,
@@ -301,9 +300,7 @@ def threshold(
         Path | None, typer.Option(dir_okay=False, help="JSON file for the threshold.")
     ] = None,
     detector: DetectorsOption = None,
-    tpr: Annotated[
-        float, typer.Option(help="Share of ID samples to keep, in (0, 1].")
-    ] = 0.95,
+    tpr: Annotated[float, typer.Option(help="Share of ID samples to keep, in (0, 1].")] = 0.95,
     confidence: Annotated[
         float, typer.Option(help="Of the interval for the share kept of new ID samples, in (0, 1).")
     ] = 0.95,
@@ -332,15 +329,17 @@ def threshold(
 
     for option, value in (("--tpr", tpr), ("--confidence", confidence)):
         if not 0 < value <= 1 or (option == "--confidence" and value == 1):
-            raise typer.BadParameter(f"must be between 0 and 1, got {value}",
-                                     param_hint=f"'{option}'")
+            raise typer.BadParameter(
+                f"must be between 0 and 1, got {value}", param_hint=f"'{option}'"
+            )
     require_writable_file(out)
     common = _Common(detector, groups, train, head, kind, column)
     samples = common.open(id_data)
     scores = _scores(common, samples, quiet)
     if len(scores) != 1:
-        raise typer.BadParameter(f"one is needed, got {', '.join(scores)}",
-                                 param_hint="'--detector'")
+        raise typer.BadParameter(
+            f"one is needed, got {', '.join(scores)}", param_hint="'--detector'"
+        )
     ((name, values),) = scores.items()
     found = Threshold.calibrate(values, tpr, confidence)
     if out is not None:
