@@ -24,15 +24,18 @@ Array = NDArray[Any]
 @lru_cache
 def pytorch_ood(module: str) -> types.ModuleType:
     """One of its modules: the packages around it want torchvision and more."""
-    found = importlib.util.find_spec("pytorch_ood")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs pytorch-ood")
+    if "pytorch_ood" in sys.modules:
+        (root,) = sys.modules["pytorch_ood"].__path__
+    else:
+        found = importlib.util.find_spec("pytorch_ood")
+        if found is None or not found.submodule_search_locations:
+            pytest.skip("needs pytorch-ood")
+        (root,) = found.submodule_search_locations
     *parents, _ = f"pytorch_ood.{module}".split(".")
     for i in range(len(parents)):
         package = types.ModuleType(".".join(parents[: i + 1]))
-        package.__path__ = [str(Path(found.submodule_search_locations[0], *parents[1 : i + 1]))]
-        package.__spec__ = found  # which find_spec asks for
-        sys.modules[package.__name__] = package
+        package.__path__ = [str(Path(root, *parents[1 : i + 1]))]
+        sys.modules.setdefault(package.__name__, package)
     return import_module(f"pytorch_ood.{module}")
 
 

@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Any
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
+from oodkernels.detectors import (
+    DETECTORS,
+    OODDetector,
+    Prediction,
+    as_pytorch_ood,
+    extract,
+    score_all,
+)
 from oodkernels.groups import Groups
 from oodkernels.losses import (
     AbsentClassLoss,
@@ -23,6 +31,14 @@ from oodkernels.losses import (
     outlier_exposure_loss,
 )
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.mining import (
+    DOSMiner,
+    MiningLog,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    UniformMiner,
+)
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
     DOSSelection,
@@ -43,6 +59,7 @@ from oodkernels.ops import (
     outlier_cross_entropy,
     roc_metrics,
 )
+from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
     from oodkernels.calibration import (
@@ -66,9 +83,13 @@ _LATER = {
 }
 
 __all__ = [
+    "DETECTORS",
+    "CalibrationError",
+    "ClassStatistics",
     "AbsentClassLoss",
     "CalibrationError",
     "ConfidenceLoss",
+    "DOSMiner",
     "DOSSelection",
     "EnergyBoundedLoss",
     "Groups",
@@ -79,15 +100,26 @@ __all__ = [
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "MiningLog",
     "MisclassificationMetrics",
+    "OODDetector",
+    "OODMetrics",
+    "OODResult",
+    "OODResults",
+    "Prediction",
+    "NTOMMiner",
     "OODMetrics",
     "OODResult",
     "OODResults",
     "OutlierCrossEntropy",
     "OutlierExposureLoss",
+    "OutlierMiner",
+    "POEMMiner",
     "ROCMetrics",
     "Threshold",
+    "UniformMiner",
     "__version__",
+    "as_pytorch_ood",
     "absent_class_loss",
     "build_info",
     "cluster_argmax",
@@ -96,6 +128,7 @@ __all__ = [
     "dos_select",
     "energy_bounded_loss",
     "expected_calibration_error",
+    "extract",
     "joint_gan_loss",
     "kmeans",
     "kmeans_init",
@@ -111,6 +144,7 @@ __all__ = [
     "outlier_exposure_loss",
     "reliability_diagram",
     "roc_metrics",
+    "score_all",
 ]
 
 
