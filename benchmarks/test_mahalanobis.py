@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from clustering import QUICK, measure, median
-from test_detectors import pytorch_ood
+from peers import pytorch_ood
 from torch import Tensor
 
 from oodkernels.detectors import Mahalanobis
@@ -80,7 +80,7 @@ def test_score(benchmark: Any, shape: tuple[int, int, int], peer: str) -> None:
     x = p.features[:LOOP_ROWS] if peer in ("pytorch-ood", "authors' loop") else p.features
     space, _ = p.detector._whitened("features", x[:1])
     if peer == "pytorch-ood":
-        theirs = pytorch_ood().Mahalanobis(None)
+        theirs = pytorch_ood("detector.mahalanobis").Mahalanobis(None)
         theirs.mu, theirs.precision = p.means, p.precision
     calls = {
         "oodkernels": lambda: p.detector.score(features=x),
@@ -111,7 +111,9 @@ def test_fit(benchmark: Any, shape: tuple[int, int, int], peer: str) -> None:
     calls = {
         "oodkernels": lambda: Mahalanobis().fit(features=x, labels=y),
         "statistics alone": lambda: ClassStatistics().update(x, y),
-        "pytorch-ood": lambda: pytorch_ood().Mahalanobis(None).fit_features(x, y),
+        "pytorch-ood": lambda: (
+            pytorch_ood("detector.mahalanobis").Mahalanobis(None).fit_features(x, y)
+        ),
         "authors": two_passes,
     }
     measure(benchmark, calls[peer], peer=peer, rows=len(x))

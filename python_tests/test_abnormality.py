@@ -142,18 +142,22 @@ def test_any_shape_is_told_from_noise(shape: tuple[int, ...]) -> None:
 
 def test_decoder_of_ones_own(tmp_path) -> None:
     pytest.importorskip("safetensors")
+
+    def decoder(kernel: int = 1) -> nn.Module:
+        return nn.Sequential(nn.Dropout2d(), nn.Conv2d(4, 2, kernel))
+
     model = classifier()
     detector = AbnormalityModule(
-        "0", epochs=(2, 2), decoder=nn.Conv2d(4, 2, 1), model=FeatureModel(model)
+        "0", epochs=(2, 2), decoder=decoder(), model=FeatureModel(model)
     ).fit(data())
     x = data()[0][0]
     detector.save(tmp_path / "file")
-    loaded = AbnormalityModule.load(tmp_path / "file", model, decoder=nn.Conv2d(4, 2, 1))
+    loaded = AbnormalityModule.load(tmp_path / "file", model, decoder=decoder())
     assert torch.equal(loaded.score(x), detector.score(x))
     with pytest.raises(ValueError, match=r"decoder must be given: AbnormalityModule\.load"):
         OODDetector.load(tmp_path / "file", model).score(x)
     with pytest.raises(ValueError, match=r"AbnormalityModule\.load: (?s:.)*size mismatch"):
-        AbnormalityModule.load(tmp_path / "file", model, decoder=nn.Conv2d(4, 2, 3))
+        AbnormalityModule.load(tmp_path / "file", model, decoder=decoder(3))
 
 
 # --- distortions ----------------------------------------------------------------------------------
