@@ -37,6 +37,7 @@ from oodkernels.ops import (
     nearest_centroid,
     roc_metrics,
 )
+from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
     from oodkernels.calibration import (
@@ -62,6 +63,7 @@ _LATER = {
 __all__ = [
     "DETECTORS",
     "CalibrationError",
+    "ClassStatistics",
     "DOSSelection",
     "Groups",
     "KMeans",

@@ -3,8 +3,10 @@
 ``DETECTORS`` has them all by their short names.
 """
 
+from oodkernels.detectors.abnormality import AbnormalityModule
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
 from oodkernels.detectors.base import Batch, NotFittedError, OODDetector, Prediction, score_all
+from oodkernels.detectors.knn import KNN
 from oodkernels.detectors.logits import (
     MOS,
     MSP,
@@ -15,6 +17,7 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
+from oodkernels.detectors.mahalanobis import Mahalanobis
 from oodkernels.detectors.model import FeatureModel, Outputs, extract
 from oodkernels.detectors.odin import ODIN
 
@@ -26,19 +29,24 @@ DETECTORS: dict[str, type[OODDetector]] = {
         Energy,
         Entropy,
         ODIN,
+        Mahalanobis,
         MOS,
         MOSLogOdds,
         AbsentClass,
         ConfidenceBranch,
+        AbnormalityModule,
+        KNN,
     )
 }
 """Short name -> class."""
 
 __all__ = [
     "DETECTORS",
+    "KNN",
     "MOS",
     "MSP",
     "ODIN",
+    "AbnormalityModule",
     "AbsentClass",
     "Batch",
     "ConfidenceBranch",
@@ -46,6 +54,7 @@ __all__ = [
     "Entropy",
     "FeatureModel",
     "MOSLogOdds",
+    "Mahalanobis",
     "MaxLogit",
     "NotFittedError",
     "OODDetector",

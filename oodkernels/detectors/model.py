@@ -51,7 +51,12 @@ class FeatureModel(nn.Module):
 
 
 def extract(
-    model: nn.Module, x: Tensor, layers: Iterable[str] = (), features: str | None = None
+    model: nn.Module,
+    x: Tensor,
+    layers: Iterable[str] = (),
+    features: str | None = None,
+    *,
+    evaluate: bool = True,
 ) -> Outputs:
     """Logits, penultimate features and outputs of named layers, from one forward pass.
 
@@ -68,6 +73,7 @@ def extract(
             classifier reads: the layer that ``model.get_classifier()`` gives (timm), else
             ``model.head``, ``model.fc`` or ``model.classifier`` if that is an ``nn.Linear``, else
             the model's last ``nn.Linear``. Features (N, d, ...) are averaged over the positions.
+        evaluate: False to run the model in the mode it is in.
 
     Returns:
         :class:`Outputs`.
@@ -105,7 +111,8 @@ def extract(
             seen[None] = args[0].clone()
 
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        if evaluate:
+            stack.enter_context(_evaluating(model))
         for name in layers:
             stack.enter_context(named[name].register_forward_hook(partial(keep, name)))
         if features is not None:
