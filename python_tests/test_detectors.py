@@ -874,30 +874,34 @@ def test_broken_files(tmp_path):
     path = tmp_path / "detector.safetensors"
     MOS(GROUPS).save(path)
     with safetensors.safe_open(path, framework="pt") as file:
-        good = file.metadata()
+        good = json.loads(file.metadata()["oodkernels"])
 
-    def load(tensors=None, **changed):
-        metadata = {k: v for k, v in {**good, **changed}.items() if v is not None}
+    def load(tensors=None, missing=(), **changed):
+        content = {k: v for k, v in {**good, **changed}.items() if k not in missing}
+        metadata = {"oodkernels": json.dumps(content)}
         safetensors.save_file(tensors or {}, path, metadata)
         return OODDetector.load(path)
 
     assert load().groups == GROUPS
     for changed, message in (
         ({"format": "else"}, "format must be 'oodkernels.detector', got 'else'"),
-        ({"format": None}, "format must be 'oodkernels.detector', got 'none'"),
-        ({"version": "2"}, "version must be '1', got '2'"),
-        ({"version": None}, "version must be '1', got 'none'"),
+        ({"missing": ["format"]}, "format must be 'oodkernels.detector', got 'None'"),
+        ({"version": 2}, "version must be 1, got 2"),
+        ({"missing": ["version"]}, "version must be 1, got None"),
         ({"detector": "else"}, "detector must be one of .*'msp'.*, got 'else'"),
-        ({"settings": "{"}, "Expecting property name"),
-        ({"settings": "[]"}, "indices must be"),
-        ({"settings": "{}"}, "'groups' is missing"),
-        ({"settings": json.dumps({"groups": "{}", "log_odds": True})}, "Groups.from_json"),
-        ({"threshold": None}, "'threshold' is missing"),
-        ({"threshold": json.dumps("{}")}, "Threshold.from_json: format"),
-        ({"num_classes": "8"}, "num_classes must be 7, got 8"),
+        ({"missing": ["detector"]}, "'detector' is missing"),
+        ({"settings": []}, "indices must be"),
+        ({"settings": {}}, "'groups' is missing"),
+        ({"settings": {"groups": "{}", "log_odds": True}}, "Groups.from_json"),
+        ({"missing": ["threshold"]}, "'threshold' is missing"),
+        ({"threshold": "{}"}, "Threshold.from_json: format"),
+        ({"num_classes": 8}, "num_classes must be 7, got 8"),
     ):
         with pytest.raises(ValueError, match=rf"(?s)OODDetector.load: .*{message}"):
             load(**changed)
+    safetensors.save_file({}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"format must be 'oodkernels.detector', got 'None'"):
+        OODDetector.load(path)
     with pytest.raises(ValueError, match=r"tensors must be \[\], got \['means'\]"):
         load({"means": torch.zeros(3)})
     path.write_bytes(b"no safetensors file")

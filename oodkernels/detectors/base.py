@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from oodkernels._files import replacing
+from oodkernels._files import read_json, replacing
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.groups import Groups
 from oodkernels.metrics import Scores
@@ -28,9 +28,7 @@ Features: TypeAlias = Tensor | Mapping[str, Tensor]
 
 __all__ = ["Batch", "NotFittedError", "OODDetector", "Prediction", "score_all"]
 
-_FORMAT, _VERSION = "oodkernels.detector", "1"
-_CHUNK_BYTES = 8 << 20
-_ROW_BLOCK = 16  # rows that the CPU kernels take together
+_FORMAT, _VERSION = "oodkernels.detector", 1
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -328,15 +326,16 @@ class OODDetector:
             for name, tensor in self._state().items()
         }
         content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "detector": self.name,
             "settings": self._settings(),
             "num_classes": self.num_classes,
             "width": self.width,
             "threshold": self.threshold and self.threshold.to_json(),
         }
-        metadata = {"format": _FORMAT, "version": _VERSION, "detector": self.name}
-        metadata |= {name: json.dumps(value) for name, value in content.items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {"oodkernels": json.dumps(content)})
 
     @classmethod
     def load(
@@ -364,17 +363,10 @@ class OODDetector:
             OSError: The file cannot be read.
         """
         where = f"{cls.__name__}.load: {os.fspath(path)}"
-        metadata, tensors = _read(where, Path(path), cls.__name__)
-        if metadata.get("format") != _FORMAT:
-            found = metadata.get("format", "none")
-            raise ValueError(f"{where}: format must be {_FORMAT!r}, got {found[:80]!r}")
-        if metadata.get("version") != _VERSION:
-            found = metadata.get("version", "none")
-            raise ValueError(f"{where}: version must be {_VERSION!r}, got {found[:80]!r}")
-        kind = _class_of(where, cls, metadata.get("detector", "none"))
+        text, tensors = _read(where, Path(path), cls.__name__)
+        content = read_json(where, text, _FORMAT, _VERSION)
         try:
-            fields = ("settings", "num_classes", "width", "threshold")
-            content = {name: json.loads(metadata[name]) for name in fields}
+            kind = _class_of(cls, content["detector"])
             for name, wanted in (("num_classes", num_classes), ("width", width)):
                 if wanted is not None and content[name] not in (None, wanted):
                     raise ValueError(f"{name} must be {wanted}, got {content[name]}")
@@ -534,8 +526,7 @@ def score_all(
 
     Detectors with the same model share its forward pass. All that read MSP, maximum logit, energy
     or entropy at one temperature are served by one :func:`oodkernels.logit_scores`, all that read
-    MOS scores of the same groups by one :func:`oodkernels.mos_predict`; rows are taken in chunks
-    that stay in the caches for the next.
+    MOS scores of the same groups by one :func:`oodkernels.mos_predict`.
 
     Args:
         detectors: By any name.
@@ -544,8 +535,8 @@ def score_all(
         logits: As there.
         features: As there.
         confidence: As there.
-        chunk: Rows at a time. By default the least ``batch_size`` where a model runs, else about
-            as many as fill 8 MiB on the CPU and all rows elsewhere.
+        chunk: Rows at a time. By default the least ``batch_size`` of the detectors where ``x`` is
+            given, else all.
 
     Returns:
         Name -> (N,) scores, higher = more ID, on the device of the input.
@@ -573,13 +564,8 @@ def _score_all(
 ) -> dict[str, Tensor]:
     used = list(detectors.values())
     device = batch.tensors()[0][1].device
-    if chunk is None:
-        if batch.x is not None:
-            chunk = min((d.batch_size for d in used), default=1)
-        elif len(used) > 1 and device.type == "cpu":
-            row = max(t.element_size() * t[:1].numel() for _, t in batch.tensors())
-            unit = _ROW_BLOCK * torch.get_num_threads()
-            chunk = unit * max(1, _CHUNK_BYTES // max(1, row * unit))
+    if chunk is None and batch.x is not None:
+        chunk = min((d.batch_size for d in used), default=1)
     scores: list[list[Tensor]] = [[] for _ in used]
     with torch.no_grad():
         for part in _chunks(batch, chunk):
@@ -725,22 +711,22 @@ def _safetensors(where: str) -> Any:
     return safetensors
 
 
-def _read(where: str, path: Path, cls: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(where: str, path: Path, cls: str) -> tuple[str, dict[str, Tensor]]:
+    """What a file says of itself, "{}" where it says nothing, and its tensors."""
     package = _safetensors(f"{cls}.load")
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: no such file")
     try:
         with package.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return (file.metadata() or {}).get("oodkernels", "{}"), tensors
     except package.SafetensorError as error:
         raise ValueError(f"{where}: must be a safetensors file: {error}") from None
 
 
-def _class_of(where: str, cls: type[OODDetector], name: str) -> type[Any]:
+def _class_of(cls: type[OODDetector], name: str) -> type[Any]:
     """The class to load a file of detector ``name`` into."""
     from oodkernels.detectors import DETECTORS
 
     known = DETECTORS if cls is OODDetector else {cls.name: cls}
     if name not in known:
-        raise ValueError(f"{where}: detector must be one of {sorted(known)}, got {name[:80]!r}")
+        raise ValueError(f"detector must be one of {sorted(known)}, got {str(name)[:80]!r}")
     return known[name]
