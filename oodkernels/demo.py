@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from oodkernels import data
 from oodkernels.detectors import MOS, MSP, Energy, MaxLogit, MOSLogOdds, OODDetector

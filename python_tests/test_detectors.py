@@ -12,7 +12,7 @@ from pytorch_ood_package import pytorch_ood
 from torch import nn
 
 import oodkernels
-from oodkernels import Groups, MOSHead, MOSLoss, ood_metrics
+from oodkernels import Groups, MOSHead, ood_metrics
 from oodkernels.detectors import (
     DETECTORS,
     MOS,
@@ -1018,6 +1018,7 @@ def trained():
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
     from oodkernels import data
+
     pytest.importorskip("lightning_fabric")
     from oodkernels.models import ConfidenceHead, SmallConvNet, zero_linear
     from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
