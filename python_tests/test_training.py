@@ -25,6 +25,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -354,6 +355,33 @@ def test_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
     assert torch.equal(weights(loaded), weights(model))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)]
+)
+def test_true_precisions_reach_validation_and_mining(precision: Any, dtype: torch.dtype) -> None:
+    model = make_model("poem")
+    trainer = Trainer(model, "poem", config(precision=precision))
+    result = trainer.fit(loader(), outlier_loader(), loader())
+    assert weights(model).dtype == dtype
+    assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
+
+
+def test_pool_and_training_data_are_those_of_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(make_model("poem"), "poem", config(epochs=1))
+    seen: list[Any] = []
+    monkeypatch.setattr(trainer.objective, "mine", lambda *args: seen.extend(args))
+    trainer.objective.pool = torch.arange(4)  # type: ignore[assignment]
+    ids = DataLoader(TensorDataset(*blobs(100)), 8, sampler=SubsetRandomSampler(range(5, 45)))
+    pool = DataLoader(make_outliers(), 8, sampler=SubsetRandomSampler(range(100, 160)))
+    trainer.fit(ids, pool)
+    assert torch.equal(seen[0], torch.arange(100, 160))
+    assert len(seen[1]) == 60
+    body = make_model("poem")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(seen[3], body(blobs(100)[0][5:45]))
+    assert seen[4] == 40
+
+
 @pytest.mark.parametrize("name", ["softmax", "dos", "synthetic"])
 def test_bfloat16(name: str) -> None:
     how = config(objective=name, precision="bf16-mixed", epochs=5, log_every=99)
@@ -411,6 +439,7 @@ def test_global_random_numbers_are_left_alone() -> None:
 # --- resuming -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     """SIGKILL between checkpoints and while one is written; SIGINT to a run with workers."""
     done = python("training_runs.py", "kill", str(tmp_path))
@@ -420,6 +449,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     assert all(line.endswith("same") for line in lines), done.stdout
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
     done = python(
         "-m",
@@ -491,6 +521,12 @@ def test_resume_refuses_what_is_not_the_run(tmp_path: Path) -> None:
         Trainer(make_model("softmax"), config=config(), folder=tmp_path).fit(
             loader(200), resume=True
         )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "last.pt").touch()
+    with pytest.raises(ValueError, match="other holds a run: go on with it by"):
+        Trainer(make_model("softmax"), config=config(), folder=tmp_path / "other").fit(
+            loader(), resume=tmp_path / "last.pt"
+        )
     with pytest.raises(ValueError, match="resume=True must have a folder"):
         fit(make_model("softmax"), config(), None, resume=True)
     fit(make_model("softmax"), config(), tmp_path / "new", resume=True)
@@ -500,7 +536,12 @@ def test_more_epochs_than_before(tmp_path: Path) -> None:
     model, straight = make_model("softmax"), make_model("softmax")
     how = config(schedule="constant", epochs=1)
     fit(model, how, tmp_path)
-    trainer = fit(model, replace(how, epochs=3), tmp_path, resume=True)
+    (tmp_path / "new").mkdir()
+    Trainer(model, config=replace(how, epochs=2), folder=tmp_path / "new").fit(
+        loader(), resume=tmp_path / "last.pt"
+    )
+    trainer = Trainer(model, config=replace(how, epochs=3), folder=tmp_path / "new")
+    trainer.fit(loader(), resume=True)
     fit(straight, replace(how, epochs=3))
     assert torch.equal(weights(model), weights(straight))
     again = trainer.fit(loader(), resume=True)  # nothing left to do
@@ -827,6 +868,9 @@ def test_progress_and_loggers(capsys: pytest.CaptureFixture[str]) -> None:
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
             rows.append((step, metrics["loss"]))
 
+        def finalize(self, status: str) -> None:
+            rows.append((0, 0.0))
+
     trainer = Trainer(
         make_model("softmax"),
         config=config(),
@@ -834,7 +878,7 @@ def test_progress_and_loggers(capsys: pytest.CaptureFixture[str]) -> None:
         loggers=[Logger()],  # type: ignore[list-item]
     )
     result = trainer.fit(loader())
-    assert rows == [(row["step"], row["loss"]) for row in result.history]
+    assert rows == [*((row["step"], row["loss"]) for row in result.history), (0, 0.0)]
     assert "14/14" in capsys.readouterr().err
 
 
