@@ -34,7 +34,13 @@ from torch.utils.data import (
 
 from oodkernels._files import replacing, write_text
 from oodkernels._loading import Batch, Batches, rng_state, seeded, set_rng_state
-from oodkernels.objectives import Context, Objective, PoolObjective, make_objective
+from oodkernels.objectives import (
+    OBJECTIVES,
+    Context,
+    Objective,
+    PoolObjective,
+    make_objective,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -251,8 +257,10 @@ class Trainer:
         self.model = model
         config = config or TrainConfig()
         if isinstance(objective, Objective):
-            # Whatever the configuration says; no name by which it could be made again.
-            config = replace(config, objective=type(objective).__name__, options={})
+            # Whatever the configuration says.
+            kind = type(objective)
+            names = [name for name, made in OBJECTIVES.items() if made is kind]
+            config = replace(config, objective=(names or [kind.__name__])[0], options={})
         else:
             config = replace(config, objective=objective or config.objective)
             objective = make_objective(config.objective, config.options)
