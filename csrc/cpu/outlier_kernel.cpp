@@ -21,10 +21,11 @@ struct Sums {
   T m, s, w;
 };
 
-// Of n adjacent logits: w where it is asked for, and the e^(z - m), in whole vectors.
+// Of n adjacent logits: w where it is asked for, and the e^(z - m), in whole vectors. Meanwhile the
+// next row is fetched.
 template <bool kMean, bool kKeep, typename S, typename T = acc_t<S>>
 OODK_INLINE Sums<T> along_row(
-    const S* z, int64_t n, [[maybe_unused]] acc_t<S>* kept = nullptr) {
+    const S* z, const S* next, int64_t n, [[maybe_unused]] acc_t<S>* kept = nullptr) {
   constexpr int L = lanes<T>;
   constexpr T nothing = -std::numeric_limits<T>::infinity();
   const T m = n >= L ? max_of(z, n) : reduce_max(load_first(z, int(n), nothing));
@@ -34,6 +35,8 @@ OODK_INLINE Sums<T> along_row(
   for (; i + 2 * L <= n; i += 2 * L) {
     const vec<T> d0 = load(z + i) - c, e0 = exp(d0);
     const vec<T> d1 = load(z + i + L) - c, e1 = exp(d1);
+    __builtin_prefetch(next + i);
+    __builtin_prefetch(next + i + L);
     s0 += e0;
     s1 += e1;
     if (kMean) {
@@ -73,8 +76,9 @@ void forward(const OutlierRows& in, int64_t begin, int64_t end, void* loss, void
     };
     if (in.width >= 4 * L) {
       for (int64_t r = begin; r < end; ++r) {
-        const Sums<T> sums = in.target[r] == kOod ? along_row<true, false>(row(r), in.width)
-                                                  : along_row<false, false>(row(r), in.width);
+        const S* next = row(r + 1 < end ? r + 1 : r);
+        const Sums<T> sums = in.target[r] == kOod ? along_row<true, false>(row(r), next, in.width)
+                                                  : along_row<false, false>(row(r), next, in.width);
         write(r, sums, std::log(sums.s));
       }
       return;
@@ -136,8 +140,9 @@ void loss_and_gradient(const OutlierRows& in, int64_t begin, int64_t end,
       const int64_t absent = weights.absent ? n - 1 : kOod;
       const bool ood = in.target[r] == kOod || in.target[r] == absent;
       const int64_t t = ood ? absent : in.target[r];
-      const Sums<T> sums = t == kOod ? along_row<true, true>(row, n, kept)
-                                     : along_row<false, true>(row, n, kept);
+      const S* next = r + 1 < end ? row + in.stride : row;
+      const Sums<T> sums = t == kOod ? along_row<true, true>(row, next, n, kept)
+                                     : along_row<false, true>(row, next, n, kept);
       const T weight = T(ood ? weights.ood : weights.id);
       ((T*)loss)[r] = weight *
           (std::log(sums.s) + (t == kOod ? -sums.w / T(n) : sums.m - widen(row[t])));
