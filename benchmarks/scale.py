@@ -3,16 +3,17 @@
     python benchmarks/scale.py --out benchmarks/results       # fifteen minutes on four cores
     python benchmarks/scale.py --out scale --quick            # a minute, to see that it works
 
-Needs matplotlib. The features are SYNTHETIC: ``oodkernels.synthetic``. What the study shows is how methods compare in
-that world, not on images.
+Needs matplotlib. The features are SYNTHETIC: ``oodkernels.synthetic``. What the study shows is how
+methods compare in that world, not on images.
 
-MOS (after a figure of Huang & Li, CVPR 2021): linear heads on the features, trained by SGD as in the
-paper's fine-tuning of the head alone (zero start, momentum 0.9, batch 512, warm-up, rate divided by
-10 at 30, 60 and 90 % of the steps), without mixup, and with the features' mean taken off so that
-few steps at a high rate do. All heads for a number of classes see the same batches in the same
-order, and as many steps whatever the number of classes. Flat softmax is scored by MSP and energy;
-MOS heads, with groups by taxonomy, from clustered features and at random, by the log-odds that rank
-as S_MOS does. OOD: held-out classes of known super-classes (near), held-out super-classes (far).
+MOS (after a figure of Huang & Li, CVPR 2021): linear heads on the features, trained by SGD as in
+the paper's fine-tuning of the head alone (zero start, momentum 0.9, batch 512, warm-up, rate
+divided by 10 at 30, 60 and 90 % of the steps), without mixup, and with the features' mean taken off
+so that few steps at a high rate do. All heads for a number of classes see the same batches in the
+same order, and as many steps whatever the number of classes. Flat softmax is scored by MSP and
+energy; MOS heads, with groups by taxonomy, from clustered features and at random, by the log-odds
+that rank as S_MOS does. OOD: held-out classes of known super-classes (near), held-out super-classes
+(far).
 
 DOS (Jiang et al., ICLR 2024): a small network with an absent class is trained on the features, each
 step on 64 ID samples and 64 outliers that a miner selects of 384 candidates. Greedy takes the 64

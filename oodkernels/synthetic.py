@@ -117,6 +117,7 @@ class HierarchicalFeatures:
         self.num_classes, self.num_groups, self.width = num_classes, num_groups, width
         self.group_spread, self.class_spread = group_spread, class_spread
         self.clarity, self.mismatch, self.seed = clarity, mismatch, seed
+        self.far_groups, self.outlier_groups = far_groups, outlier_groups
 
         generator = self._generator(0)
         held_out = far_groups + outlier_groups
@@ -170,8 +171,11 @@ class HierarchicalFeatures:
 
     def settings(self) -> dict[str, Any]:
         """The numbers that make this world, for records of results."""
-        names = ("num_classes", "num_groups", "width", "group_spread", "class_spread", "clarity")
-        return {name: getattr(self, name) for name in (*names, "mismatch", "seed")}
+        names = (
+            *("num_classes", "num_groups", "width", "group_spread", "class_spread", "clarity"),
+            *("mismatch", "far_groups", "outlier_groups", "seed"),
+        )
+        return {name: getattr(self, name) for name in names}
 
     def _batches(self, split: Split, n: int, batch_size: int) -> Iterator[SyntheticBatch]:
         is_id = split in ("train", "test")

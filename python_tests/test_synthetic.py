@@ -102,6 +102,12 @@ def test_twenty_thousand_classes_stream() -> None:
     assert seen == 20_000
 
 
+def test_settings_make_the_same_world() -> None:
+    w = world(clarity=3.0, mismatch=0.2, seed=4)
+    again = HierarchicalFeatures(**w.settings())
+    assert torch.equal(w.sample("outliers", 50).features, again.sample("outliers", 50).features)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
