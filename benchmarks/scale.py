@@ -321,11 +321,16 @@ def write(path: Path, settings: dict[str, Any], rows: list[Row], seconds: float)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="reduced sizes: shows that it works")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        default=os.environ.get("OODK_BENCH_QUICK") == "1",
+        help="reduced sizes, to see that it works; so does OODK_BENCH_QUICK=1",
+    )
     parser.add_argument("--only", choices=["mos", "dos"], help="one of the two studies")
     parser.add_argument("--plot", action="store_true", help="only plot what --out holds")
     arguments = parser.parse_args()
-    import scale_plots
+    import scale_plots  # before the work: matplotlib may be missing
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, study in (("mos", mos_study), ("dos", dos_study)):
