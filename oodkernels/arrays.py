@@ -15,7 +15,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -118,8 +118,7 @@ class Samples:
                 names = " and ".join(array.label for array in self.arrays.values())
                 raise ValueError(f"{names} must have equally many samples")
             yield {
-                role: _as_role(role, chunk)
-                for role, chunk in zip(self.arrays, chunks, strict=True)
+                role: _as_role(role, chunk) for role, chunk in zip(self.arrays, chunks, strict=True)
             }
 
     def read(self, role: str) -> Tensor:
@@ -180,9 +179,7 @@ def open_samples(
     for role, names in ROLES.items():
         if role in columns:
             if columns[role] not in found:
-                raise ValueError(
-                    f"{path} has no column {columns[role]!r}, only {_listed(found)}"
-                )
+                raise ValueError(f"{path} has no column {columns[role]!r}, only {_listed(found)}")
             chosen[role] = found[columns[role]]
         elif name := next((name for name in names if name in found), None):
             chosen[role] = found[name]
@@ -269,9 +266,9 @@ def save_arrays(path: PathLike, arrays: Mapping[str, Tensor]) -> None:
             numpy = {name: array.numpy() for name, array in arrays.items()}
             with temporary.open("wb") as file:
                 if path.suffix == ".npy":
-                    np.save(file, *numpy.values())
+                    np.save(file, next(iter(numpy.values())), allow_pickle=False)
                 else:
-                    np.savez(file, **numpy)
+                    np.savez(file, allow_pickle=False, **numpy)
         elif path.suffix == ".pt":
             torch.save(dict(arrays), temporary)
         elif path.suffix == ".safetensors":
@@ -332,18 +329,20 @@ class _telling:  # noqa: N801 - used as a function
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (ImportError, MemoryError, _Told)):
+        if error is None or isinstance(error, (ImportError, MemoryError, _FileError)):
             return
         if isinstance(error, pickle.UnpicklingError):
-            raise _Told(
+            raise _FileError(
                 f"{self.path} holds Python objects, which are not loaded: save nothing but tensors"
             ) from None
-        if isinstance(error, Exception) and not (isinstance(error, OSError) and error.errno):
+        if isinstance(error, Exception) and not isinstance(
+            error, (FileNotFoundError, PermissionError)
+        ):
             reason = str(error).strip() or type(error).__name__
-            raise _Told(f"{self.path} cannot be read, or is cut off: {reason}") from error
+            raise _FileError(f"{self.path} cannot be read, or is cut off: {reason}") from error
 
 
-class _Told(ValueError):
+class _FileError(ValueError):
     """A message that already names the file."""
 
 
@@ -364,7 +363,7 @@ def _module(name: str, path: Path) -> Any:
 def _torch_type(path: Path, name: str, dtype: np.dtype[Any]) -> torch.dtype | None:
     """The tensor type of an array; None where it has none, as text."""
     if dtype.hasobject:
-        raise _Told(
+        raise _FileError(
             f"{path}{': ' + name if name else ''} holds Python objects, which are not loaded: "
             "save numbers"
         )
@@ -397,7 +396,7 @@ def _npy(path: Path) -> dict[str, Array]:
         shape, _, header = _npy_header(path, file)
     dtype = _torch_type(path, "", header)
     if dtype is None or not shape:
-        raise _Told(f"{path} must hold an array of numbers, got {header}, shape {shape}")
+        raise _FileError(f"{path} must hold an array of numbers, got {header}, shape {shape}")
     np.load(path, mmap_mode="r", allow_pickle=False)  # is the file as long as its header says
 
     def read(start: int, end: int) -> Tensor:
@@ -411,7 +410,7 @@ def _npy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.
     try:
         version = np.lib.format.read_magic(file)
     except ValueError:
-        raise _Told(f"{path} is no .npy file, or a pickled one, which is not loaded") from None
+        raise _FileError(f"{path} is no .npy file, or a pickled one, which is not loaded") from None
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
@@ -462,7 +461,7 @@ def _pt(path: Path) -> dict[str, Array]:
         if isinstance(content, Tensor):
             content = {_LONE: content}
         if not isinstance(content, Mapping):
-            raise _Told(
+            raise _FileError(
                 f"{path} must hold a tensor or a dict of tensors, got {type(content).__name__}"
             )
         return {
@@ -519,11 +518,11 @@ def _csv(path: Path) -> dict[str, Array]:
     delimiter = max(",;\t", key=first.count)
     cells = next(csv.reader([first], delimiter=delimiter), [])
     if not cells:
-        raise _Told(f"{path} is empty")
+        raise _FileError(f"{path} is empty")
     has_header = not all(map(_is_number, cells))
     row = next(csv.reader([second], delimiter=delimiter), []) if has_header else cells
     if has_header and len(row) != len(cells):
-        raise _Told(f"{path} must have as many cells in the first row as in its header")
+        raise _FileError(f"{path} must have as many cells in the first row as in its header")
     integer = [re.fullmatch(r"\s*[+-]?\d+\s*", cell) is not None for cell in row]
     if not has_header:
         dtype = torch.int64 if len(cells) == 1 and integer[0] else torch.float64
@@ -593,7 +592,7 @@ def _parquet(path: Path) -> dict[str, Array]:
         widths = {}
         if count:
             sample = next(file.iter_batches(1))
-            widths = {n: c for n, c in zip(schema.names, sample.columns, strict=True)}
+            widths = dict(zip(schema.names, sample.columns, strict=True))
 
     def is_list(kind: Any) -> bool:
         checks = (arrow.types.is_list, arrow.types.is_large_list, arrow.types.is_fixed_size_list)

@@ -93,9 +93,7 @@ def _run(settings: Settings, on_epoch: Progress) -> DemoResult:
         train(model, loss, images, labels, settings.recipe, seed, partial(on_epoch, stage))
         return model
 
-    def evaluated(
-        stage: str, model: nn.Module, detectors: Mapping[str, OODDetector]
-    ) -> Evaluation:
+    def evaluated(stage: str, model: nn.Module, detectors: Mapping[str, OODDetector]) -> Evaluation:
         batch = (sets[ID_SET], digits.test_labels)
         ood = {name: images for name, images in sets.items() if name != ID_SET}
         return evaluate(model, [batch], ood, detectors, model_name=stage)

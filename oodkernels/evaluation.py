@@ -737,8 +737,7 @@ class _Run:
         """What came of it."""
         accuracy = self.right / self.labelled if self.labelled else math.nan
         methods: list[Method | StreamedMethod] = [
-            StreamedMethod(model, score, accuracy, metric)
-            for score, metric in self.metrics.items()
+            StreamedMethod(model, score, accuracy, metric) for score, metric in self.metrics.items()
         ]
         for score, sets in self.kept.items():
             arrays = {name: _to_numpy(torch.cat(parts)) for name, parts in sets.items()}

@@ -244,9 +244,7 @@ def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
 # --- models -----------------------------------------------------------------------------------
 
 
-def load_model(
-    spec: str, weights: PathLike | None = None
-) -> tuple[nn.Module, Transform | None]:
+def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, Transform | None]:
     """A model in evaluation mode, and how it wants its images.
 
     Args:
@@ -306,10 +304,11 @@ def _callable(spec: str) -> Callable[[], Any]:
         found = getattr(found, part, None)
     if not callable(found):
         raise ValueError(f"load_model: {module} has no callable {name!r}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    state: Any
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -505,15 +504,18 @@ def _put_together(
             for batch in samples.only(role).batches():
                 yield batch[role]
 
-    shapes = {role: (rows, *opened[0][role].shape[1:]) for role in roles}
+    shapes = {role: (rows, *(n or 0 for n in opened[0][role].shape[1:])) for role in roles}
     types = {role: opened[0][role].dtype for role in roles}
     if file_format == "npy":
         for role in roles:
             with replacing(folder / f"{role}.npy") as temporary, temporary.open("wb") as file:
-                header = np.lib.format.header_data_from_array_1_0(
-                    np.empty((0, *shapes[role][1:]), torch.empty(0, dtype=types[role]).numpy().dtype)
-                )
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": shapes[role]})
+                dtype = torch.empty(0, dtype=types[role]).numpy().dtype
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(dtype),
+                    "fortran_order": False,
+                    "shape": shapes[role],
+                }
+                np.lib.format.write_array_header_1_0(file, header)
                 for chunk in chunks(role):
                     chunk.numpy().tofile(file)
         return
@@ -535,7 +537,7 @@ _SAFETENSORS = {
 
 def _write_safetensors(
     file: Any,
-    shapes: dict[str, tuple[Any, ...]],
+    shapes: dict[str, tuple[int, ...]],
     types: dict[str, torch.dtype],
     chunks: Callable[[str], Iterator[Tensor]],
 ) -> None:

@@ -111,10 +111,13 @@ def figures(evaluation: Evaluation) -> dict[str, Figure]:
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def _panels(figure: Figure, count: int, columns: int = 4, **options: Any) -> list[Axes]:
-    """Axes in rows of at most ``columns``, as even as they come."""
+def _panels(
+    figure: Figure, count: int, columns: int = 4, *, even: bool = True, **options: Any
+) -> list[Axes]:
+    """Axes in rows of at most ``columns``; if ``even``, of as equal a number as can be."""
     rows = -(-count // columns)
-    columns = -(-count // rows)
+    if even:
+        columns = -(-count // rows)
     grid = np.ravel(figure.subplots(rows, columns, squeeze=False, **options))
     for unused in grid[count:]:
         unused.set_axis_off()
@@ -280,8 +283,8 @@ def _bars(
 def reliability(evaluation: Evaluation) -> Figure:
     """Per model, the share of right answers on ID samples against their confidence."""
     count = len(evaluation.reliability)
-    figure = Figure(figsize=(3.4 * min(count, 3), _height(count, 3, 3)), layout="constrained")
-    panels = _panels(figure, count, 3)
+    figure = Figure(figsize=(11, _height(count, 3.2, 3)), layout="constrained")
+    panels = _panels(figure, count, 3, even=False)
     for axes, (model, bins) in zip(panels, evaluation.reliability.items(), strict=True):
         _draw("report.reliability", bins, axes)
         axes.set_title(model)

@@ -42,7 +42,7 @@ class Cell(NamedTuple):
     @property
     def percent(self) -> str:
         """In per cent, a dash where there is no value."""
-        return "–" if math.isnan(self.value) else f"{100 * self.value:.2f}"
+        return "-" if math.isnan(self.value) else f"{100 * self.value:.2f}"
 
 
 class Line(NamedTuple):
@@ -126,9 +126,7 @@ def to_latex(rows: Sequence[Row]) -> str:
         rf"\multicolumn{{{width}}}{{c}}{{{_escaped(name)}}}"
         for name in (*names[:-1], names[-1].capitalize())
     ]
-    rules = [
-        rf"\cmidrule(lr){{{4 + width * i}-{3 + width * (i + 1)}}}" for i in range(len(names))
-    ]
+    rules = [rf"\cmidrule(lr){{{4 + width * i}-{3 + width * (i + 1)}}}" for i in range(len(names))]
     arrows = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
     heads = [f"{METRIC_NAMES[metric]} {arrows[_arrow(metric)]}" for metric in METRICS]
     body = []
@@ -139,7 +137,6 @@ def to_latex(rows: Sequence[Row]) -> str:
         shown = "" if line.model == model else _escaped(line.model)
         model = line.model
         cells = [_bold(cell, r"\textbf{{{}}}") for cell in (line.accuracy, *line.cells)]
-        cells = ["--" if cell == "–" else cell for cell in cells]
         body.append(" & ".join([shown, _escaped(line.score), *cells]) + r" \\")
     return "\n".join(
         [

@@ -26,12 +26,18 @@ from typer.core import TyperGroup
 import oodkernels
 from oodkernels._files import write_text
 
+_ORDER = ("demo", "extract", "group", "train", "eval", "score", "threshold", "convert", "info")
+
 
 class Group(TyperGroup):
     """The commands; what goes wrong in one is said in a line, with exit code 1.
 
     With ``OODK_TRACEBACK=1`` in the environment errors come as Python gives them.
     """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of a run."""
+        return sorted(self.commands, key=_ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -165,8 +171,9 @@ def pairs(option: str, values: Sequence[str], stem: bool = False) -> dict[str, s
             raise typer.BadParameter(f"must be NAME=VALUE, got {text!r}", param_hint=f"'{option}'")
         if not name or not value or name in found:
             what = f"{name!r} twice" if name in found else repr(text)
-            raise typer.BadParameter(f"must be NAME=VALUE, each name once, got {what}",
-                                     param_hint=f"'{option}'")
+            raise typer.BadParameter(
+                f"must be NAME=VALUE, each name once, got {what}", param_hint=f"'{option}'"
+            )
         found[name] = value
     return found
 

@@ -159,8 +159,7 @@ def _convert_results(source: Path, target: Path, name: str) -> None:
             values = {ours: float(line[theirs]) / 100 for ours, theirs in _OPENOOD.items()}
         except (KeyError, TypeError, ValueError):
             raise ValueError(
-                f"{source}: row {i} must have numbers in the columns "
-                f"{', '.join(_OPENOOD.values())}"
+                f"{source}: row {i} must have numbers in the columns {', '.join(_OPENOOD.values())}"
             ) from None
         rows.append(Row(ood_set=dataset, model="", score=name, n_id=0, n_ood=0, **values))
     if not rows:

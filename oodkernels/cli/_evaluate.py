@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from oodkernels.evaluation import Sweep
     from oodkernels.heads import Head
 
-DATA = (
-    "`.npy`, `.npz`, `.pt`, `.safetensors`, `.csv` or `.parquet`, or a folder of `oodk extract`"
-)
+DATA = "`.npy`, `.npz`, `.pt`, `.safetensors`, `.csv` or `.parquet`, or a folder of `oodk extract`"
 
 
 class Kind(str, Enum):
@@ -67,7 +65,7 @@ DetectorsOption: TypeAlias = Annotated[
         "-d",
         help="Name of a detector, or a file of one that was saved; give it again for more. By "
         "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
-        "there are groups. `oodk eval --detector help` lists all.",
+        "there are groups. All of them: `oodk info --detectors`.",
     ),
 ]
 KindOption: TypeAlias = Annotated[
@@ -122,7 +120,8 @@ def evaluate(
     labels: Annotated[
         Path | None,
         typer.Option(
-            exists=True, help="Labels of the ID samples, for accuracy and reliability, where they "
+            exists=True,
+            help="Labels of the ID samples, for accuracy and reliability, where they "
             "are in a file of their own.",
         ),
     ] = None,
@@ -172,7 +171,7 @@ def evaluate(
 
     Logits, the usual scores, a report in `run/`:
 
-        oodk eval --id val.npy --labels val_labels.npy --ood svhn=svhn.npy --ood textures.npy --out run
+        oodk eval --id val.npy --labels y.npy --ood svhn=svhn.npy --ood textures.npy --out run
 
     A MOS head, with scores of a flat one for comparison in another run:
 
@@ -186,9 +185,6 @@ def evaluate(
 
         oodk eval --config run/config.toml --convention openood
     """
-    if detector and "help" in detector:
-        _list_detectors()
-        return
     from oodkernels.evaluation import evaluate as run
 
     sets = pairs("--ood", ood, stem=True)
@@ -265,9 +261,6 @@ def score(
 
         oodk score --data new.npy -d energy --threshold threshold.json
     """
-    if detector and "help" in detector:
-        _list_detectors()
-        return
     import torch
 
     from oodkernels import Threshold
@@ -301,9 +294,7 @@ def threshold(
         Path | None, typer.Option(dir_okay=False, help="JSON file for the threshold.")
     ] = None,
     detector: DetectorsOption = None,
-    tpr: Annotated[
-        float, typer.Option(help="Share of ID samples to keep, in (0, 1].")
-    ] = 0.95,
+    tpr: Annotated[float, typer.Option(help="Share of ID samples to keep, in (0, 1].")] = 0.95,
     confidence: Annotated[
         float, typer.Option(help="Of the interval for the share kept of new ID samples, in (0, 1).")
     ] = 0.95,
@@ -325,22 +316,21 @@ def threshold(
 
         oodk threshold --id val.npy --detector energy --tpr 0.95 --out threshold.json
     """
-    if detector and "help" in detector:
-        _list_detectors()
-        return
     from oodkernels import Threshold
 
     for option, value in (("--tpr", tpr), ("--confidence", confidence)):
         if not 0 < value <= 1 or (option == "--confidence" and value == 1):
-            raise typer.BadParameter(f"must be between 0 and 1, got {value}",
-                                     param_hint=f"'{option}'")
+            raise typer.BadParameter(
+                f"must be between 0 and 1, got {value}", param_hint=f"'{option}'"
+            )
     require_writable_file(out)
     common = _Common(detector, groups, train, head, kind, column)
     samples = common.open(id_data)
     scores = _scores(common, samples, quiet)
     if len(scores) != 1:
-        raise typer.BadParameter(f"one is needed, got {', '.join(scores)}",
-                                 param_hint="'--detector'")
+        raise typer.BadParameter(
+            f"one is needed, got {', '.join(scores)}", param_hint="'--detector'"
+        )
     ((name, values),) = scores.items()
     found = Threshold.calibrate(values, tpr, confidence)
     if out is not None:
@@ -470,19 +460,6 @@ def _watching(quiet: bool, sets: dict[str, Samples]) -> Iterator[Callable[[str, 
             shown.update(tasks[name], completed=done)
 
         yield on_batch
-
-
-def _list_detectors() -> None:
-    from rich.table import Table
-
-    from oodkernels.detectors import DETECTORS
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, kind in DETECTORS.items():
-        needs = ", ".join(sorted(kind.needs))
-        fitted = ", fitted on --train" if kind.trained_on else ""
-        table.add_row(name, (kind.__doc__ or "").splitlines()[0], f"{needs}{fitted}")
-    Console().print(table)
 
 
 def _read_sweep(path: Path) -> Sweep:

@@ -86,8 +86,8 @@ def extract(
     file_format: Annotated[
         Format,
         typer.Option(
-            "--format", help="One samples.safetensors, or a .npy for each of logits, features and "
-            "labels.",
+            "--format",
+            help="One samples.safetensors, or a .npy for each of logits, features and labels.",
         ),
     ] = Format.safetensors,
     batch_size: Annotated[

@@ -143,4 +143,3 @@ def _finish(groups: Groups, out: Path, as_json: bool) -> None:
         table.add_row(name, str(size))
     Console().print(table)
     typer.echo(out)
-
