@@ -11,7 +11,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from oodkernels import tables
 from oodkernels._extension import build_info
 from oodkernels._files import write_text
-from oodkernels.calibration import CalibrationBins, CalibrationError
+from oodkernels.arrays import ROLES, Samples
 from oodkernels.detectors import DETECTORS, AbsentClass, OODDetector
 from oodkernels.detectors.base import Batch, _score_all
 from oodkernels.detectors.model import Model, run
@@ -35,6 +35,7 @@ from oodkernels.ops import mos_log_others
 from oodkernels.tables import AVERAGE, METRICS, Row
 
 if TYPE_CHECKING:
+    from oodkernels.calibration import CalibrationBins, CalibrationError
     from oodkernels.streaming import OODMetrics
 
 Array: TypeAlias = NDArray[Any]
@@ -271,7 +272,7 @@ class Evaluation:
             "thresholds": {method.name: method.threshold for method in self.methods},
             "reliability": {
                 model: {"ece": bins.ece, "mce": bins.mce}
-                | {name: getattr(bins, name).tolist() for name in CalibrationBins.__annotations__}
+                | {f.name: getattr(bins, f.name).tolist() for f in fields(bins)}
                 for model, bins in self.reliability.items()
             },
             "grouped_models": [asdict(model) for model in self.others],
@@ -444,9 +445,10 @@ def evaluate(
             f"{type(model_or_scores).__name__}"
         )
     model = model_or_scores
+    if groups is None and detectors is not None:
+        given = detectors.values() if isinstance(detectors, Mapping) else detectors
+        groups = next((g for d in given if (g := getattr(d, "groups", None))), None)
     chosen = None if detectors is None else as_detectors(detectors, groups, model)
-    if groups is None and chosen:
-        groups = next((g for d in chosen.values() if (g := getattr(d, "groups", None))), None)
     found = _Run(model, chosen, groups, memory, list(ood_loaders))
     for name, loader in {ID: id_loader, **ood_loaders}.items():
         found.take(name, loader, on_batch)
@@ -567,12 +569,12 @@ def read_parts(
     """
     for item in [data] if isinstance(data, Tensor) else data:
         x, labels = item, None
-        if isinstance(item, Mapping) and model is None:
-            batch = Batch(logits=item.get("logits"), features=item.get("features"))
-            yield Part(batch, item.get("scores"), item.get("labels"))
-            continue
         if isinstance(item, Mapping):
-            x, labels = item.get("features"), item.get("labels")
+            logits, features, scores, labels = (item.get(role) for role in ROLES)
+            if model is None and any(t is not None for t in (logits, features, scores)):
+                yield Part(Batch(logits=logits, features=features), scores, labels)
+                continue
+            x = features
         elif isinstance(item, (tuple, list)) and len(item) >= 2:
             x, labels = item[:2]
         if not isinstance(x, Tensor):
@@ -650,7 +652,7 @@ class _Run:
         self, name: str, loader: Iterable[Any] | Tensor, on_batch: Callable[[str, int], None]
     ) -> None:
         """All of one data set."""
-        where = getattr(loader, "name", name)
+        where = loader.name if isinstance(loader, Samples) else name
         layers = sorted({layer for d in (self.detectors or {}).values() for layer in d.layers})
         done = 0
         for part in read_parts(self.model, loader, layers):
@@ -730,6 +732,8 @@ class _Run:
         self.right += int(correct.sum())
         self.labelled += len(labels)
         if self.calibration is None:
+            from oodkernels.calibration import CalibrationError
+
             self.calibration = CalibrationError()
         self.calibration.update(confidence.cpu().clamp(max=1), correct.cpu())
 

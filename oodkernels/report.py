@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from oodkernels.calibration import _draw
 from oodkernels.evaluation import (
     OTHER,
     Array,
@@ -282,6 +281,8 @@ def _bars(
 
 def reliability(evaluation: Evaluation) -> Figure:
     """Per model, the share of right answers on ID samples against their confidence."""
+    from oodkernels.calibration import _draw  # which brings torchmetrics, and that pyplot
+
     count = len(evaluation.reliability)
     figure = Figure(figsize=(11, _height(count, 3.2, 3)), layout="constrained")
     panels = _panels(figure, count, 3, even=False)

@@ -198,7 +198,7 @@ def test_wrong_arrays_are_refused(
 
 def test_labels_must_be_integers(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", logits=np.zeros((2, 3)), labels=np.zeros(2))
-    with pytest.raises(TypeError, match="labels must be integers, got torch.float64"):
+    with pytest.raises(TypeError, match=r"labels must be integers, got torch\.float64"):
         open_samples(tmp_path / "x.npz")
 
 
