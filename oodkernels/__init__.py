@@ -10,13 +10,34 @@ from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
 from oodkernels.groups import Groups
+from oodkernels.losses import (
+    AbsentClassLoss,
+    ConfidenceLoss,
+    EnergyBoundedLoss,
+    JointGANLoss,
+    OutlierExposureLoss,
+    absent_class_loss,
+    confidence_loss,
+    energy_bounded_loss,
+    joint_gan_loss,
+    outlier_exposure_loss,
+)
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.mining import (
+    DOSMiner,
+    MiningLog,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    UniformMiner,
+)
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
     DOSSelection,
     KMeansResult,
     LogitScores,
     MOSPrediction,
+    OutlierCrossEntropy,
     ROCMetrics,
     cluster_argmax,
     dos_select,
@@ -27,6 +48,7 @@ from oodkernels.ops import (
     mos_predict,
     mos_score,
     nearest_centroid,
+    outlier_cross_entropy,
     roc_metrics,
 )
 
@@ -52,27 +74,43 @@ _LATER = {
 }
 
 __all__ = [
+    "AbsentClassLoss",
     "CalibrationError",
+    "ConfidenceLoss",
+    "DOSMiner",
     "DOSSelection",
+    "EnergyBoundedLoss",
     "Groups",
+    "JointGANLoss",
     "KMeans",
     "KMeansResult",
     "LogitScores",
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "MiningLog",
     "MisclassificationMetrics",
+    "NTOMMiner",
     "OODMetrics",
     "OODResult",
     "OODResults",
+    "OutlierCrossEntropy",
+    "OutlierExposureLoss",
+    "OutlierMiner",
+    "POEMMiner",
     "ROCMetrics",
     "Threshold",
+    "UniformMiner",
     "__version__",
+    "absent_class_loss",
     "build_info",
     "cluster_argmax",
     "compare_conventions",
+    "confidence_loss",
     "dos_select",
+    "energy_bounded_loss",
     "expected_calibration_error",
+    "joint_gan_loss",
     "kmeans",
     "kmeans_init",
     "logit_scores",
@@ -83,6 +121,8 @@ __all__ = [
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "outlier_cross_entropy",
+    "outlier_exposure_loss",
     "reliability_diagram",
     "roc_metrics",
 ]

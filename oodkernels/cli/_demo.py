@@ -61,11 +61,12 @@ def demo(
     # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
     from oodkernels.demo import STAGES, Settings, run
     from oodkernels.demo_report import write_report
-    from oodkernels.training import Recipe
+    from oodkernels.training import TrainConfig
 
     require_writable(out)
     start = time.perf_counter()
-    settings = Settings(seed=seed, num_groups=groups, recipe=Recipe(epochs=epochs))
+    recipe = TrainConfig(epochs=epochs, accelerator="cpu")
+    settings = Settings(seed=seed, num_groups=groups, recipe=recipe)
     with progress(quiet, remaining=False) as shown:
         tasks = {stage: shown.add_task(f"train {stage}", total=epochs) for stage in STAGES}
         writing = shown.add_task("write report", total=1, start=False)
