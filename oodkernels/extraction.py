@@ -32,11 +32,20 @@ from oodkernels.detectors.model import run, to_model
 PathLike: TypeAlias = str | os.PathLike[str]
 Transform: TypeAlias = Callable[[Any], Tensor]
 
-__all__ = ["ImageFiles", "Shards", "ToTensor", "extract_images", "load_model", "open_images"]
+__all__ = [
+    "ImageFiles",
+    "Plan",
+    "Shards",
+    "ToTensor",
+    "extract_images",
+    "is_extracted",
+    "load_model",
+    "open_images",
+]
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 NO_LABEL = -1
-_PARTS = ".parts"
+_PARTS, _PLAN, _DONE = ".parts", "plan.json", "extract.json"
 
 
 class Sample(NamedTuple):
@@ -244,7 +253,9 @@ def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
 # --- models -----------------------------------------------------------------------------------
 
 
-def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, Transform | None]:
+def load_model(
+    spec: str, weights: PathLike | None = None, columns: int | None = None
+) -> tuple[nn.Module, Transform | None]:
     """A model in evaluation mode, and how it wants its images.
 
     Args:
@@ -252,6 +263,7 @@ def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, T
             arguments, which gives an ``nn.Module`` or a pair of it and a transform from PIL image
             to tensor. The working directory counts as a place to import from.
         weights: A state dict, ``.pt`` or ``.safetensors``, to load instead.
+        columns: Of the logits, for a model of timm; None for those it was trained with.
 
     Returns:
         The model; the transform, None where it has none of its own.
@@ -282,7 +294,8 @@ def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, T
             spec.startswith("hf-hub:")
         ):
             raise ValueError(f"load_model: timm has no model {spec!r}")
-        model = timm.create_model(spec, pretrained=weights is None)
+        sized = {} if columns is None else {"num_classes": columns}
+        model = timm.create_model(spec, pretrained=weights is None, **sized)
         wanted = timm.data.resolve_model_data_config(model)
         transform = timm.data.create_transform(**wanted, is_training=False)
     if weights is not None:
@@ -382,20 +395,11 @@ def extract_images(
     """
     folder = Path(folder)
     parts_folder = folder / _PARTS
-    record = {**asdict(plan), "format": file_format}
-    done_file = folder / "extract.json"
-    if done_file.exists():
-        if json.loads(done_file.read_text()) == record:
-            return _outputs(folder)
-        raise ValueError(f"{folder} holds an extraction under other settings: choose another")
+    if is_extracted(folder, plan, file_format):
+        return _outputs(folder)
     parts_folder.mkdir(parents=True, exist_ok=True)
-    plan_file = parts_folder / "plan.json"
-    if plan_file.exists() and json.loads(plan_file.read_text()) != record:
-        raise ValueError(
-            f"{folder} holds a part of an extraction under other settings: choose another, or "
-            f"remove {parts_folder}"
-        )
-    write_text(plan_file, json.dumps(record, indent=2) + "\n")
+    record = _record(plan, file_format)
+    write_text(parts_folder / _PLAN, record)
     parts = _complete(parts_folder)
     done = sum(_rows(part) for part in parts)
     on_batch(done)
@@ -423,9 +427,31 @@ def extract_images(
     if not parts:
         raise ValueError(f"{plan.data} holds no images")
     _put_together(folder, parts, images.classes, file_format)
-    write_text(done_file, json.dumps(record, indent=2) + "\n")
+    write_text(folder / _DONE, record)
     shutil.rmtree(parts_folder)
     return _outputs(folder)
+
+
+def is_extracted(folder: PathLike, plan: Plan, file_format: str) -> bool:
+    """Whether a folder holds all of an extraction.
+
+    Raises:
+        ValueError: It holds one, or a part of one, under other settings.
+    """
+    record = _record(plan, file_format)
+    for path, what in ((Path(folder, _DONE), "an"), (Path(folder, _PARTS, _PLAN), "a part of an")):
+        if path.exists():
+            if path.read_text(encoding="utf-8") != record:
+                raise ValueError(
+                    f"{folder} holds {what} extraction under other settings: choose another "
+                    f"folder, or remove {path}"
+                )
+            return path.name == _DONE
+    return False
+
+
+def _record(plan: Plan, file_format: str) -> str:
+    return json.dumps({**asdict(plan), "format": file_format}, indent=2) + "\n"
 
 
 class _Batch(NamedTuple):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -66,6 +67,18 @@ def reason(error: BaseException) -> str:
 # --- options ----------------------------------------------------------------------------------
 
 
+def _toml() -> Any:
+    return import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+
+def parse_toml(text: str) -> Any:
+    """A value as TOML has it: number, true, list; anything else is a string."""
+    try:
+        return _toml().loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
 def _flag(parameter: Any) -> str:
     """The long name of an option without its dashes, as configuration files have it."""
     names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")]
@@ -76,12 +89,8 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Take the file's values for the defaults of the command's options."""
     if path is None:
         return None
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = _toml().loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path}: {reason(error)}") from None
     own = content.get(str(ctx.info_name))
