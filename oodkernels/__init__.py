@@ -53,11 +53,13 @@ from oodkernels.ops import (
 )
 
 if TYPE_CHECKING:
+    from oodkernels.arrays import open_samples
     from oodkernels.calibration import (
         CalibrationError,
         expected_calibration_error,
         reliability_diagram,
     )
+    from oodkernels.evaluation import Evaluation, evaluate
     from oodkernels.misclassification import MisclassificationMetrics, misclassification_metrics
     from oodkernels.streaming import OODMetrics
     from oodkernels.threshold import Threshold
@@ -65,11 +67,14 @@ if TYPE_CHECKING:
 # Loaded when asked for: they bring torchmetrics, which takes longer to import than all the rest.
 _LATER = {
     "CalibrationError": "calibration",
+    "Evaluation": "evaluation",
     "MisclassificationMetrics": "misclassification",
     "OODMetrics": "streaming",
     "Threshold": "threshold",
+    "evaluate": "evaluation",
     "expected_calibration_error": "calibration",
     "misclassification_metrics": "misclassification",
+    "open_samples": "arrays",
     "reliability_diagram": "calibration",
 }
 
@@ -80,6 +85,7 @@ __all__ = [
     "DOSMiner",
     "DOSSelection",
     "EnergyBoundedLoss",
+    "Evaluation",
     "Groups",
     "JointGANLoss",
     "KMeans",
@@ -109,6 +115,7 @@ __all__ = [
     "confidence_loss",
     "dos_select",
     "energy_bounded_loss",
+    "evaluate",
     "expected_calibration_error",
     "joint_gan_loss",
     "kmeans",
@@ -121,6 +128,7 @@ __all__ = [
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "open_samples",
     "outlier_cross_entropy",
     "outlier_exposure_loss",
     "reliability_diagram",

@@ -15,6 +15,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -319,27 +320,20 @@ def _listed(names: Mapping[str, Any]) -> str:
     return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") if shown else "nothing"
 
 
-class _telling:  # noqa: N801 - used as a function
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
     """Errors of readers as a ValueError that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (ImportError, MemoryError, _FileError)):
-            return
-        if isinstance(error, pickle.UnpicklingError):
-            raise _FileError(
-                f"{self.path} holds Python objects, which are not loaded: save nothing but tensors"
-            ) from None
-        if isinstance(error, Exception) and not isinstance(
-            error, (FileNotFoundError, PermissionError)
-        ):
-            reason = str(error).strip() or type(error).__name__
-            raise _FileError(f"{self.path} cannot be read, or is cut off: {reason}") from error
+    try:
+        yield
+    except (FileNotFoundError, ImportError, MemoryError, PermissionError, _FileError):
+        raise
+    except pickle.UnpicklingError:
+        raise _FileError(
+            f"{path} holds Python objects, which are not loaded: save nothing but tensors"
+        ) from None
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise _FileError(f"{path} cannot be read, or is cut off: {reason}") from error
 
 
 class _FileError(ValueError):

@@ -652,7 +652,10 @@ class _Run:
         self, name: str, loader: Iterable[Any] | Tensor, on_batch: Callable[[str, int], None]
     ) -> None:
         """All of one data set."""
-        where = loader.name if isinstance(loader, Samples) else name
+        where = name
+        if isinstance(loader, Samples):
+            where = loader.name
+            loader = self._pruned(loader)
         layers = sorted({layer for d in (self.detectors or {}).values() for layer in d.layers})
         done = 0
         for part in read_parts(self.model, loader, layers):
@@ -673,6 +676,14 @@ class _Run:
             on_batch(name, done)
         if not done:
             raise ValueError(f"evaluate: {where} has no samples")
+
+    def _pruned(self, samples: Samples) -> Samples:
+        """Without the features that no one would read."""
+        used = self.model is not None or any(
+            "features" in d.needs for d in (self.detectors or {}).values()
+        )
+        roles = [role for role in samples.arrays if role != "features" or used]
+        return samples.only(*roles) if {"logits", "scores"} & set(roles) else samples
 
     def _keep(self, score: str, name: str, values: Tensor) -> None:
         if self.memory is None:

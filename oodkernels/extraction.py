@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -162,18 +163,13 @@ class Shards(IterableDataset[Sample]):
         return hashlib.sha256(self.urls.encode()).hexdigest()[:16]
 
 
-class _naming:  # noqa: N801 - used as a function
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Errors of reading an image as a ValueError that names it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, SyntaxError)):
-            raise ValueError(f"cannot read the image {self.name}: {error}") from None
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from None
 
 
 def _decode(source: Any, transform: Transform) -> Tensor:

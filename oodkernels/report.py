@@ -32,8 +32,8 @@ _ID_COLOR = "#4477aa"
 _OOD_COLORS = ("#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bb5500", "#882255")
 _OTHER_ID_COLOR = "#c3d5e8"
 _METHOD_COLORS = (
-    *("#b3b3b3", "#777777", "#222222", "#009988", "#004d44"),
-    *("#ee7733", "#aa3300", "#0077bb", "#33bbee", "#ee3377"),
+    *("#b3b3b3", "#777777", "#222222", "#009988", "#ee7733"),
+    *("#0077bb", "#cc3311", "#33bbee", "#ee3377", "#004d44"),
 )
 _BARS = 12
 """Groups up to which their "others" are drawn as bars."""

@@ -338,6 +338,19 @@ def test_files(tmp_path: Path, id_set: tuple[Tensor, Tensor], ood: dict[str, Ten
     assert files.rows == evaluate(None, [(z, y)], {"far": ood["far"]}).rows
 
 
+def test_features_are_not_read_where_no_detector_wants_them(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "x.npz",
+        logits=np.random.default_rng(0).normal(size=(40, 5)),
+        features=np.full((40, 3), np.nan),
+    )
+    samples = open_samples(tmp_path / "x.npz")
+    assert len(evaluate(None, samples, {"x": samples}).methods) == 3
+    knn = KNN(k=1).fit(features=torch.randn(9, 3))
+    with pytest.raises(ValueError, match=r"x\.npz: sample 0: features must not be NaN"):
+        evaluate(None, samples, {"x": samples}, {"knn": knn})
+
+
 def test_scores_in_files(tmp_path: Path) -> None:
     inside, far = torch.randn(30), torch.randn(20) - 1
     np.save(tmp_path / "id.npy", inside.numpy())

@@ -46,8 +46,8 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, ModuleNotFoundError):
             raise
-        except KeyboardInterrupt:
-            typer.echo("oodk: interrupted", err=True)
+        except KeyboardInterrupt as error:
+            typer.echo(f"oodk: interrupted{f': {error}' if str(error) else ''}", err=True)
             raise typer.Exit(130) from None
         except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, BrokenPipeError) or os.environ.get("OODK_TRACEBACK") == "1":

@@ -221,8 +221,8 @@ def evaluate(
         uncertain = found.uncertainty
         bounds = f" Certain to {100 * uncertain:.1e} points." if uncertain else ""
         console.print(f"In per cent, the best in bold; FPR95: lower is better.{bounds}")
-    for path in paths:
-        typer.echo(path, err=not quiet)
+        for path in paths:
+            typer.echo(path, err=True)
 
 
 def score(
