@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
@@ -12,6 +19,24 @@ from sklearn import metrics
 from torch import Tensor
 
 Array = NDArray[Any]
+
+
+@lru_cache
+def pytorch_ood(module: str) -> types.ModuleType:
+    """One of its modules: the packages around it want torchvision and more."""
+    if "pytorch_ood" in sys.modules:
+        (root,) = sys.modules["pytorch_ood"].__path__
+    else:
+        found = importlib.util.find_spec("pytorch_ood")
+        if found is None or not found.submodule_search_locations:
+            pytest.skip("needs pytorch-ood")
+        (root,) = found.submodule_search_locations
+    *parents, _ = f"pytorch_ood.{module}".split(".")
+    for i in range(len(parents)):
+        package = types.ModuleType(".".join(parents[: i + 1]))
+        package.__path__ = [str(Path(root, *parents[1 : i + 1]))]
+        sys.modules.setdefault(package.__name__, package)
+    return import_module(f"pytorch_ood.{module}")
 
 
 def official_score(logits: Tensor, slices: Tensor) -> Tensor:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
+import peers
 import pytest
 import torch
 from shapes import DETECTOR_SHAPES, even_groups, logits_of
@@ -27,19 +24,6 @@ SOFTMAX: dict[str, OODDetector] = {
 }
 
 
-@lru_cache
-def pytorch_ood() -> types.ModuleType:
-    """Its detectors alone: the package as a whole wants torchvision and more."""
-    found = importlib.util.find_spec("pytorch_ood")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs pytorch-ood")
-    if "pytorch_ood" not in sys.modules:
-        package = types.ModuleType("pytorch_ood")
-        package.__path__ = list(found.submodule_search_locations)
-        sys.modules["pytorch_ood"] = package
-    return pytest.importorskip("pytorch_ood.detector", exc_type=ImportError)
-
-
 def restated(logits: Tensor) -> dict[str, Tensor]:
     """The four scores in torch, from one softmax."""
     log_p = logits.log_softmax(1)
@@ -56,7 +40,7 @@ def restated(logits: Tensor) -> dict[str, Tensor]:
 
 def softmax_peers(logits: Tensor) -> dict[str, Callable[[], dict[str, Tensor]]]:
     def others() -> dict[str, Tensor]:
-        package = pytorch_ood()
+        package = peers.pytorch_ood("detector")
         detectors = {
             "msp": package.MaxSoftmax(None),
             "max-logit": package.MaxLogit(None),

@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Any
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
+from oodkernels.detectors import (
+    DETECTORS,
+    OODDetector,
+    Prediction,
+    as_pytorch_ood,
+    extract,
+    score_all,
+)
 from oodkernels.groups import Groups
 from oodkernels.losses import (
     AbsentClassLoss,
@@ -51,6 +59,7 @@ from oodkernels.ops import (
     outlier_cross_entropy,
     roc_metrics,
 )
+from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
     from oodkernels.arrays import open_samples
@@ -83,6 +92,9 @@ __all__ = [
     "CalibrationError",
     "ConfidenceLoss",
     "DOSMiner",
+    "DETECTORS",
+    "CalibrationError",
+    "ClassStatistics",
     "DOSSelection",
     "EnergyBoundedLoss",
     "Evaluation",
@@ -104,11 +116,17 @@ __all__ = [
     "OutlierExposureLoss",
     "OutlierMiner",
     "POEMMiner",
+    "OODDetector",
+    "OODMetrics",
+    "OODResult",
+    "OODResults",
+    "Prediction",
     "ROCMetrics",
     "Threshold",
     "UniformMiner",
     "__version__",
     "absent_class_loss",
+    "as_pytorch_ood",
     "build_info",
     "cluster_argmax",
     "compare_conventions",
@@ -118,6 +136,7 @@ __all__ = [
     "evaluate",
     "expected_calibration_error",
     "joint_gan_loss",
+    "extract",
     "kmeans",
     "kmeans_init",
     "logit_scores",
@@ -133,6 +152,7 @@ __all__ = [
     "outlier_exposure_loss",
     "reliability_diagram",
     "roc_metrics",
+    "score_all",
 ]
 
 

@@ -102,6 +102,8 @@ class ClassStatistics:
         """
         return self._update("ClassStatistics.update", features, labels)
 
+    @torch.inference_mode(False)  # or the statistics could not be updated outside of it
+    @torch.no_grad()
     def _update(self, where: str, features: Tensor, labels: Tensor) -> ClassStatistics:
         features, labels = features.detach(), labels.detach()
         check_floating(where, "features", features)
@@ -118,13 +120,7 @@ class ClassStatistics:
             )
         if not len(features):
             return self
-        chunk = max(1, _CHUNK // features.shape[1])
-        finite = torch.cat([x.isfinite().all(1) for x in features.split(chunk)])
-        if not finite.all():
-            raise ValueError(
-                f"{where}: features must be finite, got {int((~finite).sum())} rows that are not, "
-                f"first row {int(finite.int().argmin())}"
-            )
+        check_finite(where, features)
         low, high = int(labels.min()), int(labels.max())
         limit = self._fixed
         if low < -1 or (limit is not None and high >= limit):
@@ -133,6 +129,7 @@ class ClassStatistics:
                 f"{where}: labels must be {allowed}, or -1 for OOD, got {low if low < -1 else high}"
             )
         self._resize(where, high + 1, features.shape[1], features.device)
+        chunk = max(1, _CHUNK // features.shape[1])
         for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
             known = y >= 0
             if known.any():
@@ -272,3 +269,14 @@ class ClassStatistics:
         self.scatter += apart.T @ apart
         self.means[classes] += share[:, None] * delta
         self.counts[classes] = total
+
+
+def check_finite(where: str, features: Tensor) -> None:
+    """Raise ValueError, with the count and the first, if rows of (N, d) hold NaN or inf."""
+    chunk = max(1, _CHUNK // features.shape[1])
+    finite = torch.cat([rows.isfinite().all(1) for rows in features.split(chunk)])
+    if not finite.all():
+        raise ValueError(
+            f"{where}: features must be finite, got {int((~finite).sum())} rows that are not, "
+            f"first row {int(finite.int().argmin())}"
+        )

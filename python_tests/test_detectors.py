@@ -132,6 +132,27 @@ def test_label_is_the_largest_class(name):
     assert int(is_ood.sum()) <= 20 < int(is_ood.sum()) + 5
 
 
+@pytest.mark.parametrize("name", [*RULES, "ODIN"])
+def test_separates_a_clear_case(name):
+    """ID: one class leads by 8. OOD: none does, or the absent class or every "others" leads."""
+    detector = ODIN(model=lambda x: x) if name == "ODIN" else RULES[name][0]
+    outside, leading, known = torch.zeros(10), slice(0), 1  # column 1 is a class in each layout
+    if isinstance(detector, MOS):
+        leading = GROUPS.offsets[:-1]
+    elif isinstance(detector, AbsentClass):
+        leading = 9
+    outside[leading] = 8.0
+    noise = logits_of(2 * 40).reshape(2, 40, 10) / 20
+    inside = outside.clone()
+    inside[known] += 16
+    given = "x" if name == "ODIN" else "logits"
+    id_scores, ood_scores = (
+        detector.score(**{given: z}) for z in torch.stack([inside, outside])[:, None] + noise
+    )
+    result = ood_metrics(id_scores, ood_scores)
+    assert (result.auroc, result.fpr95) == (1, 0)
+
+
 def test_confidence_is_the_logit():
     z = torch.tensor([-3.0, 0.0, 30.0, 31.0])
     for confidence in (z, z[:, None], z.bfloat16()):
@@ -234,7 +255,7 @@ def test_odin_is_the_rule(std, temperature, device):
     expected = odin_rule(x, w, b, temperature, 0.05, np.array(1.0 if std is None else std))
     np.testing.assert_allclose(score.cpu().numpy(), expected, rtol=1e-12)
     unmoved = ODIN(temperature, 0.0, std, model=model).score(torch.from_numpy(x).to(device))
-    assert (score > unmoved).all()  # the step is towards the predicted class
+    assert (score > unmoved).double().mean() > 0.95  # the step is towards the predicted class
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -357,6 +378,9 @@ def test_extract_finds_the_classifier():
     last = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     assert extract(last, torch.randn(3, 3)).features.shape == (3, 4)
     assert extract(nn.Identity(), torch.randn(3, 3)).features is None
+    by_keyword = Net()
+    by_keyword.forward = lambda x: by_keyword.fc(input=x)
+    assert extract(by_keyword, torch.randn(3, 4)).features is None
 
 
 def test_extract_errors():
@@ -367,6 +391,9 @@ def test_extract_errors():
         extract(net, x, ["unused"])
     with pytest.raises(ValueError, match="extract: layer 'unused' did not run"):
         extract(net, x, features="unused")
+    pair = nn.Sequential(nn.LSTM(3, 2), nn.Identity())
+    with pytest.raises(TypeError, match="extract: layer '0' must give a tensor, got tuple"):
+        extract(pair, torch.randn(4, 3), ["0"])
     with pytest.raises(TypeError, match=r"extract: model must be an nn.Module, got f"):
         extract(lambda x: x, x)
     assert net.training
@@ -462,7 +489,7 @@ def test_score_all_of_nothing():
 
 
 def test_nothing_of_the_size_of_the_logits_is_made():
-    """Peak memory of a process that scores 256 MiB of bfloat16 logits with every detector."""
+    """Peak memory of a process that scores 64 MiB of bfloat16 logits with every detector."""
     code = """
 import resource, sys, torch
 from oodkernels import Groups
@@ -470,7 +497,7 @@ from oodkernels.detectors import *
 groups = Groups.from_sizes([500] * 8)
 detectors = {str(i): d for i, d in enumerate([MSP(), MaxLogit(), Energy(2), Entropy(), MOS(groups),
     AbsentClass()])}
-z = torch.ones(2**27 // groups.width, groups.width, dtype=torch.bfloat16)
+z = torch.ones(2**25 // groups.width, groups.width, dtype=torch.bfloat16)
 score_all(detectors, logits=z[:2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 score_all(detectors, logits=z)
@@ -662,6 +689,42 @@ def test_fit():
     torch.testing.assert_close(refitted.means, expected + 1)
 
 
+def test_fitting_drops_the_threshold():
+    x, y = blobs()
+    detector = Means().fit(features=x, labels=y)
+    for learn in (detector.fit, detector.partial_fit):
+        detector.calibrate(detector.score(features=x))
+        learn(features=x, labels=y)
+        with pytest.raises(NotFittedError, match="calibrate must come first"):
+            detector.predict(features=x)
+
+
+def test_detector_of_several_layers():
+    class Layered(Means):
+        layers = ("conv", "relu")
+
+        def _score(self, batch):
+            return batch.layers["relu"].sum((1, 2, 3)) - batch.layers["conv"].sum((1, 2, 3))
+
+    net, x = Net().eval(), torch.randn(5, 1, 8, 8)
+    conv = net.conv(x).detach()
+    detector = Layered(model=net)
+    detector._status = "fitted"
+    score = detector.score(features={"conv": conv, "relu": conv.relu()})
+    torch.testing.assert_close(score, conv.relu().sum((1, 2, 3)) - conv.sum((1, 2, 3)))
+    torch.testing.assert_close(detector.score(x), score)
+    both = {"layered": detector, "max": MaxLogit(model=net)}
+    scores = score_all(both, x=x, chunk=2)
+    torch.testing.assert_close(scores["layered"], score)
+    torch.testing.assert_close(scores["max"], net(x).detach().amax(1))
+    with pytest.raises(ValueError, match=r"Layered.score: means needs features\['relu'\], or x"):
+        detector.score(features={"conv": conv})
+    with pytest.raises(ValueError, match=r"extract: .* has no layer 'conv'"):
+        Layered(model=mlp()).fit([(torch.randn(4, 6), torch.zeros(4).long())])
+    with pytest.raises(ValueError, match=r"extract: layers \['conv', 'relu'\] need a mod"):
+        Layered(model=lambda x: x).fit([(torch.randn(4, 6), torch.zeros(4).long())])
+
+
 def test_fit_leaves_ood_samples_out():
     x, y = blobs()
     both = torch.cat([x, x + 100]), torch.cat([y, torch.full_like(y, -1)])
@@ -811,30 +874,34 @@ def test_broken_files(tmp_path):
     path = tmp_path / "detector.safetensors"
     MOS(GROUPS).save(path)
     with safetensors.safe_open(path, framework="pt") as file:
-        good = file.metadata()
+        good = json.loads(file.metadata()["oodkernels"])
 
-    def load(tensors=None, **changed):
-        metadata = {k: v for k, v in {**good, **changed}.items() if v is not None}
+    def load(tensors=None, missing=(), **changed):
+        content = {k: v for k, v in {**good, **changed}.items() if k not in missing}
+        metadata = {"oodkernels": json.dumps(content)}
         safetensors.save_file(tensors or {}, path, metadata)
         return OODDetector.load(path)
 
     assert load().groups == GROUPS
     for changed, message in (
         ({"format": "else"}, "format must be 'oodkernels.detector', got 'else'"),
-        ({"format": None}, "format must be 'oodkernels.detector', got 'none'"),
-        ({"version": "2"}, "version must be '1', got '2'"),
-        ({"version": None}, "version must be '1', got 'none'"),
+        ({"missing": ["format"]}, "format must be 'oodkernels.detector', got 'None'"),
+        ({"version": 2}, "version must be 1, got 2"),
+        ({"missing": ["version"]}, "version must be 1, got None"),
         ({"detector": "else"}, "detector must be one of .*'msp'.*, got 'else'"),
-        ({"settings": "{"}, "Expecting property name"),
-        ({"settings": "[]"}, "indices must be"),
-        ({"settings": "{}"}, "'groups' is missing"),
-        ({"settings": json.dumps({"groups": "{}", "log_odds": True})}, "Groups.from_json"),
-        ({"threshold": None}, "'threshold' is missing"),
-        ({"threshold": json.dumps("{}")}, "Threshold.from_json: format"),
-        ({"num_classes": "8"}, "num_classes must be 7, got 8"),
+        ({"missing": ["detector"]}, "'detector' is missing"),
+        ({"settings": []}, "indices must be"),
+        ({"settings": {}}, "'groups' is missing"),
+        ({"settings": {"groups": "{}", "log_odds": True}}, "Groups.from_json"),
+        ({"missing": ["threshold"]}, "'threshold' is missing"),
+        ({"threshold": "{}"}, "Threshold.from_json: format"),
+        ({"num_classes": 8}, "num_classes must be 7, got 8"),
     ):
         with pytest.raises(ValueError, match=rf"(?s)OODDetector.load: .*{message}"):
             load(**changed)
+    safetensors.save_file({}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"format must be 'oodkernels.detector', got 'None'"):
+        OODDetector.load(path)
     with pytest.raises(ValueError, match=r"tensors must be \[\], got \['means'\]"):
         load({"means": torch.zeros(3)})
     path.write_bytes(b"no safetensors file")
@@ -890,6 +957,7 @@ def test_repr_shows_the_settings():
 def test_import_brings_no_extra():
     code = "import sys, oodkernels.detectors; print(*(m for m in sys.modules))"
     modules = set(python("-c", code).stdout.split())
+    assert "oodkernels.detectors" in modules
     assert not modules & {"safetensors", "torchmetrics", "sklearn", "pytorch_ood", "faiss"}
 
 
@@ -963,10 +1031,11 @@ def trained():
             return z[:, :10], z[:, 10:]
 
     def confidence_loss(outputs, labels):
-        """DeVries & Taylor's with hints for all samples."""
-        z, c = outputs[0], outputs[1].sigmoid()
-        hinted = c * z.softmax(1) + (1 - c) * nn.functional.one_hot(labels, 10)
-        return nn.functional.nll_loss(hinted.clamp(min=1e-12).log(), labels) - 0.5 * c.log().mean()
+        """DeVries & Taylor's, with hints for half of the samples."""
+        z, c = outputs[0], outputs[1].sigmoid().clamp(min=1e-12)
+        given = torch.where(torch.rand(len(c), 1) < 0.5, c, 1)
+        p = given * z.softmax(1) + (1 - given) * nn.functional.one_hot(labels, 10)
+        return nn.functional.nll_loss(p.clamp(min=1e-12).log(), labels) - 0.1 * c.log().mean()
 
     def fit(net, columns, loss, images, labels):
         with reproducible(0):
@@ -995,15 +1064,15 @@ def trained():
 @pytest.mark.parametrize(
     ("make", "stage", "least"),
     [
-        (MSP, "flat", 0.8),
-        (MaxLogit, "flat", 0.8),
-        (Energy, "flat", 0.8),
-        (Entropy, "flat", 0.8),
-        (ODIN, "flat", 0.8),
-        (MOS, "mos", 0.7),
-        (MOSLogOdds, "mos", 0.7),
-        (AbsentClass, "absent", 0.9),
-        (ConfidenceBranch, "confidence", 0.6),
+        (MSP, "flat", 0.9),
+        (MaxLogit, "flat", 0.9),
+        (Energy, "flat", 0.9),
+        (Entropy, "flat", 0.9),
+        (ODIN, "flat", 0.9),
+        (MOS, "mos", 0.8),
+        (MOSLogOdds, "mos", 0.8),
+        (AbsentClass, "absent", 0.95),
+        (ConfidenceBranch, "confidence", 0.75),
     ],
 )
 def test_beats_chance_on_images(make, stage, least, trained):

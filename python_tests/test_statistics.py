@@ -102,6 +102,14 @@ def test_device(device: str) -> None:
     check(found.to("cpu"), x, y)
 
 
+def test_inference_mode_leaves_no_trace() -> None:
+    x, y = labelled()
+    with torch.inference_mode():
+        found = ClassStatistics().update(x[:200] + 0, y[:200])
+    check(found.update(x[200:].requires_grad_(), y[200:]), x.detach(), y)
+    assert not found.scatter.requires_grad
+
+
 def test_ood_rows_are_left_out() -> None:
     x, y = labelled()
     mixed = torch.cat([torch.full_like(x[:50], 1e9), x])
@@ -140,6 +148,7 @@ def test_state_resumes() -> None:
 WORKER = """
 import sys, torch, torch.distributed as dist
 from test_statistics import labelled
+from oodkernels.detectors import Mahalanobis
 from oodkernels.statistics import ClassStatistics
 rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -151,6 +160,11 @@ cuts = [0, 0, 130, 400][-world - 1:]  # of three processes the first has no rows
 mine = slice(cuts[rank], cuts[rank + 1])
 found = ClassStatistics().update(x[mine], y[mine]).all_reduce()
 torch.save(found.state_dict(), f"{out}/{rank}.pt")
+detector = Mahalanobis()
+if cuts[rank] < cuts[rank + 1]:
+    detector.partial_fit(features=x[mine], labels=y[mine])
+score = detector.all_reduce().score(features=x)
+torch.testing.assert_close(score, Mahalanobis().fit(features=x, labels=y).score(features=x))
 try:
     wrong = ClassStatistics().update(x[:9, : 6 - rank], y[:9]).all_reduce()
 except ValueError as error:

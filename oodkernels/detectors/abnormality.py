@@ -113,8 +113,9 @@ class AbnormalityModule(OODDetector):
             The detector.
 
         Raises:
-            ValueError: There is no model, no batch, or x or labels have the wrong shape.
-            TypeError: The model is not an ``nn.Module``, or data can be gone through only once.
+            ValueError: The model is no ``nn.Module`` or has no such layer, there are no ID samples,
+                labels do not match x or the logits, or decoder or noise give another shape than x.
+            TypeError: Data can be gone through only once, or x is not floating-point.
         """
         where = "AbnormalityModule.fit"
         if not isinstance(self.model, nn.Module):
@@ -149,7 +150,8 @@ class AbnormalityModule(OODDetector):
                 optimizer = torch.optim.Adam(risk.parameters(), lr=1e-3)
                 for _ in range(self.epochs[1]):
                     for x, _ in self._id_batches(where, data):
-                        _step(optimizer, self.risk_loss(x, generator))
+                        order = torch.randperm(len(x), generator=generator).to(x.device)
+                        _step(optimizer, self.risk_loss(x[order], generator))
                 risk.eval()
             finally:
                 for module, mode in modes:
@@ -167,7 +169,7 @@ class AbnormalityModule(OODDetector):
             outputs = self._outputs(x[:2])
             hidden = self._hidden(outputs)
             if not self._given_decoder:
-                self.decoder = _decoder(hidden[0].numel(), x.shape[1:]).to(hidden.device)
+                self.decoder = _decoder(hidden[0].numel(), x.shape[1:]).to(hidden)
             decoder = _present(self.decoder).to(hidden.device)
             found, expected = decoder(hidden).shape, x[:2].shape
         if found != expected:
@@ -177,7 +179,7 @@ class AbnormalityModule(OODDetector):
             )
         self._shape = x.shape[1:]
         columns = self.num_classes = outputs.logits.shape[1]
-        self.risk = _risk(columns + x[0].numel() + hidden[0].numel()).to(hidden.device)
+        self.risk = _risk(columns + x[0].numel() + hidden[0].numel()).to(hidden)
 
     def reconstruction_loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """The loss of phase 1 on a batch, for the model in the mode it is in, and the decoder.
@@ -192,7 +194,8 @@ class AbnormalityModule(OODDetector):
         x = to_model(_present(self.model), x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             outputs = self._outputs(x, evaluate=False)
-        error = F.mse_loss(_present(self.decoder)(self._hidden(outputs)), x)
+        rebuilt = _present(self.decoder)(self._hidden(outputs))
+        error = F.mse_loss(rebuilt, x.to(rebuilt))
         return 0.9 * F.cross_entropy(outputs.logits, labels.to(x.device)) + 0.1 * error
 
     def risk_loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -216,7 +219,8 @@ class AbnormalityModule(OODDetector):
                 f"AbnormalityModule.fit: noise must give the shape it gets, "
                 f"{tuple(x[clean:].shape)}, got {tuple(abnormal.shape)}"
             )
-        logit = _present(self.risk)(self._evidence(torch.cat([x[:clean], abnormal])))[:, 0]
+        evidence, _ = self._evidence(torch.cat([x[:clean], abnormal]))
+        logit = _present(self.risk)(evidence)[:, 0]
         target = (torch.arange(len(x), device=logit.device) < clean).to(logit)
         return F.binary_cross_entropy_with_logits(logit, target)
 
@@ -230,6 +234,11 @@ class AbnormalityModule(OODDetector):
             if not x.is_floating_point():
                 raise TypeError(f"{where}: x must be floating-point, got {x.dtype}")
             labels = _checked_labels(where, labels, len(x)).to(x.device)
+            if self.num_classes is not None and (labels >= self.num_classes).any():
+                raise ValueError(
+                    f"{where}: labels must be below {self.num_classes}, the number of logits, got "
+                    f"{int(labels.max())}"
+                )
             is_id = labels >= 0
             if is_id.any():
                 empty = False
@@ -255,12 +264,13 @@ class AbnormalityModule(OODDetector):
         return hidden.to(accumulate_type(hidden.dtype))
 
     @torch.no_grad()
-    def _evidence(self, x: Tensor) -> Tensor:
-        """Logits, squared reconstruction errors and hidden layer of each input, side by side."""
+    def _evidence(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, squared reconstruction errors and hidden layer side by side; logits alone."""
         outputs = self._outputs(x)
         hidden = self._hidden(outputs)
         error = (_present(self.decoder)(hidden) - to_model(_present(self.model), x)).square()
-        return torch.cat([t.flatten(1).to(hidden) for t in (outputs.logits, error, hidden)], 1)
+        parts = (outputs.logits, error, hidden)
+        return torch.cat([t.flatten(1).to(hidden) for t in parts], 1), outputs.logits
 
     def _check(self, where: str, batch: Batch) -> None:
         if not isinstance(self.model, nn.Module):
@@ -281,10 +291,19 @@ class AbnormalityModule(OODDetector):
             )
 
     def _score(self, batch: Batch) -> Tensor:
-        device = to_model(_present(self.model), _present(batch.x)).device
-        self.to(device)
-        logit: Tensor = _present(self.risk)(self._evidence(_present(batch.x)))[:, 0]
-        return logit
+        return self._judged(batch)[0]
+
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return self._judged(batch)[1], None
+
+    def _judged(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.once(self, lambda: self._compute(_present(batch.x)))
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normality and predicted class."""
+        self.to(to_model(_present(self.model), x).device)
+        evidence, logits = self._evidence(x)
+        return _present(self.risk)(evidence)[:, 0], logits.argmax(1)
 
     # --- keeping ------------------------------------------------------------------------------
 
@@ -335,12 +354,13 @@ class AbnormalityModule(OODDetector):
         if not self._given_decoder:
             self.decoder = None
 
+    def _arguments(self) -> dict[str, Any]:
+        modules = ("decoder", "noise")
+        return {name: v for name, v in super()._arguments().items() if name not in modules}
+
     def _settings(self) -> dict[str, Any]:
         return {
-            "layer": self.layer,
-            "epochs": self.epochs,
-            "freeze": self.freeze,
-            "seed": self.seed,
+            **self._arguments(),
             "shape": self._shape,
             "given_decoder": self._given_decoder,
         }
@@ -367,9 +387,10 @@ class AbnormalityModule(OODDetector):
             return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
         risk, self._kept = part("risk"), part("decoder")
-        self.risk = _loaded("risk", _risk(risk["0.weight"].shape[1]), risk).eval()
+        weight = risk["0.weight"]
+        self.risk = _loaded("risk", _risk(weight.shape[1]).to(weight), risk).eval()
         if not self._given_decoder:
-            decoder = _decoder(self._kept["1.weight"].shape[1], self._shape)
+            decoder = _decoder(self._kept["1.weight"].shape[1], self._shape).to(weight)
             self.decoder = _loaded("decoder", decoder, self._kept).eval()
 
 

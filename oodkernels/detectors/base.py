@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from oodkernels._files import replacing
-from oodkernels.detectors.model import Model, run
+from oodkernels._files import read_json, replacing
+from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.groups import Groups
 from oodkernels.metrics import Scores
 from oodkernels.ops import LogitScores, MOSPrediction, logit_scores, mos_predict
@@ -28,7 +28,7 @@ Features: TypeAlias = Tensor | Mapping[str, Tensor]
 
 __all__ = ["Batch", "NotFittedError", "OODDetector", "Prediction", "score_all"]
 
-_FORMAT, _VERSION = "oodkernels.detector", "1"
+_FORMAT, _VERSION = "oodkernels.detector", 1
 _CHUNK_BYTES = 8 << 20
 _ROW_BLOCK = 16  # rows that the CPU kernels take together
 
@@ -170,7 +170,7 @@ class OODDetector:
         features: Features | None = None,
         labels: Tensor | None = None,
     ) -> Self:
-        """Learn from ID samples, forgetting what was learnt before.
+        """Learn from ID samples, forgetting what was learnt before and the threshold.
 
         Args:
             data: Batches (x, labels), such as a ``DataLoader``, for the model to run on; in one
@@ -209,7 +209,8 @@ class OODDetector:
         """Learn from one more batch; arguments as for :meth:`fit`.
 
         Returns:
-            The detector. What is computed from all batches is computed when first needed.
+            The detector, without its threshold. What is computed from all batches is computed when
+            first needed.
 
         Raises:
             ValueError: As :meth:`fit`.
@@ -327,15 +328,16 @@ class OODDetector:
             for name, tensor in self._state().items()
         }
         content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "detector": self.name,
             "settings": self._settings(),
             "num_classes": self.num_classes,
             "width": self.width,
             "threshold": self.threshold and self.threshold.to_json(),
         }
-        metadata = {"format": _FORMAT, "version": _VERSION, "detector": self.name}
-        metadata |= {name: json.dumps(value) for name, value in content.items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {"oodkernels": json.dumps(content)})
 
     @classmethod
     def load(
@@ -363,17 +365,10 @@ class OODDetector:
             OSError: The file cannot be read.
         """
         where = f"{cls.__name__}.load: {os.fspath(path)}"
-        metadata, tensors = _read(where, Path(path), cls.__name__)
-        if metadata.get("format") != _FORMAT:
-            found = metadata.get("format", "none")
-            raise ValueError(f"{where}: format must be {_FORMAT!r}, got {found[:80]!r}")
-        if metadata.get("version") != _VERSION:
-            found = metadata.get("version", "none")
-            raise ValueError(f"{where}: version must be {_VERSION!r}, got {found[:80]!r}")
-        kind = _class_of(where, cls, metadata.get("detector", "none"))
+        text, tensors = _read(where, Path(path), cls.__name__)
+        content = read_json(where, text, _FORMAT, _VERSION)
         try:
-            fields = ("settings", "num_classes", "width", "threshold")
-            content = {name: json.loads(metadata[name]) for name in fields}
+            kind = _class_of(cls, content["detector"])
             for name, wanted in (("num_classes", num_classes), ("width", width)):
                 if wanted is not None and content[name] not in (None, wanted):
                     raise ValueError(f"{name} must be {wanted}, got {content[name]}")
@@ -417,7 +412,7 @@ class OODDetector:
     def _reset(self) -> None:
         """Forget what was learnt."""
         self._status = "unfitted"
-        self.num_classes = self.width = None
+        self.num_classes = self.width = self.threshold = None
         for name in self._tensors:
             vars(self).pop(name, None)
 
@@ -517,6 +512,7 @@ class OODDetector:
         with torch.no_grad():
             self._update(where, batch, labels)
         self._status = "pending"
+        self.threshold = None  # it was of other scores
 
 
 def score_all(
@@ -634,7 +630,7 @@ def _completed(
 
 def _run(model: Model, batch: Batch, detectors: Sequence[OODDetector]) -> Batch:
     """The batch with what the model makes of its x; what was given is kept."""
-    x = _present(batch.x)
+    x = to_model(model, _present(batch.x))
     layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
     found = run(model, x, layers)
 
@@ -723,22 +719,22 @@ def _safetensors(where: str) -> Any:
     return safetensors
 
 
-def _read(where: str, path: Path, cls: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(where: str, path: Path, cls: str) -> tuple[str, dict[str, Tensor]]:
+    """What a file says of itself, "{}" where it says nothing, and its tensors."""
     package = _safetensors(f"{cls}.load")
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: no such file")
     try:
         with package.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return (file.metadata() or {}).get("oodkernels", "{}"), tensors
     except package.SafetensorError as error:
         raise ValueError(f"{where}: must be a safetensors file: {error}") from None
 
 
-def _class_of(where: str, cls: type[OODDetector], name: str) -> type[Any]:
+def _class_of(cls: type[OODDetector], name: str) -> type[Any]:
     """The class to load a file of detector ``name`` into."""
     from oodkernels.detectors import DETECTORS
 
     known = DETECTORS if cls is OODDetector else {cls.name: cls}
     if name not in known:
-        raise ValueError(f"{where}: detector must be one of {sorted(known)}, got {name[:80]!r}")
+        raise ValueError(f"detector must be one of {sorted(known)}, got {str(name)[:80]!r}")
     return known[name]

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from oodkernels.detectors.base import Batch, OODDetector, _present
 from oodkernels.detectors.model import Model
 from oodkernels.ops._common import accumulate_type
+from oodkernels.statistics import check_finite
 
 __all__ = ["KNN"]
 
@@ -71,18 +72,13 @@ class KNN(OODDetector):
 
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         features = _present(batch.features)
-        finite = features.isfinite().all(1)
-        if not finite.all():
-            raise ValueError(
-                f"{where}: features must be finite, got {int((~finite).sum())} rows that are not, "
-                f"first row {int(finite.int().argmin())}"
-            )
+        check_finite(where, features)
         self.width = features.shape[1]
         self._new.append(_direction(features))
 
     def _finish(self, where: str) -> None:
         known = [self.bank] if hasattr(self, "bank") else []
-        bank = torch.cat([*known, *(rows.to(self._new[0]) for rows in self._new)])
+        bank = torch.cat([rows.to(self._new[0]) for rows in [*known, *self._new]])
         if len(bank) < self.k:
             raise ValueError(
                 f"{where}: there must be at least k = {self.k} samples to fit to, got {len(bank)}"

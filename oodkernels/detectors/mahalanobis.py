@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from oodkernels.detectors.base import (
@@ -180,6 +181,19 @@ class Mahalanobis(OODDetector):
         self.weights = torch.cat([slope, intercept])
         return self
 
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Merge what the processes of a group were given by :meth:`partial_fit`.
+
+        All of them call this, once, after their last batch; a process may have had none.
+
+        Raises:
+            ValueError: Processes have features of different width.
+        """
+        for name in self._names():
+            self.statistics.setdefault(name, ClassStatistics(self.classes)).all_reduce(group)
+        self._status = "pending"
+        return self
+
     def to(self, device: torch.device | str | int) -> Self:
         """Move what was fitted; the model is left where it is."""
         for name, statistics in self.statistics.items():
@@ -218,6 +232,7 @@ class Mahalanobis(OODDetector):
             self._whiten(where, name, self.shrinkage)
         self._set_shape()
 
+    @torch.inference_mode(False)
     def _whiten(self, where: str, name: str, shrinkage: float | None) -> None:
         statistics = self.statistics[name]
         covariance = statistics.covariance()
@@ -233,7 +248,7 @@ class Mahalanobis(OODDetector):
                     f"{statistics.count} samples, {statistics.num_classes} classes) is singular: "
                     f"shrunk by {amount:.3g} (OAS) towards its mean variance; shrinkage= chooses "
                     f"another amount",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
         if whitening is None:
             raise ValueError(
@@ -307,14 +322,19 @@ class Mahalanobis(OODDetector):
         features = features.to(accumulate_type(features.dtype))
         key = (name, features.dtype, features.device)
         if key not in self._spaces:
-            statistics, matrix = self.statistics[name], self._whitening[name].to(features.dtype)
-            # Rounded first, so that means and samples are mapped by the very same numbers.
-            origin = (statistics.counts.double() @ statistics.means / statistics.count).to(matrix)
-            centroids = (statistics.means - origin.double()) @ matrix.double()
-            self._spaces[key] = _Space(*(t.to(features) for t in (origin, matrix, centroids)))
+            self._spaces[key] = self._space(name, features)
         space = self._spaces[key]
         with torch.autocast(features.device.type, enabled=False):
             return space, (features - space.origin) @ space.matrix
+
+    @torch.inference_mode(False)  # for the gradients of input steps
+    @torch.no_grad()
+    def _space(self, name: str, like: Tensor) -> _Space:
+        statistics, matrix = self.statistics[name], self._whitening[name].to(like.dtype)
+        # Rounded first, so that means and samples are mapped by the very same numbers.
+        origin = (statistics.counts.double() @ statistics.means / statistics.count).to(matrix)
+        centroids = (statistics.means - origin.double()) @ matrix.double()
+        return _Space(*(t.to(like) for t in (origin, matrix, centroids)))
 
     def _stepped(self, name: str, x: Tensor) -> Batch:
         """What the model makes of x moved towards its nearest class at a layer."""

@@ -99,24 +99,26 @@ def extract(
 
     seen: dict[str | None, Tensor] = {}
 
-    def keep(name: str | None, output: Any) -> None:
+    def keep(name: str | None, module: nn.Module, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
-            raise TypeError(f"{where}: layer {name!r} must give a tensor, got {type(output)}")
+            raise TypeError(
+                f"{where}: layer {name!r} must give a tensor, got {type(output).__name__}"
+            )
         seen[name] = output.clone()
+
+    def keep_input(module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            seen[None] = args[0].clone()
 
     with ExitStack() as stack:
         if evaluate:
             stack.enter_context(_evaluating(model))
         for name in layers:
-            hook = partial(lambda name, module, args, output: keep(name, output), name)
-            stack.enter_context(named[name].register_forward_hook(hook))
+            stack.enter_context(named[name].register_forward_hook(partial(keep, name)))
         if features is not None:
-            hook = partial(lambda module, args, output: keep(None, output))
-            stack.enter_context(named[features].register_forward_hook(hook))
+            stack.enter_context(named[features].register_forward_hook(partial(keep, None)))
         elif (classifier := _classifier(model)) is not None:
-            stack.enter_context(
-                classifier.register_forward_pre_hook(lambda module, args: keep(None, args[0]))
-            )
+            stack.enter_context(classifier.register_forward_pre_hook(keep_input))
         outputs = as_outputs(model(x))
 
     for name in layers:
@@ -145,7 +147,8 @@ def as_outputs(result: Any) -> Outputs:
     if isinstance(result, Sequence) and [isinstance(r, Tensor) for r in result] == [True, True]:
         return Outputs(result[0], confidence=result[1])
     raise TypeError(
-        f"model must give logits, (logits, confidence) or Outputs, got {type(result).__name__}"
+        f"extract: model must give logits, (logits, confidence) or Outputs, got "
+        f"{type(result).__name__}"
     )
 
 
@@ -162,7 +165,7 @@ def run(model: Model, x: Tensor, layers: Sequence[str] = ()) -> Outputs:
     missing = [name for name in layers if name not in outputs.layers]
     if missing:
         raise ValueError(
-            f"layers {missing} need a model that is an nn.Module, or that gives Outputs with them"
+            f"extract: layers {missing} need a model that is an nn.Module, or that gives them"
         )
     return outputs
 
