@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from oodkernels.detectors.abnormality import AbnormalityModule
 from oodkernels.detectors.model import as_outputs, extract
 from oodkernels.groups import Groups
 from oodkernels.losses import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES",
+    "AbnormalityObjective",
     "ConfidenceObjective",
     "Context",
     "MOSObjective",
@@ -62,6 +64,14 @@ class Context:
     def __init__(self, step: int, steps: int, epoch: int, fabric: Fabric) -> None:
         self.step, self.steps, self.epoch, self.fabric = step, steps, epoch, fabric
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Over processes."""
+        if self.fabric.world_size == 1:
+            return value
+        mean = self.fabric.all_reduce(value.clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        return mean
+
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         """Take a step of an optimiser of the objective's own, by the mean over processes."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -69,9 +79,7 @@ class Context:
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(loss, parameters), strict=True
         ):
-            if self.fabric.world_size > 1:
-                self.fabric.all_reduce(gradient, reduce_op="mean")
-            parameter.grad = gradient
+            parameter.grad = self.mean(gradient)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -89,8 +97,13 @@ class Objective(nn.Module):
     outliers: ClassVar[Literal["batch", "pool"] | None] = None
     skips_parameters: ClassVar[bool] = False
 
-    def prepare(self, model: nn.Module) -> None:
-        """Called with the model before a run; an unfit one is a ``ValueError``."""
+    def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
+        """Called before a run, for what depends on the model or on the inputs.
+
+        Args:
+            model: The model, in whatever mode and on whatever device it is.
+            sample: Gives a batch of training inputs.
+        """
 
     def step(
         self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
@@ -160,8 +173,12 @@ class MOSObjective(SoftmaxObjective):
         super().__init__(mixup)
         self.groups = groups
 
-    def prepare(self, model: nn.Module) -> None:
-        """Take the groups of the model's head."""
+    def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
+        """Take the groups of the model's head.
+
+        Raises:
+            ValueError: None were given, and the model has no or several.
+        """
         if self.groups is None:
             heads = [module for module in model.modules() if isinstance(module, MOSHead)]
             if len(heads) != 1:
@@ -339,7 +356,60 @@ class ConfidenceObjective(Objective):
                 "ConfidenceObjective: the model must give (logits, confidence), got logits alone"
             )
         price = self.loss.weight.clone()
-        return self.loss(found.logits, found.confidence, y), {"lambda": price}
+        loss = self.loss(found.logits, found.confidence, y)
+        self.loss.weight = context.mean(self.loss.weight)
+        return loss, {"lambda": price}
+
+
+class AbnormalityObjective(Objective):
+    """Abnormality module (Hendrycks & Gimpel, ICLR 2017, section 4), in two phases.
+
+    First classifier and decoder learn together, then the risk network alone, as
+    :class:`~oodkernels.detectors.AbnormalityModule` has it, which :attr:`detector` is: it can score
+    after the run. The authors train both phases with Adam at 0.001.
+
+    Args:
+        first: Share of the steps of the first phase.
+        detector: Options of the detector: ``layer``, ``decoder``, ``noise``.
+
+    Attributes:
+        detector: With the networks that are trained.
+    """
+
+    skips_parameters = True
+
+    def __init__(self, first: float = 2 / 3, **detector: Any) -> None:
+        super().__init__()
+        if not 0 < first < 1:
+            raise ValueError(f"AbnormalityObjective: first must be in (0, 1), got {first}")
+        self.first = first
+        self.detector = AbnormalityModule(**detector)
+        self.networks: nn.ModuleDict | None = None
+
+    def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
+        """Make decoder and risk network."""
+        if self.networks is None or self.detector.model is not model:
+            self.detector.model = model
+            self.detector.build(sample())
+            decoder, risk = self.detector.decoder, self.detector.risk
+            assert decoder is not None
+            assert risk is not None
+            self.networks = nn.ModuleDict({"decoder": decoder, "risk": risk})
+
+    def step(
+        self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
+    ) -> Step:
+        """See :class:`Objective`."""
+        assert self.networks is not None
+        if context.step < self.first * context.steps:
+            return self.detector.reconstruction_loss(x, y), {}
+        self.networks["decoder"].eval()
+        seed = int(torch.randint(2**62, ()))
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        loss = self.detector.risk_loss(x[order], generator)
+        self.detector._status = "fitted"
+        return loss, {}
 
 
 class SyntheticObjective(Objective):
@@ -348,10 +418,8 @@ class SyntheticObjective(Objective):
     Each batch updates discriminator, generator and classifier, in this order.
 
     Args:
-        generator: Noise to inputs; None: a small one for images of ``size``.
+        generator: Noise to inputs; None: a small one, for square images.
         discriminator: Inputs to logits; None: a small one.
-        size: Side of the images.
-        channels: Of the images.
         beta: See :class:`~oodkernels.losses.JointGANLoss`.
         lr: Of Adam, for generator and discriminator.
     """
@@ -360,23 +428,34 @@ class SyntheticObjective(Objective):
         self,
         generator: Generator | None = None,
         discriminator: nn.Module | None = None,
-        size: int = 32,
-        channels: int = 3,
         beta: float = 0.1,
         lr: float = 2e-4,
     ) -> None:
         super().__init__()
         self.loss = JointGANLoss(beta)
-        self.generator = generator or Generator(size, channels)
-        self.discriminator = discriminator or Discriminator(size, channels)
+        self.generator, self.discriminator, self.lr = generator, discriminator, lr
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
+        """Make the networks that were not given.
+
+        Raises:
+            ValueError: They were not, and inputs are no square images.
+        """
+        if self.generator is None or self.discriminator is None:
+            shape = tuple(sample().shape)
+            if len(shape) != 4 or shape[2] != shape[3]:
+                raise ValueError(
+                    "SyntheticObjective: generator and discriminator must be given for inputs "
+                    f"other than (N, channels, size, size), got {shape}"
+                )
+            self.generator = self.generator or Generator(shape[2], shape[1])
+            self.discriminator = self.discriminator or Discriminator(shape[2], shape[1])
         # Frozen but for their own updates: neither DDP nor the model's optimiser are to see them.
         self.requires_grad_(False)
         self._optimizers = {
-            name: torch.optim.Adam(module.parameters(), lr, (0.5, 0.999))
-            for name, module in (
-                ("discriminator", self.discriminator),
-                ("generator", self.generator),
-            )
+            name: torch.optim.Adam(network.parameters(), self.lr, (0.5, 0.999))
+            for name, network in (("g", self.generator), ("d", self.discriminator))
         }
 
     def step(
@@ -384,6 +463,8 @@ class SyntheticObjective(Objective):
     ) -> Step:
         """See :class:`Objective`."""
         generator, discriminator = self.generator, self.discriminator
+        assert generator is not None
+        assert discriminator is not None
         with _trainable(generator):
             generated = generator.sample(len(x))
             if generated.shape != x.shape:
@@ -394,10 +475,10 @@ class SyntheticObjective(Objective):
             with _trainable(discriminator):
                 real, fake = discriminator(x), discriminator(generated.detach())
                 d_loss = self.loss.discriminator(real, fake)
-                context.update(self._optimizers["discriminator"], d_loss)
+                context.update(self._optimizers["d"], d_loss)
             logits = as_outputs(model(generated)).logits
             g_loss = self.loss.generator(discriminator(generated), logits)
-            context.update(self._optimizers["generator"], g_loss)
+            context.update(self._optimizers["g"], g_loss)
         with torch.no_grad():
             generated = generator.sample(len(x))
         torch.clear_autocast_cache()
@@ -488,6 +569,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "ntom": ntom,
     "poem": poem,
     "confidence": ConfidenceObjective,
+    "abnormality": AbnormalityObjective,
     "synthetic": SyntheticObjective,
 }
 """Every objective by its short name."""

@@ -243,10 +243,7 @@ class Trainer:
             raise ValueError("Trainer: tensorboard must have a folder to write to, got None")
         self.model = model
         self.config = config or TrainConfig()
-        if objective is None:
-            with seeded((self.config.seed,)):  # networks of its own
-                objective = make_objective(self.config.objective, self.config.options)
-        self.objective = objective
+        self.objective = objective or make_objective(self.config.objective, self.config.options)
         self.folder = None if folder is None else Path(folder)
         self.ema: AveragedModel | None = None
         self._optimizer = optimizer or self._default_optimizer
@@ -369,7 +366,8 @@ class _Run:
         checkpoint = self._open(resume)
         with ExitStack() as stack:
             stack.enter_context(_global_rng(config.seed + self.rank, fabric.device))
-            self.objective.prepare(trainer.model)
+            with seeded((config.seed,)):  # the same on every process
+                self.objective.prepare(trainer.model, self._sample)
             module = _Step(trainer.model, self.objective).train()
             self.parameters = [p for p in module.parameters() if p.requires_grad]
             if not self.parameters:
@@ -388,7 +386,8 @@ class _Run:
             interrupted = stack.enter_context(_sigint())
             show = stack.enter_context(self._bar())
             self._loop(interrupted, show)
-        trainer.model.eval()
+        fabric.barrier()  # no process is to go on before the files are there
+        module.eval()
         best_path = self._path("best.pt")
         return FitResult(
             steps=self.step,
@@ -397,6 +396,9 @@ class _Run:
             last_path=self._path("last.pt"),
             best_path=best_path if self.best is not None else None,
         )
+
+    def _sample(self) -> Tensor:
+        return self._unpack(next(self.train.read(range(1))), self.train)[0]
 
     # The loop
 
@@ -699,6 +701,7 @@ class _Run:
                 last.parent.mkdir(parents=True, exist_ok=True)
                 for left in last.parent.glob(".*.tmp"):
                     left.unlink(missing_ok=True)
+        self.fabric.barrier()
         if isinstance(resume, bool):
             there = last is not None and last.exists()
             if resume and last is None:
@@ -711,7 +714,6 @@ class _Run:
             checkpoint = load_checkpoint(last) if there and last is not None else None
         else:
             checkpoint = load_checkpoint(resume)
-        self.fabric.barrier()
         if checkpoint is not None:
             self._check(checkpoint)
         config = self._path("train.toml")

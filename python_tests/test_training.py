@@ -35,7 +35,14 @@ from training_runs import CLASSES, WIDTH, blobs, make_model, make_outliers
 
 from oodkernels import Groups, MOSHead, dos_select
 from oodkernels._loading import Batches
-from oodkernels.objectives import OBJECTIVES, OutlierObjective, make_objective
+from oodkernels.losses import Discriminator, Generator
+from oodkernels.objectives import (
+    OBJECTIVES,
+    AbnormalityObjective,
+    OutlierObjective,
+    SyntheticObjective,
+    make_objective,
+)
 from oodkernels.training import (
     TrainConfig,
     Trainer,
@@ -86,13 +93,11 @@ def weights(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_reduces_its_loss(name: str) -> None:
     model = make_model(name)
-    options = {"size": 4, "channels": 1} if name == "synthetic" else {}
-    trainer = Trainer(model, config=config(objective=name, options=options, epochs=6, log_every=99))
+    trainer = Trainer(model, config=config(objective=name, epochs=6, log_every=99))
     x, y = blobs(200)
     if name in ("synthetic", "abnormality"):
         x = x.view(-1, 1, 4, 4)
     outliers = None if trainer.objective.outliers is None else outlier_loader()
-    before = [p.clone() for p in trainer.objective.parameters()]
     result = trainer.fit(
         tensor_loader(x, y, batch_size=16, shuffle=True),
         outliers,
@@ -100,12 +105,46 @@ def test_every_objective_reduces_its_loss(name: str) -> None:
     )
     rows = result.history
     assert len(rows) == 6
-    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    last = -1 if name != "abnormality" else 3  # then it has another loss
+    assert rows[last]["loss"] < 0.9 * rows[0]["loss"]
     assert rows[-1]["val_accuracy"] > 0.8  # energy has other aims too
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
-    after = trainer.objective.parameters()
-    assert all(not torch.equal(p, q) for p, q in zip(after, before, strict=True))
     assert not model.training
+
+
+def test_abnormality_learns_in_two_phases_and_can_score() -> None:
+    x, y = blobs(200)
+    x = x.view(-1, 1, 4, 4)
+    how = config(objective="abnormality", schedule="constant", lr=0.05, epochs=12, log_every=999)
+    model, states = make_model("abnormality"), []
+
+    def keep(epoch: int) -> None:
+        if epoch in (8, 12):
+            states.append(weights(model))
+
+    trainer = Trainer(model, config=how, on_epoch=keep)
+    result = trainer.fit(tensor_loader(x, y, batch_size=16, shuffle=True))
+    losses = [row["loss"] for row in result.history]
+    assert losses[7] < 0.9 * losses[0]
+    assert losses[11] < 0.9 * losses[8]
+    assert torch.equal(*states)  # frozen in the second phase
+    objective = trainer.objective
+    assert isinstance(objective, AbnormalityObjective)
+    noisy = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    clean, abnormal = objective.detector.score(x), objective.detector.score(noisy)
+    assert (clean > abnormal).float().mean() > 0.8
+
+
+def test_synthetic_trains_the_networks_it_is_given() -> None:
+    x, y = blobs(64)
+    networks = Generator(size=4, channels=1), Discriminator(size=4, channels=1)
+    before = [p.clone() for network in networks for p in network.parameters()]
+    model = make_model("softmax")
+    objective = SyntheticObjective(*networks)
+    Trainer(model, objective, config()).fit(tensor_loader(x.view(-1, 1, 4, 4), y, batch_size=16))
+    after = [p for network in networks for p in network.parameters()]
+    assert all(not torch.equal(p, q) for p, q in zip(after, before, strict=True))
+    assert not any(p.requires_grad for p in after)
 
 
 def test_plain_loop_gives_the_same_weights() -> None:
@@ -144,7 +183,7 @@ def test_mos_predicts_class_ids() -> None:
 def test_mixup_mixes_inputs_and_losses(name: str) -> None:
     objective = make_objective(name, {"mixup": 0.5})
     model = make_model(name)
-    objective.prepare(model)
+    objective.prepare(model, lambda: blobs(8)[0])
     x, y = blobs(8)
     torch.manual_seed(3)
     loss, _ = objective.step(model, x, y, None, None)  # type: ignore[arg-type]
@@ -316,8 +355,7 @@ def test_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["softmax", "dos", "synthetic"])
 def test_bfloat16(name: str) -> None:
-    options = {"size": 4, "channels": 1} if name == "synthetic" else {}
-    how = config(objective=name, options=options, precision="bf16-mixed", epochs=5, log_every=99)
+    how = config(objective=name, precision="bf16-mixed", epochs=5, log_every=99)
     model = make_model(name)
     dtypes = set()
     layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
@@ -384,6 +422,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
         "ntom",
         "poem",
         "confidence",
+        "abnormality",
         "synthetic",
         "interrupt",
     ]
@@ -403,9 +442,9 @@ def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "ddp.json").read_text())
-    for name in ("softmax", "mos", "oe", "ntom"):
+    for name in ("softmax", "oe", "ntom"):
         model = make_model(name)
-        how = config(objective=name, accumulate=2, log_every=1)
+        how = config(objective=name, accumulate=2, log_every=1, schedule="constant")
         trainer = Trainer(model, config=how)
         outliers = None if trainer.objective.outliers is None else outlier_loader(8)
         result = trainer.fit(loader(100, 8), outliers, loader(100, 9))
@@ -413,11 +452,12 @@ def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
             assert here == pytest.approx(there, rel=2e-4, abs=1e-5)
         there = torch.tensor(found[name]["weights"])
         torch.testing.assert_close(weights(model), there, rtol=1e-3, atol=1e-4)
-    assert found["same on ranks"]
+    assert all(found["same on processes"])
     assert found["resumed"]
     for name in ("dos", "confidence", "synthetic"):
         losses = [row["loss"] for row in found[name]["history"]]
-        assert losses[-1] < losses[0]
+        assert sum(losses[7:]) < sum(losses[:7])
+    assert len(found["abnormality"]["history"]) == 14
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -641,8 +681,13 @@ def test_unfit_models_and_objectives() -> None:
         fit(make_model("softmax"), config(objective="mos"))
     with pytest.raises(ValueError, match=r"must give \(logits, confidence\), got logits alone"):
         fit(make_model("softmax"), config(objective="confidence"))
-    with pytest.raises(ValueError, match=r"generator must give \(16, 16\)"):
-        fit(make_model("softmax"), config(objective="synthetic", options={"size": 4}))
+    with pytest.raises(
+        ValueError, match=r"generator and discriminator must be given .* \(16, 16\)"
+    ):
+        fit(make_model("softmax"), config(objective="synthetic"))
+    other = SyntheticObjective(Generator(size=4), Discriminator(size=4))
+    with pytest.raises(ValueError, match=r"generator must give \(16, 16\), .* got \(16, 3, 4, 4"):
+        Trainer(make_model("softmax"), other, config()).fit(loader())
     with pytest.raises(ValueError, match=r"name must be one of softmax, mos, .* got 'soft'"):
         fit(make_model("softmax"), config(objective="soft"))
     with pytest.raises(ValueError, match=r"make_objective: oe: .*unexpected keyword"):
