@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from oodkernels import Groups
-    from oodkernels.training import TrainConfig
 
-ABNORMALITY = "abnormality"
 _ABSENT = ("absent-class", "dos", "ntom")
 _CANDIDATES = {"dos": 6}
 """Outliers read for each ID sample: DOS selects one of six (Jiang et al., ICLR 2024)."""
@@ -48,7 +46,7 @@ class Name(str, Enum):
     poem = "poem"
     confidence = "confidence"
     synthetic = "synthetic"
-    abnormality = ABNORMALITY
+    abnormality = "abnormality"
 
 
 class Optimizer(str, Enum):
@@ -198,12 +196,13 @@ def train(
     if (name == "mos") != (groups is not None):
         what = "is needed" if name == "mos" else "is of no use"
         raise typer.BadParameter(f"{what} for --objective {name}", param_hint="'--groups'")
-    if model is None and name in ("synthetic", ABNORMALITY):
+    if model is None and name in ("synthetic", "abnormality"):
         raise typer.BadParameter(f"is needed for --objective {name}", param_hint="'--model'")
     if epochs is not None and steps is not None:
         raise typer.BadParameter("give --epochs or --steps, not both", param_hint="'--steps'")
     options = {key: parse_toml(text) for key, text in pairs("--option", option or ()).items()}
     require_writable(out)
+    from oodkernels.objectives import AbnormalityObjective, MOSObjective
     from oodkernels.training import TrainConfig, Trainer, load_weights
 
     found_groups = None if groups is None else read_groups(groups)
@@ -217,12 +216,10 @@ def train(
         count = found_groups.width if found_groups is not None else classes
         if count is not None and name in _ABSENT:
             count += 1
-        network, loaders = _on_images(
-            name, model, weights, given, sizes, count, size, workers, options
-        )
+        network, loaders = _on_images(name, model, weights, given, sizes, count, size, workers)
     settings = TrainConfig(
-        objective="softmax" if name == ABNORMALITY else name,
-        options={} if name in ("mos", ABNORMALITY) else options,
+        objective=name,
+        options={} if name == "mos" else options,
         epochs=epochs,
         steps=steps,
         optimizer=optimizer.value,
@@ -242,22 +239,17 @@ def train(
     )
     if resume or not (out / "last.pt").exists():  # else it is refused
         write_config(ctx, out)
-    if name == ABNORMALITY:
-        _abnormality(network, loaders["train"], settings, options, out)
-        return
-    made = None
-    if found_groups is not None:
-        from oodkernels.objectives import MOSObjective
-
-        made = MOSObjective(found_groups, **options)
+    made = None if found_groups is None else MOSObjective(found_groups, **options)
     trainer = Trainer(network, made, settings, folder=out, progress=not quiet)
     result = trainer.fit(
         loaders["train"], loaders.get("outliers"), loaders.get("val"), resume=resume
     )
-    best = result.best_path or result.last_path
-    assert best is not None
     if not trainer.fabric.is_global_zero:
         return
+    if isinstance(trainer.objective, AbnormalityObjective):
+        trainer.objective.detector.save(out / "abnormality.safetensors")
+    best = result.best_path or result.last_path
+    assert best is not None
     load_weights(network.cpu(), best)
     path = _save(network, out)
     last = result.history[-1]
@@ -324,7 +316,6 @@ def _on_images(
     columns: int | None,
     size: int,
     workers: int,
-    options: dict[str, Any],
 ) -> tuple[nn.Module, dict[str, DataLoader[Any]]]:
     """A model, and loaders of the images it is trained on."""
     from torch.utils.data import DataLoader
@@ -334,7 +325,6 @@ def _on_images(
     network, transform = load_model(spec, weights, columns)
     if name == "synthetic":  # whose generator makes images of values in [0, 1]
         transform = transform or ToTensor(size, mean=(0, 0, 0), std=(1, 1, 1))
-        options.setdefault("size", size)
     loaders = {}
     for key, source in sources.items():
         images = open_images(source, transform or ToTensor(size))
@@ -354,25 +344,6 @@ def _pairs(samples: Sequence[Any]) -> Any:
 
     images, labels, _ = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)
-
-
-def _abnormality(
-    network: nn.Module,
-    loader: DataLoader[Any],
-    settings: TrainConfig,
-    options: dict[str, Any],
-    out: Path,
-) -> None:
-    from oodkernels.detectors import AbnormalityModule
-
-    if settings.epochs is None:
-        raise typer.BadParameter("give --epochs for abnormality", param_hint="'--steps'")
-    rounds = (settings.epochs, -(-settings.epochs // 2))
-    detector = AbnormalityModule(epochs=rounds, seed=settings.seed, model=network, **options)
-    detector.fit(loader)
-    detector.save(out / "abnormality.safetensors")
-    typer.echo(_save(network, out))
-    typer.echo(out / "abnormality.safetensors")
 
 
 def _save(network: nn.Module, out: Path) -> Path:
