@@ -1,6 +1,6 @@
 """Evaluation of detectors: every score of every data set in one pass, and what came of it.
 
-Needs the extra ``metrics`` where scores are streamed or reliability is asked for.
+Needs the extra ``metrics`` where scores are streamed or the ID set has labels.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Levels(NamedTuple):
     n_ood: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """Scores of one detector on every test set.
 
@@ -111,7 +111,7 @@ class Method:
         return Levels(values, n_id, np.bincount(place[len(inside) :], minlength=len(values)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamedMethod:
     """What a metric of fixed size knows of one detector's scores; reads like :class:`Method`.
 
@@ -198,7 +198,7 @@ class Sweep:
     y: str = "FPR95"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What :func:`evaluate` found; prints the table of results.
 
@@ -426,6 +426,7 @@ def evaluate(
             (with set, sample and where the NaN comes from), a label is no class id, or a detector
             is unknown, not fitted, or needs what the batches do not have.
         TypeError: A batch is none of the above.
+        ImportError: torchmetrics is needed and missing.
     """
     if id_loader is None or ood_loaders is None:
         return _of_scores(model_or_scores, model_name, convention)
@@ -541,14 +542,19 @@ def _to_numpy(scores: Any) -> Array:
     return np.asarray(scores).reshape(-1)
 
 
-class Part(NamedTuple):
-    """A batch of a data set."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A batch of a data set.
+
+    Attributes:
+        batch: As detectors read it.
+        scores: (N,) scores that were there already.
+        labels: (N,) class ids.
+    """
 
     batch: Batch
     scores: Tensor | None = None
-    """(N,) scores that were there already."""
     labels: Tensor | None = None
-    """(N,) class ids."""
 
     def __len__(self) -> int:
         return len(self.batch if self.scores is None else self.scores)
