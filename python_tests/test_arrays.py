@@ -138,14 +138,22 @@ def test_labels_from_another_file_must_be_as_many(tmp_path: Path) -> None:
 
 def test_columns_by_name(tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
-    path.write_text("path;energy;msp\na.jpg;1.5;0.5\nb.jpg;-2;1\n")
+    path.write_text("path;energy;msp\na.jpg;1.5;1\nb.jpg;-2;0\n")
     assert set(open_arrays(path)) == {"energy", "msp"}
     samples = open_samples(path, columns={"scores": "energy"})
     assert samples.read("scores").tolist() == [1.5, -2]
     with pytest.raises(ValueError, match=r"has no column 'mos', only energy, msp"):
         open_samples(path, columns={"scores": "mos"})
-    with pytest.raises(ValueError, match="must hold logits, features or scores, got energy, msp"):
-        open_samples(path)
+    assert set(open_samples(path).arrays) == {"energy"}  # msp is made of integers
+    path.write_text("path;energy;msp\na.jpg;1.5;1\nb.jpg;-2;0.5\n")
+    samples = open_samples(path)
+    assert {name: samples.read(name).tolist() for name in samples.arrays} == {
+        "energy": [1.5, -2],
+        "msp": [1, 0.5],
+    }
+    (tmp_path / "n.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="must hold logits, features or scores, got a, b"):
+        open_samples(tmp_path / "n.csv")
 
 
 def test_csv_without_a_header(tmp_path: Path) -> None:

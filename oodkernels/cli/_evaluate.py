@@ -177,7 +177,9 @@ def evaluate(
 
         oodk eval --id val.safetensors --ood inat=inat.safetensors --groups groups.json
 
-    Scores from elsewhere, in columns of a table:
+    Scores, such as those of `oodk score`; all columns of the tables, or one:
+
+        oodk eval --id id.csv --ood ood.csv
 
         oodk eval --id id.csv --ood ood.csv --column scores=energy
 
@@ -386,7 +388,7 @@ class _Common:
         names = self.names
         if not names and (self.head is not None or "logits" in samples.arrays):
             names = [*DEFAULT_DETECTORS] if self.groups is None else ["mos", "mos-log-odds"]
-        elif not names and "scores" not in samples.arrays:
+        elif not names and not samples.arrays.keys() - {"features", "labels"}:
             raise typer.BadParameter("is needed for features", param_hint="'--detector'")
         chosen: dict[str, OODDetector | str] = {}
         for name in names:
