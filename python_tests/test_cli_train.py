@@ -175,7 +175,8 @@ def test_a_model_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obje
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
     given = ("--model", "image_models:make", "--data", "images", "--size", 8, "--out", "run")
     given = (*given, "--objective", objective, "--epochs", 3, "--batch-size", 8)
-    found = oodk("train", *given, "--accelerator", "cpu", "--quiet")
+    more = ("--augment",) if objective == "softmax" else ()
+    found = oodk("train", *given, *more, "--accelerator", "cpu", "--quiet")
     assert found.exit_code == 0, found.output
     state = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert not torch.equal(state["3.weight"], torch.zeros(2, 16))
@@ -184,6 +185,10 @@ def test_a_model_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obje
         detector = OODDetector.load(tmp_path / "run" / "abnormality.safetensors", model)
         x = ToTensor(8)(Image.open("images/dark/0.png"))[None]
         assert detector.score(x).isfinite().all()
+    flat = ("--model", "image_models:make", "--data", "images/dark", "--out", "x", "--size", 8)
+    found = oodk("train", *flat)
+    assert found.exit_code == 1
+    assert "images/dark: images must have labels" in plain(found)
     given = ("--model", "image_models:make", "--weights", "run/model.pt", "--size", 8)
     found = oodk("extract", *given, "--data", "images", "--out", "features")
     assert found.exit_code == 0, found.output
