@@ -100,6 +100,31 @@ def split_score(logits: Tensor, sizes: list[int], first: Tensor) -> Tensor:
     return -(logits[:, first] - lse).amin(-1).exp()
 
 
+# --- Outlier Exposure: the first len(target) rows are ID ---------------------------------------
+
+
+def official_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """The training loop of the OE code base (outlier-exposure)."""
+    n = len(target)
+    loss = F.cross_entropy(logits[:n], target)
+    return loss + 0.5 * -(logits[n:].mean(1) - torch.logsumexp(logits[n:], dim=1)).mean()
+
+
+def softmax_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """One log-softmax of all rows."""
+    n = len(target)
+    log_p = logits.log_softmax(1)
+    return F.nll_loss(log_p[:n], target) - 0.5 * log_p[n:].mean()
+
+
+def logsumexp_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """One log-sum-exp of all rows, and a weight a row."""
+    n = len(target)
+    lse = logits.logsumexp(1)
+    loss = (lse[:n] - logits[:n].gather(1, target[:, None])[:, 0]).mean()
+    return loss + 0.5 * (lse[n:] - logits[n:].mean(1)).mean()
+
+
 # --- (FPR95, AUROC, AUPR-in, AUPR-out) of ID scores x and OOD scores y ----------------------------
 
 
