@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -34,7 +34,13 @@ from torch.utils.data import (
 
 from oodkernels._files import replacing, write_text
 from oodkernels._loading import Batch, Batches, rng_state, seeded, set_rng_state
-from oodkernels.objectives import Context, Objective, PoolObjective, make_objective
+from oodkernels.objectives import (
+    OBJECTIVES,
+    Context,
+    Objective,
+    PoolObjective,
+    make_objective,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -210,7 +216,8 @@ class Trainer:
     Args:
         model: x -> logits, trained in place. Objectives that read features take the input of its
             last linear layer.
-        objective: What to minimise; None: as the configuration names it.
+        objective: What to minimise, or its name in :data:`oodkernels.objectives.OBJECTIVES`; None:
+            as the configuration names it.
         config: How; None: all defaults.
         optimizer: Parameters -> optimiser; None: as the configuration has it.
         folder: Where to write; None: nowhere.
@@ -219,15 +226,21 @@ class Trainer:
         loggers: Of Lightning Fabric, given every row of the log.
         on_epoch: Called with the number of epochs done.
 
+    Example:
+        >>> config = TrainConfig(epochs=100, lr=0.1, schedule="step", weight_decay=1e-4)
+        >>> trainer = Trainer(model, "dos", config, folder="run", progress=True)
+        >>> trainer.fit(id_loader, candidate_loader, val_loader, resume=True)
+
     Raises:
         ModuleNotFoundError: lightning-fabric is missing.
         TypeError: ``model`` is no ``nn.Module``.
+        ValueError: Unknown objective or options, or ``tensorboard`` without a folder.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective | None = None,
+        objective: Objective | str | None = None,
         config: TrainConfig | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -242,8 +255,16 @@ class Trainer:
         if tensorboard and folder is None:
             raise ValueError("Trainer: tensorboard must have a folder to write to, got None")
         self.model = model
-        self.config = config or TrainConfig()
-        self.objective = objective or make_objective(self.config.objective, self.config.options)
+        config = config or TrainConfig()
+        if isinstance(objective, Objective):
+            # Whatever the configuration says.
+            kind = type(objective)
+            names = [name for name, made in OBJECTIVES.items() if made is kind]
+            config = replace(config, objective=(names or [kind.__name__])[0], options={})
+        else:
+            config = replace(config, objective=objective or config.objective)
+            objective = make_objective(config.objective, config.options)
+        self.config, self.objective = config, objective
         self.folder = None if folder is None else Path(folder)
         self.ema: AveragedModel | None = None
         self._optimizer = optimizer or self._default_optimizer
@@ -307,6 +328,18 @@ class _Step(nn.Module):
         return self.objective.step(self.model, x, y, outliers, context)
 
 
+class _Data(NamedTuple):
+    """A batch, on the device."""
+
+    x: Tensor
+    y: Tensor
+    outliers: Tensor | None
+    counted: int
+    """Samples that count."""
+    samples: Any
+    """Their indices."""
+
+
 class _Run:
     """One call of :meth:`Trainer.fit`."""
 
@@ -333,6 +366,12 @@ class _Run:
                     "got None"
                 )
             self.outliers = Batches(outlier_loader, "outlier", seed + 1)
+            mined = isinstance(self.objective, PoolObjective)
+            if mined and (self.train.iterable or self.outliers.iterable):
+                raise ValueError(
+                    "Trainer.fit: data sets must have indices for a pool to be mined, got an "
+                    "IterableDataset"
+                )
         elif outlier_loader is not None:
             raise ValueError(
                 f"Trainer.fit: {type(self.objective).__name__} takes no outliers, got an "
@@ -383,6 +422,8 @@ class _Run:
             if checkpoint is not None:
                 self._restore(checkpoint)
             self.loggers = [*trainer._loggers, *self._tensorboard()]
+            for logger in self.loggers:
+                stack.callback(logger.finalize, "finished")
             interrupted = stack.enter_context(_sigint())
             show = stack.enter_context(self._bar())
             self._loop(interrupted, show)
@@ -417,7 +458,15 @@ class _Run:
                     self._mine(epoch)
                 if outliers is None or (pooled and position == 0):
                     outliers = self._read_outliers(epoch if pooled else None)
-            figures = self._train_step(context, train, outliers)
+            try:
+                batches = self._fetch(train, outliers)
+            except RuntimeError:
+                if not interrupted.wanted or self.world > 1:
+                    raise
+                # An iterable data set's workers got the Ctrl-C too.
+                self._save("last.pt")
+                raise KeyboardInterrupt(self._farewell()) from None
+            figures = self._train_step(context, batches)
             self.step += 1
             show(self.step, figures["loss"])
             for name, value in figures.items():
@@ -438,30 +487,30 @@ class _Run:
             if stop and self.step < self.steps:
                 raise KeyboardInterrupt(self._farewell())
 
-    def _train_step(
-        self, context: Context, train: Iterator[Batch], outliers: Iterator[Batch] | None
-    ) -> dict[str, float]:
-        fabric = self.fabric
-        _, real = self._share(self.step)
+    def _fetch(self, train: Iterator[Batch], outliers: Iterator[Batch] | None) -> list[_Data]:
         batches = []
-        for _ in real:
+        for real in self._share(self.step)[1]:
             batch = next(train)
             x, y = self._unpack(batch, self.train)
-            if y is None:
-                raise ValueError("Trainer.fit: the training loader must give (x, y), got x alone")
-            batches.append((x, y, None if outliers is None else self._outliers(outliers), batch))
-        counts = [len(y) * r for (_, y, _, _), r in zip(batches, real, strict=True)]
-        total = self._sum(torch.tensor(float(sum(counts)))).item()
+            o = None
+            if outliers is not None:
+                assert self.outliers is not None
+                o, _ = self._unpack(next(outliers), self.outliers)
+            batches.append(_Data(x, self._labels(y, self.train), o, len(x) * real, batch.samples))
+        return batches
 
+    def _train_step(self, context: Context, batches: Sequence[_Data]) -> dict[str, float]:
+        fabric = self.fabric
+        total = self._sum(torch.tensor(float(sum(b.counted for b in batches)))).item()
         figures: dict[str, Tensor] = {}
-        for i, (count, (x, y, o, _)) in enumerate(zip(counts, batches, strict=True)):
+        for i, batch in enumerate(batches):
             with fabric.no_backward_sync(self.module, enabled=i + 1 < len(batches)):
-                loss, logs = self.module(x, y, o, context)
-                share = count / total
+                loss, logs = self.module(batch.x, batch.y, batch.outliers, context)
+                share = batch.counted / total
                 # DDP takes the mean over processes.
                 fabric.backward(loss * (share * self.world))
             for name, value in {"loss": loss, **logs}.items():
-                value = value.detach().double() * share
+                value = value.detach().float() * share
                 figures[name] = figures[name] + value if name in figures else value
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -470,7 +519,7 @@ class _Run:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 what = "loss" if name == "loss" else "norm of the gradient"
-                samples = [b.samples for *_, b in batches]
+                samples = [batch.samples for batch in batches]
                 raise FloatingPointError(
                     f"Trainer.fit: the {what} is {values[name]} at step {self.step} (epoch "
                     f"{context.epoch}), training samples {_shorten(samples)}; the weights are "
@@ -531,12 +580,7 @@ class _Run:
         )
         return source.read(numbers, self._drawn(self.step))
 
-    def _outliers(self, outliers: Iterator[Batch]) -> Tensor:
-        assert self.outliers is not None
-        x, _ = self._unpack(next(outliers), self.outliers)
-        return x
-
-    def _unpack(self, batch: Batch, source: Batches) -> tuple[Tensor, Tensor | None]:
+    def _unpack(self, batch: Batch, source: Batches) -> tuple[Tensor, Any]:
         data = batch.data
         x, y = data, None
         if isinstance(data, (tuple, list)) and data:
@@ -546,15 +590,17 @@ class _Run:
                 f"Trainer.fit: the {source.name} loader must give tensors x or (x, y, ...), got "
                 f"{type(data).__name__}"
             )
-        if source is not self.outliers and y is not None:
-            if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != x.shape[:1]:
-                found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-                raise TypeError(
-                    f"Trainer.fit: the {source.name} loader must give integer labels "
-                    f"({len(x)},), got {found}"
-                )
-            return self.fabric.to_device((x, y.long()))
-        return self.fabric.to_device(x), None
+        x, y = self.fabric.to_device((x, y))
+        return self.fabric.strategy.precision.convert_input(x), y
+
+    def _labels(self, y: Any, source: Batches) -> Tensor:
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1:
+            found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(
+                f"Trainer.fit: the {source.name} loader must give (x, y, ...) with integer labels "
+                f"(N,), got {found} for them"
+            )
+        return y.long()
 
     # Mining from a pool
 
@@ -563,40 +609,38 @@ class _Run:
         objective, source = self.objective, self.outliers
         assert isinstance(objective, PoolObjective)
         assert source is not None
-        n_train = len(self.train.loader.dataset)  # type: ignore[arg-type]
-        pool = torch.arange(len(source.loader.dataset))  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(self.config.seed + epoch)
+        pool, train = source.samples_of(epoch), self.train.samples_of(epoch)
         if objective.candidates is not None:
+            generator = torch.Generator().manual_seed(self.config.seed + epoch)
             pool = pool[torch.randperm(len(pool), generator=generator)[: objective.candidates]]
-        found = self._outputs(objective, source, pool)
+        samples, features, logits = self._outputs(objective, source, pool)
         trained = None
         if objective.reads_training_data:
-            trained = self._outputs(objective, self.train, torch.arange(n_train))[1]
-        objective.mine(*found, trained, round(objective.per_sample * n_train))
+            trained = self._outputs(objective, self.train, train)[1]
+        n = max(round(objective.per_sample * len(train)), 1)
+        objective.mine(samples, features, logits, trained, n)
 
     def _outputs(
         self, objective: PoolObjective, source: Batches, samples: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples in ascending order, their features and logits, by all processes together."""
-        model = self.trainer.model
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Samples in ascending order, features and logits as needed, by all processes together."""
         batches = Batches(source.loader, source.name, source.seed, samples)
-        rows: list[Tensor] = []
-        features: list[Tensor] = []
-        logits: list[Tensor] = []
+        parts: list[list[Tensor]] = [[], [], []]
         with torch.no_grad(), self.fabric.autocast():
             for batch in batches.read(range(self.rank, batches.per_epoch or 0, self.world)):
                 x, _ = self._unpack(batch, source)
-                found = objective.read(model, x)
-                rows.append(torch.tensor(batch.samples))
-                features.append(found[0].cpu())
-                logits.append(found[1].cpu())
-        parts = [_cat(rows), _cat(features), _cat(logits)]
+                found = objective.read(self.trainer.model, x)
+                for part, values in zip(parts, (torch.tensor(batch.samples), *found), strict=True):
+                    if values is not None:
+                        part.append(values.cpu())
         if self.world > 1:
             shares: list[Any] = [None] * self.world
             torch.distributed.all_gather_object(shares, parts)
-            parts = [_cat([s[i] for s in shares if len(s[0])]) for i in range(3)]
-        order = parts[0].argsort()
-        return parts[0][order], parts[1][order], parts[2][order]
+            parts = [[t for share in shares for t in share[i]] for i in range(3)]
+        order = torch.cat(parts[0]).argsort()
+        rows, features, logits = (torch.cat(part)[order] if part else None for part in parts)
+        assert rows is not None
+        return rows, features, logits
 
     # Validation and log
 
@@ -611,19 +655,14 @@ class _Run:
         training = model.training
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
-        own = range(source.per_epoch)[self.rank :: 1 if source.iterable else self.world]
-        if source.iterable:
-            own = range(source.per_epoch)
-        for batch in source.read(own):
+        own = range(source.per_epoch)
+        for batch in source.read(own if source.iterable else own[self.rank :: self.world]):
             x, y = self._unpack(batch, source)
-            if y is None:
-                raise ValueError("Trainer.fit: the validation loader must give (x, y), got x alone")
+            y = self._labels(y, source)
             with self.fabric.autocast():
                 loss, labels = self.objective.validate(model, x, y)
-            right = (labels == y).sum()
-            sums += torch.stack(
-                [loss.double() * len(y), right.double(), y.new_tensor(len(y))]
-            ).cpu()
+            right = (labels == y).sum().item()
+            sums += torch.tensor([loss.item() * len(y), right, len(y)], dtype=sums.dtype)
         model.train(training)
         loss_sum, right_sum, n = self._sum(sums).tolist()
         return {"val_loss": loss_sum / n, "val_accuracy": right_sum / n}
@@ -673,7 +712,6 @@ class _Run:
             "format": _FORMAT,
             "version": _VERSION,
             "config": self.config.to_dict(),
-            "objective": type(self.objective).__name__,
             "step": self.step,
             "batches": self.batches,
             "window": self.window,
@@ -702,18 +740,18 @@ class _Run:
                 for left in last.parent.glob(".*.tmp"):
                     left.unlink(missing_ok=True)
         self.fabric.barrier()
-        if isinstance(resume, bool):
-            there = last is not None and last.exists()
-            if resume and last is None:
-                raise ValueError("Trainer.fit: resume=True must have a folder, got None")
-            if there and not resume:
+        path = Path(resume) if not isinstance(resume, bool) else last if resume else None
+        if resume and path is None:
+            raise ValueError("Trainer.fit: resume=True must have a folder, got None")
+        if last is not None and last.exists():
+            if path is None or path.parent.resolve() != last.parent.resolve():
                 raise ValueError(
                     f"Trainer.fit: {self.trainer.folder} holds a run: go on with it by "
                     "resume=True, or give another folder"
                 )
-            checkpoint = load_checkpoint(last) if there and last is not None else None
-        else:
-            checkpoint = load_checkpoint(resume)
+        elif resume is True:
+            path = None
+        checkpoint = None if path is None else load_checkpoint(path)
         if checkpoint is not None:
             self._check(checkpoint)
         config = self._path("train.toml")
@@ -729,7 +767,6 @@ class _Run:
                 f"TrainConfig.{name}": (then.get(name), now.get(name))
                 for name in sorted((then.keys() | now.keys()) - _FREE)
             },
-            "objective": (checkpoint["objective"], type(self.objective).__name__),
             "batches an epoch": (checkpoint["batches"], self.batches),
             "batches a step": (checkpoint["window"], self.window),
         }
@@ -1055,10 +1092,6 @@ def _os_error(error: BaseException) -> OSError | None:
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
     return found
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.empty(0)
 
 
 def _shorten(samples: Sequence[Any], most: int = 10) -> str:

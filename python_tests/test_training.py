@@ -25,13 +25,14 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
 pytest.importorskip("lightning_fabric")
 
-from training_runs import CLASSES, WIDTH, blobs, make_model, make_outliers
+from training_runs import CASES, CLASSES, WIDTH, blobs, make_model, make_outliers
 
 from oodkernels import Groups, MOSHead, dos_select
 from oodkernels._loading import Batches
@@ -40,6 +41,7 @@ from oodkernels.objectives import (
     OBJECTIVES,
     AbnormalityObjective,
     OutlierObjective,
+    SoftmaxObjective,
     SyntheticObjective,
     make_objective,
 )
@@ -252,7 +254,8 @@ def test_pool_is_mined_once_an_epoch_and_trained_on(monkeypatch: pytest.MonkeyPa
         mine(*args)
         pools.append(objective.pool)
         assert torch.equal(args[0], torch.arange(len(make_outliers())))
-        assert args[1].shape == (len(make_outliers()), 24)
+        assert args[1] is None
+        assert args[2].shape == (len(make_outliers()), CLASSES + 1)
 
     monkeypatch.setattr(objective, "step", watch_step)
     monkeypatch.setattr(objective, "mine", watch_mine)
@@ -353,6 +356,34 @@ def test_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
     assert torch.equal(weights(loaded), weights(model))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)]
+)
+def test_true_precisions_reach_validation_and_mining(precision: Any, dtype: torch.dtype) -> None:
+    model = make_model("ntom")
+    trainer = Trainer(model, "ntom", config(precision=precision))
+    result = trainer.fit(loader(), outlier_loader(), loader())
+    assert weights(model).dtype == dtype
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert math.isfinite(result.history[-1]["val_loss"])
+
+
+def test_pool_and_training_data_are_those_of_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(make_model("poem"), "poem", config(epochs=1))
+    seen: list[Any] = []
+    monkeypatch.setattr(trainer.objective, "mine", lambda *args: seen.extend(args))
+    trainer.objective.pool = torch.arange(4)  # type: ignore[assignment]
+    ids = DataLoader(TensorDataset(*blobs(100)), 8, sampler=SubsetRandomSampler(range(5, 45)))
+    pool = DataLoader(make_outliers(), 8, sampler=SubsetRandomSampler(range(100, 160)))
+    trainer.fit(ids, pool)
+    assert torch.equal(seen[0], torch.arange(100, 160))
+    assert len(seen[1]) == 60
+    body = make_model("poem")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(seen[3], body(blobs(100)[0][5:45]))
+    assert seen[4] == 40
+
+
 @pytest.mark.parametrize("name", ["softmax", "dos", "synthetic"])
 def test_bfloat16(name: str) -> None:
     how = config(objective=name, precision="bf16-mixed", epochs=5, log_every=99)
@@ -410,25 +441,17 @@ def test_global_random_numbers_are_left_alone() -> None:
 # --- resuming -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     """SIGKILL between checkpoints and while one is written; SIGINT to a run with workers."""
     done = python("training_runs.py", "kill", str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "softmax",
-        "softmax-writing",
-        "dos",
-        "ntom",
-        "poem",
-        "confidence",
-        "abnormality",
-        "synthetic",
-        "interrupt",
-    ]
+    assert [line.split()[0] for line in lines] == [*CASES, "interrupt"]
     assert all(line.endswith("same") for line in lines), done.stdout
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
     done = python(
         "-m",
@@ -500,6 +523,12 @@ def test_resume_refuses_what_is_not_the_run(tmp_path: Path) -> None:
         Trainer(make_model("softmax"), config=config(), folder=tmp_path).fit(
             loader(200), resume=True
         )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "last.pt").touch()
+    with pytest.raises(ValueError, match="other holds a run: go on with it by"):
+        Trainer(make_model("softmax"), config=config(), folder=tmp_path / "other").fit(
+            loader(), resume=tmp_path / "last.pt"
+        )
     with pytest.raises(ValueError, match="resume=True must have a folder"):
         fit(make_model("softmax"), config(), None, resume=True)
     fit(make_model("softmax"), config(), tmp_path / "new", resume=True)
@@ -509,7 +538,12 @@ def test_more_epochs_than_before(tmp_path: Path) -> None:
     model, straight = make_model("softmax"), make_model("softmax")
     how = config(schedule="constant", epochs=1)
     fit(model, how, tmp_path)
-    trainer = fit(model, replace(how, epochs=3), tmp_path, resume=True)
+    (tmp_path / "new").mkdir()
+    Trainer(model, config=replace(how, epochs=2), folder=tmp_path / "new").fit(
+        loader(), resume=tmp_path / "last.pt"
+    )
+    trainer = Trainer(model, config=replace(how, epochs=3), folder=tmp_path / "new")
+    trainer.fit(loader(), resume=True)
     fit(straight, replace(how, epochs=3))
     assert torch.equal(weights(model), weights(straight))
     again = trainer.fit(loader(), resume=True)  # nothing left to do
@@ -651,11 +685,11 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     ("train", "error", "match"),
     [
         ([1, 2], TypeError, "training loader must be a torch DataLoader, got list"),
-        (tensor_loader(blobs(9)[0], batch_size=4), ValueError, r"must give \(x, y\), got x alone"),
+        (tensor_loader(blobs(9)[0], batch_size=4), TypeError, "labels .* got NoneType for them"),
         (
             tensor_loader(blobs(9)[0], blobs(9)[1].float(), batch_size=4),
             TypeError,
-            r"must give integer labels \(4,\), got torch.float32 \(4,\)",
+            r"training loader must give .* integer labels \(N,\), got torch.float32 \(4,\)",
         ),
         (DataLoader([{"x": 1.0}] * 4, 2), TypeError, "must give tensors x or .* got dict"),
         (
@@ -808,14 +842,37 @@ def test_iterable_data(tmp_path: Path) -> None:
     assert torch.equal(weights(model), weights(straight))
 
 
-def test_progress_and_loggers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pool_needs_indices() -> None:
+    trainer = Trainer(make_model("ntom"), "ntom", config())
+    with pytest.raises(ValueError, match=r"data sets must have indices .* IterableDataset"):
+        trainer.fit(loader(), DataLoader(_Stream(), 16))
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensorboard must have a folder"):
+        Trainer(make_model("softmax"), tensorboard=True)
+    pytest.importorskip("tensorboard")
+    trainer = Trainer(make_model("softmax"), config=config(), folder=tmp_path, tensorboard=True)
+    trainer.fit(loader())
+    assert list(tmp_path.glob("tensorboard/events.*"))
+
+
+def test_objective_given_is_the_one_recorded() -> None:
+    assert Trainer(make_model("oe"), "oe").config.objective == "oe"
+    trainer = Trainer(make_model("oe"), make_objective("oe", {"weight": 2.0}))
+    assert trainer.config.objective == "OutlierObjective"
+    assert Trainer(make_model("softmax"), SoftmaxObjective(mixup=1)).config.objective == "softmax"
+
+
+def test_progress_and_loggers(capsys: pytest.CaptureFixture[str]) -> None:
     rows = []
 
     class Logger:
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
             rows.append((step, metrics["loss"]))
+
+        def finalize(self, status: str) -> None:
+            rows.append((0, 0.0))
 
     trainer = Trainer(
         make_model("softmax"),
@@ -824,7 +881,7 @@ def test_progress_and_loggers(
         loggers=[Logger()],  # type: ignore[list-item]
     )
     result = trainer.fit(loader())
-    assert rows == [(row["step"], row["loss"]) for row in result.history]
+    assert rows == [*((row["step"], row["loss"]) for row in result.history), (0, 0.0)]
     assert "14/14" in capsys.readouterr().err
 
 
