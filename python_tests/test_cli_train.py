@@ -94,7 +94,10 @@ def test_every_objective_trains_a_head_that_can_be_evaluated(
     given = ("--head", out / "head.safetensors", "--id", data["val"], "-d", detector)
     found = oodk("eval", *given, "--ood", data["outliers"], "--json")
     assert found.exit_code == 0, found.output
+    np.save(tmp_path / "bare.npy", np.load(data["outliers"])["features"])
+    bare = oodk("eval", *given, "--ood", f"outliers={tmp_path / 'bare.npy'}", "--json")
     (row, _) = json.loads(found.stdout)["results"]
+    assert json.loads(bare.stdout)["results"][0] == row
     assert row["id_accuracy"] == (answers.numpy() == val["labels"]).mean()
     assert 0 <= row["auroc"] <= 1
 

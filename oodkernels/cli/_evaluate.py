@@ -72,7 +72,7 @@ KindOption: TypeAlias = Annotated[
     Kind | None,
     typer.Option(
         help="What a file with one array without a telling name holds. By default two dimensions "
-        "are logits, one is scores.",
+        "are logits, with --head features, and one is scores.",
     ),
 ]
 ColumnOption: TypeAlias = Annotated[
@@ -367,9 +367,9 @@ class _Common:
     ) -> None:
         self.names = list(detector or ())
         self.columns = pairs("--column", column or ())
-        self.kind = None if kind is None else kind.value
         self.train = train
         self.head = None if head is None else _load_head(head)
+        self.kind = kind.value if kind is not None else None if head is None else "features"
         self.groups: Groups | None = None if groups is None else read_groups(groups)
         if self.groups is None and self.head is not None:
             self.groups = self.head.groups
