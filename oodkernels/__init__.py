@@ -62,11 +62,13 @@ from oodkernels.ops import (
 from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
+    from oodkernels.arrays import open_samples
     from oodkernels.calibration import (
         CalibrationError,
         expected_calibration_error,
         reliability_diagram,
     )
+    from oodkernels.evaluation import Evaluation, evaluate
     from oodkernels.misclassification import MisclassificationMetrics, misclassification_metrics
     from oodkernels.streaming import OODMetrics
     from oodkernels.threshold import Threshold
@@ -75,13 +77,16 @@ if TYPE_CHECKING:
 # Loaded when asked for: they bring torchmetrics and others that take longer than all the rest.
 _LATER = {
     "CalibrationError": "calibration",
+    "Evaluation": "evaluation",
     "MisclassificationMetrics": "misclassification",
     "OODMetrics": "streaming",
     "Threshold": "threshold",
+    "evaluate": "evaluation",
     "TrainConfig": "training",
     "Trainer": "training",
     "expected_calibration_error": "calibration",
     "misclassification_metrics": "misclassification",
+    "open_samples": "arrays",
     "reliability_diagram": "calibration",
 }
 
@@ -94,6 +99,7 @@ __all__ = [
     "DOSMiner",
     "DOSSelection",
     "EnergyBoundedLoss",
+    "Evaluation",
     "Groups",
     "JointGANLoss",
     "KMeans",
@@ -128,6 +134,7 @@ __all__ = [
     "confidence_loss",
     "dos_select",
     "energy_bounded_loss",
+    "evaluate",
     "expected_calibration_error",
     "extract",
     "joint_gan_loss",
@@ -141,6 +148,7 @@ __all__ = [
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "open_samples",
     "outlier_cross_entropy",
     "outlier_exposure_loss",
     "reliability_diagram",
