@@ -233,7 +233,7 @@ def ops(group: str, mode: str = "bench") -> Callable[[Run, float], dict[str, Any
         finished(status, output, **found)
         wrong = [
             f"{row['op']} {row['shape']} {row['dtype']}: {row['failed']}"
-            for row in found["rows"]
+            for row in found.get("rows", ())
             if "failed" in row
         ]
         if wrong:

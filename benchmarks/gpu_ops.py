@@ -51,7 +51,8 @@ class Row:
     inputs: Sequence[Inputs]  # calls take turns
     nbytes: int = 0  # the least that a call reads and writes
     flop: float = 0.0  # of its matrix products
-    steps: int = 1  # ms are those of one of so many equal steps of a call
+    # ms are those of one of so many equal steps of a call, or of the "iterations" of its figures.
+    steps: int = 1
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     # How far a peer's result is from ours, and how far it may be.
     difference: Callable[[Any, Any], float] | None = None
@@ -591,10 +592,10 @@ def bench(
     limits = report.found["ceilings"] = ceilings(clock, setting)
 
     def ours(row: Row) -> dict[str, Any]:
-        found = measure(clock, row.call, row.inputs, each, row.steps)
-        if row.figures:
-            found["figures"] = row.figures(row.call(*row.inputs[0]))
-        return found | rates(row, found["ms"], limits)
+        figures = row.figures(row.call(*row.inputs[0])) if row.figures else {}
+        steps = int(figures.get("iterations", row.steps))
+        found = measure(clock, row.call, row.inputs, each, steps)
+        return found | rates(row, found["ms"], limits) | {"figures": figures}
 
     def theirs(row: Row, peer: Callable[..., Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}

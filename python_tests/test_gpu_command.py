@@ -368,6 +368,21 @@ def test_bench_reports_what_fails_and_goes_on(tmp_path: Path) -> None:
     assert second["peers"]["fails"] == {"failed": "RuntimeError: no"}
 
 
+def test_bench_divides_by_the_iterations_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_ops, "ceilings", lambda clock, s: {"float32 TFLOP/s": 2e-9})
+    report = gpu_ops.Report(None)
+    options = {"flop": 10_000.0, "steps": 10}
+    rows = [
+        row(lambda x: 1.0, **options),
+        row(lambda x: 1.0, figures=lambda result: {"iterations": 4 * result}, **options),
+    ]
+    gpu_ops.bench(iter(rows), FakeClock(), CPU, report, 0)
+    first, second = report.found["rows"]
+    assert (first["ms"], first["share"]) == pytest.approx((100, 5))
+    assert (second["ms"], second["share"]) == pytest.approx((250, 2))
+    assert second["figures"] == {"iterations": 4}
+
+
 def test_bench_leaves_peers_out_when_time_is_up() -> None:
     report = gpu_ops.Report(None)
     rows = [row(lambda x: x + 1, peers={"slow": lambda x: pytest.fail("called")})]
