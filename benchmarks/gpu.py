@@ -244,14 +244,15 @@ def ops(group: str, mode: str = "bench") -> Callable[[Run, float], dict[str, Any
 
 
 STAGES = [
-    Stage("build", 180, build),
-    Stage("tests", 180, tests),
+    Stage("build", 150, build),
+    Stage("tests", 150, tests),
     Stage("memcheck", 90, sanitizer("memcheck")),
     Stage("racecheck", 110, sanitizer("racecheck")),
     Stage("graphs", 40, ops("graphs", "graphs")),
     Stage("mos", 150, ops("mos"), on_cpu=True),
     Stage("mos_loss", 150, ops("mos_loss"), on_cpu=True),
     Stage("logits", 60, ops("logits"), on_cpu=True),
+    Stage("outlier", 60, ops("outlier"), on_cpu=True),
     Stage("roc", 60, ops("roc"), on_cpu=True),
     Stage("streaming", 40, ops("streaming"), on_cpu=True),
     Stage("kmeans", 90, ops("kmeans"), on_cpu=True),
@@ -313,11 +314,11 @@ def table(result: dict[str, Any]) -> str:
         f"{environment.get('torch')}; "
         + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items())
     )
-    heading = f"{'op':<17} {'shape':<22} {'dtype':<9} {'ms':>9} {'rate':>13} {'share':>6}  peers"
+    heading = f"{'op':<21} {'shape':<22} {'dtype':<9} {'ms':>9} {'rate':>13} {'share':>6}  peers"
     lines += [heading, "-" * len(heading)]
     for stage in STAGES:
         for row in result["stages"].get(stage.name, {}).get("rows", ()):
-            start = f"{row['op']:<17} {row['shape']:<22} {row['dtype']:<9}"
+            start = f"{row['op']:<21} {row['shape']:<22} {row['dtype']:<9}"
             if "ms" not in row:
                 if "failed" in row:
                     lines.append(f"{start} failed: {row['failed'].splitlines()[0]}")

@@ -242,7 +242,7 @@ def mos_loss_rows(s: Setting) -> Iterator[Row]:
         losses = peers.mos_losses(case)
         rows = len(case.target)
         yield Row(
-            "mos_loss forward",
+            "mos_loss fwd",
             shape,
             dtype,
             losses["oodk"],
@@ -282,6 +282,33 @@ def logit_rows(s: Setting) -> Iterator[Row]:
             difference=lambda ours, theirs: far(ours.msp, theirs[0]),
             tolerance=1e-5 if case.logits.dtype == torch.float32 else 2e-2,
             wanted=MOS_WANTED,
+        )
+
+
+def outlier_rows(s: Setting) -> Iterator[Row]:
+    """Outlier Exposure's loss and gradient: a third of the rows is ID, and they come first."""
+    for shape, case, inputs in mos_cases(s):
+        dtype, rows, columns = case.logits.dtype, *case.logits.shape
+        ids = torch.randint(columns, (rows // 3,), device=s.device)
+        target = torch.cat([ids, ids.new_full((rows - len(ids),), -1)])
+
+        def step(loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Callable[..., Tensor]:
+            return partial(peers.gradient, peers.bind(loss, labels))
+
+        yield Row(
+            "outlier_cross_entropy",
+            shape,
+            dtype,
+            step(oodk.outlier_exposure_loss, target),
+            [(z.clone().requires_grad_(),) for (z,) in inputs],
+            3 * case.nbytes,  # as for mos_loss
+            peers={
+                "compiled": step(peers.compiled(peers.softmax_outlier_exposure), ids),
+                "official": step(peers.official_outlier_exposure, ids),
+                "eager": step(peers.softmax_outlier_exposure, ids),
+            },
+            difference=lambda ours, theirs, n=rows: n * far(ours, theirs),
+            tolerance=1e-4 if dtype == torch.float32 else 0.1,
         )
 
 
@@ -545,6 +572,7 @@ GROUPS = {
     "mos": mos_rows,
     "mos_loss": mos_loss_rows,
     "logits": logit_rows,
+    "outlier": outlier_rows,
     "roc": roc_rows,
     "streaming": streaming_rows,
     "kmeans": kmeans_rows,
@@ -672,7 +700,7 @@ def samples(setting: Setting, seconds: float) -> int:
 
     def gradient_too(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
         out = op.call(x.clone().requires_grad_(), *args, **kwargs)
-        out.sum().backward()
+        sum(t.sum() for t in flat(out)).backward()
 
     def calls_of(op: Any) -> Iterator[Callable[[], Any]]:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):

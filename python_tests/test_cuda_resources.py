@@ -133,6 +133,16 @@ def test_occupancy_of_what_is_not_known() -> None:
     assert resources.occupancy(90, 128, Resources(None, 0, 0, 0, 0)) is None
 
 
+def test_spills_that_fail() -> None:
+    row = {"kernel": "f<float, g<float>>", "source": "f.cu", "architecture": 90, "stack": 8}
+    spilling = {**row, "spill_stores": 4, "spill_loads": 0}
+    assert resources.spills([spilling]) == [
+        "f<float, g<float>> (f.cu) on sm_90: 4 bytes of spill stores, 0 of spill loads, 8 of stack"
+    ]
+    assert resources.spills([{**row, "spill_stores": 0, "spill_loads": 0}]) == []
+    assert resources.spills([{**spilling, "kernel": "f<double, g<double>>"}]) == []
+
+
 def test_architectures() -> None:
     known = "".join(f"compute_{n}\n" for n in (75, 80, 86, 89, 90, 100, 103, 120, 121))
     assert resources.architectures(known) == [75, 80, 90, 121]
