@@ -249,9 +249,10 @@ def train(
     )
     if not trainer.fabric.is_global_zero:
         return
+    best = result.best_path or result.last_path
     if isinstance(trainer.objective, AbnormalityObjective):
         trainer.objective.detector.save(out / "abnormality.safetensors")
-    best = result.best_path or result.last_path
+        best = result.last_path  # the best may be of the first phase, which the detector is not
     assert best is not None
     load_weights(network.cpu(), best)
     path = _save(network, out)
