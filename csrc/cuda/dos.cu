@@ -12,7 +12,8 @@ namespace {
 Tensor cluster_argmax(const Tensor& labels, const Tensor& scores, int64_t k, int64_t m) {
   const char* op = "cluster_argmax";
   const ClusterArgs args = cluster_args(op, labels, scores, k, m);
-  check_rows(op, args.n);
+  OODK_CHECK_VALUE(args.n < std::numeric_limits<int32_t>::max(), op,
+      ": scores must have fewer than 2^31 - 1 rows on CUDA, got ", args.n);
   auto sizes = leading(labels, 1);
   sizes.insert(sizes.end(), {k, m});
   Tensor out = empty(sizes, ScalarType::Long, labels);
@@ -40,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dos_select(const Tensor& features, co
   Tensor indices = p.new_output({n_select}, ScalarType::Long);
   const cuda::OnDevice here(features);
   cuda::TensorScratch scratch(features);
-  cuda::kmeans({{here.stream, scratch}}, in,
+  cuda::cluster({here.stream, scratch}, in,
       {int(k), int(n_init), int(trials(0, k)), int(max_iter), tol, false, uint64_t(seed)}, nullptr,
       nullptr, cuda::results(out));
   cuda::select({here.stream, scratch},

@@ -9,6 +9,7 @@
 // few that remain are ranked by comparing all with all.
 #pragma once
 
+#include "cuda/block.cuh"
 #include "cuda/launches.cuh"
 #include "ops/philox.h"
 

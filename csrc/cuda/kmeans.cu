@@ -4,9 +4,16 @@
 
 #include <tuple>
 
+#include "cuda/kmeans_kernel.cuh"
 #include "cuda/kmeans_launch.h"
 
 namespace oodk {
+
+void cuda::cluster(const Launches& on, const KmeansInput& in, const KmeansOptions& options,
+    const int64_t* rows, const void* centroids, const KmeansResults& out) {
+  kmeans({on}, in, options, rows, centroids, out);
+}
+
 namespace {
 
 Tensor kmeans_init(
@@ -42,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& x, const Tensor&
   const void* from = start.tensor.const_data_ptr();
   const cuda::OnDevice here(x);
   cuda::TensorScratch scratch(x);
-  cuda::kmeans({{here.stream, scratch}}, in, options, start.rows ? (const int64_t*)from : nullptr,
+  cuda::cluster({here.stream, scratch}, in, options, start.rows ? (const int64_t*)from : nullptr,
       start.rows ? nullptr : from, cuda::results(out));
   return {out.centroids, out.labels, out.inertia, out.n_iter};
 }

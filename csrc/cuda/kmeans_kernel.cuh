@@ -14,8 +14,8 @@
 // move), N d K multiply-adds in tiles that keep the argmin in registers (points.cuh) and one more read
 // of x. A run that is done lets what is still enqueued for it pass.
 //
-// In both, members are sorted by cluster (a stable counting sort), and summed in that order 32 at a
-// time: float within 32, float64 across. Nothing depends on the order of threads or blocks, nor on
+// In both, members are sorted by cluster (a stable counting sort), and summed in pieces of 32 in that
+// order: float within a piece, float64 across. Nothing depends on the order of threads or blocks, nor on
 // the rest of the batch. The labels returned are those of nearest_centroid for the centroids returned.
 #pragma once
 
@@ -209,7 +209,8 @@ struct Seeding {
 
 // A block a run. Step t of [begin, end): choose among the candidates of t - 1, then draw those of t.
 template <typename S>
-__global__ void __launch_bounds__(kBlockThreads) seed_runs(Seeding<S> all, int begin, int end) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    seed_runs(Seeding<S> all, int begin, int end) {
   const Seeding<S> run = all.at(blockIdx.x);
   const int steps = min(run.k, run.x.size());
   for (int t = begin; t < end; ++t) {
@@ -228,63 +229,66 @@ __global__ void __launch_bounds__(kBlockThreads) seed_runs(Seeding<S> all, int b
 
 // --- Lloyd's iteration ----------------------------------------------------------------------------
 
-constexpr int kRun = kWarp; // members that are summed in float
+constexpr int kPiece = kWarp; // members that are summed in float
+constexpr int kSumColumns = 4 * kWarp;
 
-// Of every kRun members in their order: partial[s + c] = sum of the rows of those of run s that are in
-// cluster c, where that is `dirty`. (s, c) go up together along the order, so that no two meet.
-// partial: (., pitch). A warp sums 128 columns of a run.
+// Members sorted by cluster: those of c are order[start[c]] .. order[start[c + 1] - 1], in pieces
+// pieces[c] .. pieces[c + 1] - 1 of kPiece each.
+struct Members {
+  int k;
+  int *order, *start, *pieces;
+  int* dirty; // the cluster's members have changed
+};
+
+// partial (., pitch): of each piece of a cluster that is dirty, the sum of its members' rows. A warp
+// sums kSumColumns columns of a piece.
 template <typename S>
-__device__ inline void sum_members(const Points<S>& x, int width, const int* order, const int* start,
-    int k, const int* dirty, acc_t<S>* partial, int64_t pitch, Warps warps) {
+__device__ inline void sum_pieces(const Points<S>& x, int width, const Members& members,
+    acc_t<S>* partial, int64_t pitch, Warps warps) {
   using T = acc_t<S>;
-  constexpr int V = 4; // columns of a lane
-  const int count = start[k], groups = (width + V * kWarp - 1) / (V * kWarp);
-  const int64_t items = int64_t((count + kRun - 1) / kRun) * groups;
+  constexpr int V = kSumColumns / kWarp; // columns of a lane
+  const int groups = (width + kSumColumns - 1) / kSumColumns;
+  const int64_t items = int64_t(members.pieces[members.k]) * groups;
   for (int64_t item = warps.index; item < items; item += warps.count) {
-    const int s = int(item / groups), column = int(item % groups) * V * kWarp + lane_id();
-    const int end = min((s + 1) * kRun, count), own = s * kRun + lane_id();
-    const int own_row = own < end ? x.row(order[own]) : 0;
-    const T own_scale = own < end ? x.factor(own_row) : T(0);
+    const int piece = int(item / groups), column = int(item % groups) * kSumColumns + lane_id();
     int c = 0;
-    for (int above = k; above - c > 1;) { // start[c] <= s * kRun < start[c + 1], at the end
+    for (int above = members.k; above - c > 1;) { // pieces[c] <= piece < pieces[c + 1], at the end
       const int middle = c + (above - c) / 2;
-      (start[middle] <= s * kRun ? c : above) = middle;
+      (members.pieces[middle] <= piece ? c : above) = middle;
     }
-    for (int i = s * kRun; i < end; ++c) {
-      const int stop = min(end, start[c + 1]);
-      if (i < stop && dirty[c]) {
-        T sum[V] = {};
+    if (!members.dirty[c])
+      continue;
+    const int begin = members.start[c] + (piece - members.pieces[c]) * kPiece;
+    const int count = min(kPiece, members.start[c + 1] - begin);
+    const int own_row = lane_id() < count ? x.row(members.order[begin + lane_id()]) : 0;
+    const T own_scale = lane_id() < count ? x.factor(own_row) : T(0);
+    T sum[V] = {};
 #pragma unroll 4
-        for (; i < stop; ++i) {
-          const S* const row = x.data(__shfl_sync(kAllLanes, own_row, i - s * kRun));
-          const T scale = __shfl_sync(kAllLanes, own_scale, i - s * kRun);
+    for (int i = 0; i < count; ++i) {
+      const S* const row = x.data(__shfl_sync(kAllLanes, own_row, i)) + column;
+      const T scale = __shfl_sync(kAllLanes, own_scale, i);
 #pragma unroll
-          for (int v = 0; v < V; ++v)
-            if (column + v * kWarp < width)
-              sum[v] += widen(row[column + v * kWarp]) * scale;
-        }
-        T* const to = partial + int64_t(s + c) * pitch;
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (column + v * kWarp < width)
-            to[column + v * kWarp] = sum[v];
-      }
-      i = max(i, stop);
+      for (int v = 0; v < V; ++v)
+        if (column + v * kWarp < width)
+          sum[v] += widen(row[v * kWarp]) * scale;
     }
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (column + v * kWarp < width)
+        partial[piece * pitch + column + v * kWarp] = sum[v];
   }
 }
 
-// Sum of column j over the members of cluster c, from what sum_members has left.
+// Sum over the members of cluster c: of column j of its pieces, of which there is one at least.
 template <typename T>
-__device__ inline T total_of(
-    const T* partial, int64_t pitch, int c, int begin, int end, int j) {
-  const int first = begin / kRun, last = (end - 1) / kRun;
-  if (first == last)
-    return partial[int64_t(first + c) * pitch + j];
+__device__ inline T total_of(const T* partial, int64_t pitch, const Members& members, int c, int j) {
+  const int first = members.pieces[c], last = members.pieces[c + 1];
+  if (last - first == 1)
+    return partial[first * pitch + j];
   double sum = 0;
 #pragma unroll 4
-  for (int s = first; s <= last; ++s)
-    sum += double(partial[int64_t(s + c) * pitch + j]);
+  for (int p = first; p < last; ++p)
+    sum += double(partial[p * pitch + j]);
   return T(sum);
 }
 
@@ -301,10 +305,11 @@ struct Lloyd {
   const int64_t* rows = nullptr; // (runs, k) where it starts, or null:
   const T* start_centroids = nullptr; // (runs, k, d)
   T *centroids = nullptr, *bias = nullptr; // (runs, k, d), (runs, k)
-  T* partial = nullptr; // (runs, slots(), d)
-  int *label = nullptr, *before = nullptr, *member = nullptr, *member_before = nullptr; // (runs, n): of this and the last iteration
-  int *order = nullptr, *start = nullptr, *histogram = nullptr; // (runs, max(n, k)), (runs, k + 1), see block.cuh
-  int *dirty = nullptr, *left = nullptr; // (runs, k): its members have changed; members that are left
+  T* partial = nullptr; // (runs, most_pieces(), d)
+  int *label = nullptr, *before = nullptr; // (runs, n), of this iteration and the last
+  int *member = nullptr, *member_before = nullptr; // the same, after empty clusters took theirs
+  Members members{}; // (runs, max(n, k)), (runs, k + 1) twice, (runs, k)
+  int *histogram = nullptr, *left = nullptr; // see block.cuh; (runs, k): members that are left
   T* distance = nullptr; // (runs, n)
   double *shift = nullptr, *inertia = nullptr; // (runs, k), (runs,)
   RunStatus* status = nullptr; // (runs,)
@@ -313,13 +318,13 @@ struct Lloyd {
   const T* gram = nullptr; // (problems, n, pitch)
   int64_t pitch = 0;
   T *dots = nullptr, *factor = nullptr; // (runs, k, pitch): products with the centroids, but for (runs, k) factors
-  T* gram_partial = nullptr; // (runs, slots(), pitch)
+  T* gram_partial = nullptr; // (runs, most_pieces(), pitch)
 
   __host__ __device__ int most_members() const {
     return x.capacity > k ? x.capacity : k;
   }
-  __host__ __device__ int slots() const {
-    return (most_members() + kRun - 1) / kRun + k;
+  __host__ __device__ int most_pieces() const {
+    return (most_members() + kPiece - 1) / kPiece + k;
   }
 
   __device__ Lloyd at(int64_t run) const {
@@ -331,15 +336,16 @@ struct Lloyd {
     f.start_centroids = start_centroids ? start_centroids + run * k * x.d : nullptr;
     f.centroids += run * k * x.d;
     f.bias += run * k;
-    f.partial += run * slots() * x.d;
+    f.partial += run * most_pieces() * x.d;
     f.label += run * n;
     f.before += run * n;
     f.member += run * n;
     f.member_before += run * n;
-    f.order += run * most_members();
-    f.start += run * (k + 1);
+    f.members.order += run * most_members();
+    f.members.start += run * (k + 1);
+    f.members.pieces += run * (k + 1);
+    f.members.dirty += run * k;
     f.histogram += run * Histogram::size(threads, k);
-    f.dirty += run * k;
     f.left += run * k;
     f.distance += run * n;
     f.shift += run * k;
@@ -349,7 +355,7 @@ struct Lloyd {
       f.gram += b * n * pitch;
       f.dots += run * k * pitch;
       f.factor += run * k;
-      f.gram_partial += run * slots() * pitch;
+      f.gram_partial += run * most_pieces() * pitch;
     }
     return f;
   }
@@ -376,24 +382,24 @@ struct Lloyd {
   __device__ void begin() const {
     if (threadIdx.x == 0)
       *status = {0, 0};
-    int before_these = 0;
+    int count = 0;
     for (int first = 0; first < k; first += int(blockDim.x)) {
       const int c = first + int(threadIdx.x);
       const int at = rows && c < k ? point(rows[c]) : -1;
       int total;
-      const int place = before_these + block_exclusive_scan(at >= 0, total);
-      before_these += total;
+      const int place = count + block_exclusive_scan(at >= 0, total);
+      count += total;
       if (c < k) {
-        start[c] = place;
-        dirty[c] = 1;
+        members.start[c] = members.pieces[c] = place;
+        members.dirty[c] = 1;
         if (at >= 0)
-          order[place] = at;
+          members.order[place] = at;
         if (!rows && gram)
           factor[c] = 1;
       }
     }
     if (threadIdx.x == 0)
-      start[k] = before_these;
+      members.start[k] = members.pieces[k] = count;
     if (!rows)
       for (int c = warp_id(); c < k; c += int(blockDim.x) / kWarp) {
         T norm2 = 0;
@@ -410,27 +416,27 @@ struct Lloyd {
   }
 
   __device__ void sum(Warps warps) const {
-    sum_members(x, x.d, order, start, k, dirty, partial, x.d, warps);
+    sum_pieces(x, x.d, members, partial, x.d, warps);
     if (gram)
-      sum_members(gram_rows(), x.size(), order, start, k, dirty, gram_partial, pitch, warps);
+      sum_pieces(gram_rows(), x.size(), members, gram_partial, pitch, warps);
   }
 
   // Centroids of the clusters whose members have changed, a warp each.
   __device__ void move(bool first, Warps warps) const {
     for (int c = warps.index; c < k; c += warps.count) {
-      if (!dirty[c]) {
+      if (!members.dirty[c]) {
         if (lane_id() == 0)
           shift[c] = 0;
         continue;
       }
-      const int begin = start[c], end = start[c + 1], count = end - begin;
+      const int count = members.start[c + 1] - members.start[c];
       T* const to = centroids + int64_t(c) * x.d;
       const bool unused = count == 0 && !first && to[0] != to[0]; // before and now
       T divisor = count ? T(count) : kNaN<T>;
       if (renormalize && count) {
         T norm2 = 0;
         for (int j = lane_id(); j < x.d; j += kWarp) {
-          const T total = total_of(partial, x.d, c, begin, end, j);
+          const T total = total_of(partial, x.d, members, c, j);
           norm2 += total * total;
         }
         norm2 = warp_sum(norm2);
@@ -440,8 +446,7 @@ struct Lloyd {
       double moved = 0;
       T norm2 = 0;
       for (int j = lane_id(); j < x.d; j += kWarp) {
-        const T value =
-            (count ? total_of(partial, x.d, c, begin, end, j) : T(0)) / divisor;
+        const T value = (count ? total_of(partial, x.d, members, c, j) : T(0)) / divisor;
         if (!first)
           moved += double(value - to[j]) * double(value - to[j]);
         to[j] = value;
@@ -457,7 +462,7 @@ struct Lloyd {
         if (lane_id() == 0)
           factor[c] = count ? 1 / divisor : T(0);
         for (int i = lane_id(); i < x.size() && count; i += kWarp)
-          dots[c * pitch + i] = total_of(gram_partial, pitch, c, begin, end, i);
+          dots[c * pitch + i] = total_of(gram_partial, pitch, members, c, i);
       }
     }
   }
@@ -516,7 +521,7 @@ struct Lloyd {
         return end(i);
     }
     for (int c = int(threadIdx.x); c < k; c += int(blockDim.x))
-      dirty[c] = i == 0;
+      members.dirty[c] = i == 0;
     const Histogram table{histogram, k};
     bool changed = i == 0;
     count_members(n, table, [&](int p) {
@@ -527,27 +532,23 @@ struct Lloyd {
     });
     if (!__syncthreads_or(changed))
       return end(i + 1);
-    place_clusters(table, start);
-    bool empty = false;
-    for (int c = int(threadIdx.x); c < k; c += int(blockDim.x))
-      empty |= start[c] == start[c + 1];
-    if (__syncthreads_or(empty)) {
+    if (place_clusters()) {
       refill();
       count_members(n, table, [&](int p) { return member[p]; });
-      place_clusters(table, start);
+      place_clusters();
     }
     const auto moved_member = [&](int p) {
       const int c = member[p], last = i > 0 ? member_before[p] : c;
       if (c != last) {
         if (c >= 0)
-          dirty[c] = 1;
+          members.dirty[c] = 1;
         if (last >= 0)
-          dirty[last] = 1;
+          members.dirty[last] = 1;
       }
       member_before[p] = c;
       return c;
     };
-    place_members(n, table, moved_member, order);
+    place_members(n, table, moved_member, members.order);
     return false;
   }
 
@@ -558,17 +559,37 @@ struct Lloyd {
     return true;
   }
 
+  // After count_members(): where members and pieces go; whether a cluster is empty.
+  __device__ bool place_clusters() const {
+    cuda::place_clusters(Histogram{histogram, k}, members.start);
+    bool empty = false;
+    int count = 0;
+    for (int first = 0; first < k; first += int(blockDim.x)) {
+      const int c = first + int(threadIdx.x);
+      const int size = c < k ? members.start[c + 1] - members.start[c] : 0;
+      empty |= c < k && size == 0;
+      int total;
+      const int place = count + block_exclusive_scan((size + kPiece - 1) / kPiece, total);
+      count += total;
+      if (c < k)
+        members.pieces[c] = place;
+    }
+    if (threadIdx.x == 0)
+      members.pieces[k] = count;
+    return __syncthreads_or(empty);
+  }
+
   // Empty clusters take the points that lie farthest from their centroids, from clusters that keep
   // one.
   __device__ void refill() const {
     __shared__ acc_t<S> farthest[kWarp];
     __shared__ int where[kWarp];
     for (int c = int(threadIdx.x); c < k; c += int(blockDim.x))
-      left[c] = start[c + 1] - start[c];
+      left[c] = members.start[c + 1] - members.start[c];
     find_distances(Warps::of_block());
     __syncthreads();
     for (int c = 0; c < k; ++c) {
-      if (start[c] < start[c + 1])
+      if (members.start[c] < members.start[c + 1])
         continue;
       T most = -1;
       int at = std::numeric_limits<int>::max();
@@ -608,9 +629,11 @@ struct Lloyd {
   }
 };
 
+constexpr int kFitThreads = 384; // more leave too few registers for the sums' loads to overlap
+
 // All of a run, from products of points. A block a run.
 template <typename S>
-__global__ void __launch_bounds__(kBlockThreads) fit_runs(Lloyd<S> all) {
+__global__ void __launch_bounds__(kFitThreads, 1) fit_runs(Lloyd<S> all) {
   const Lloyd<S> run = all.at(blockIdx.x);
   const Warps warps = Warps::of_block();
   const auto update = [&](bool first) {
@@ -653,7 +676,7 @@ __global__ void __launch_bounds__(kBlockThreads) sort_runs(Lloyd<S> all, int i) 
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kPointThreads) sum_runs(Lloyd<S> all, int blocks) {
+__global__ void __launch_bounds__(kPointThreads, 2) sum_runs(Lloyd<S> all, int blocks) {
   const Lloyd<S> run = all.at(blockIdx.x / blocks);
   if (!run.status->done)
     run.sum(Warps::of_blocks(int(blockIdx.x) % blocks, blocks));
@@ -748,21 +771,6 @@ struct KmeansLaunches : Launches {
   int64_t memory = int64_t(1) << 30; // bytes that a part of a batch may take
 };
 
-// Problems: (batch, n, d) values, `stride` from row to row.
-struct KmeansInput {
-  const void* x;
-  DType dtype;
-  int64_t batch, n, d, stride;
-  bool normalize;
-};
-
-struct KmeansOptions {
-  int k, restarts, trials = 0, max_iter = 0;
-  double tol = 0;
-  bool renormalize = false;
-  uint64_t seed = 0;
-};
-
 // Calls f on tiles high enough for the work, but not too high for it to fill the device.
 template <typename F>
 void with_tile_height(const KmeansLaunches& on, int64_t tiles_of_low, int rows, const F& f) {
@@ -819,10 +827,10 @@ class Clustering {
   }
 
   static int64_t bytes(const KmeansLaunches& on, const KmeansInput& in, const KmeansOptions& o) {
-    const int64_t n = in.n, runs = o.restarts, slots = (std::max<int64_t>(n, o.k) / kRun + 1 + o.k);
-    int64_t values = runs * (slots * in.d + 4 * n + o.k * in.d);
+    const int64_t n = in.n, runs = o.restarts, pieces = std::max<int64_t>(n, o.k) / kPiece + 1 + o.k;
+    int64_t values = runs * (pieces * in.d + 4 * n + o.k * in.d);
     if (n <= on.small)
-      values += runs * (slots + o.k) * n;
+      values += runs * (pieces + o.k) * n;
     if (uses_gram(on, n, o))
       values += n * n;
     else
@@ -883,7 +891,8 @@ class Clustering {
     const int64_t runs = batch_ * o.restarts, n = x_.capacity;
     const int d = x_.d, k = o.k;
     const bool small = n <= on_.small;
-    Lloyd<S> l{x_, k, o.restarts, o.max_iter, on_.threads, o.tol, o.renormalize};
+    const int threads = small ? std::min(on_.threads, kFitThreads) : on_.threads;
+    Lloyd<S> l{x_, k, o.restarts, o.max_iter, threads, o.tol, o.renormalize};
     if (o.tol > 0) {
       const int64_t groups = whole_blocks(d, kWarp);
       double* const deviations = scratch.array<double>(batch_ * groups);
@@ -894,13 +903,12 @@ class Clustering {
     l.start_centroids = start_centroids;
     l.centroids = scratch.array<T>(runs * k * d);
     l.bias = scratch.array<T>(runs * k);
-    l.partial = scratch.array<T>(runs * l.slots() * d);
+    l.partial = scratch.array<T>(runs * l.most_pieces() * d);
     for (int** labels_of : {&l.label, &l.before, &l.member, &l.member_before})
       *labels_of = scratch.array<int>(runs * n);
-    l.order = scratch.array<int>(runs * l.most_members());
-    l.start = scratch.array<int>(runs * (k + 1));
-    l.histogram = scratch.array<int>(runs * Histogram::size(on_.threads, k));
-    l.dirty = scratch.array<int>(runs * k);
+    l.members = {k, scratch.array<int>(runs * l.most_members()), scratch.array<int>(runs * (k + 1)),
+        scratch.array<int>(runs * (k + 1)), scratch.array<int>(runs * k)};
+    l.histogram = scratch.array<int>(runs * Histogram::size(threads, k));
     l.left = scratch.array<int>(runs * k);
     l.distance = scratch.array<T>(runs * n);
     l.shift = scratch.array<double>(runs * k);
@@ -911,10 +919,10 @@ class Clustering {
       l.pitch = pitch_;
       l.dots = scratch.array<T>(runs * k * pitch_);
       l.factor = scratch.array<T>(runs * k);
-      l.gram_partial = scratch.array<T>(runs * l.slots() * pitch_);
+      l.gram_partial = scratch.array<T>(runs * l.most_pieces() * pitch_);
       if (start_centroids)
         launch_multiply(on_, Points<T>{start_centroids, k, d, d, k}, x_, batch_, pitch_, l.dots);
-      on_.run(fit_runs<S>, runs, on_.threads, 0, l);
+      on_.run(fit_runs<S>, runs, threads, 0, l);
     } else {
       iterate(l, runs);
     }
@@ -936,7 +944,7 @@ class Clustering {
   }
 
   void iterate(const Lloyd<S>& l, int64_t runs) const {
-    const int summers = on_.blocks(runs, whole_blocks(x_.capacity, kRun) * whole_blocks(x_.d, 128));
+    const int summers = on_.blocks(runs, (x_.capacity / kPiece + l.k) * whole_blocks(x_.d, kSumColumns));
     const int movers = on_.blocks(runs, l.k), measurers = on_.blocks(runs, x_.capacity);
     const auto label = [&] {
       launch_assign<S>(on_, x_, {l.centroids, l.k, x_.d, x_.d, l.k}, l.bias, runs, l.restarts,
@@ -997,14 +1005,6 @@ inline void kmeans_init(
     });
   });
 }
-
-// (batch, k, d), (batch, n), (batch,), (batch,)
-struct KmeansResults {
-  void* centroids;
-  int64_t* labels;
-  double* inertia;
-  int64_t* n_iter;
-};
 
 // From rows (batch, restarts, k), from centroids (batch, k, d), or, if neither is given, as
 // kmeans_init() seeds.

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cuda/device.h"
-#include "cuda/kmeans_kernel.cuh"
+#include "cuda/launches.cuh"
 #include "ops/kmeans.h"
 
 namespace oodk::cuda {
@@ -38,5 +38,9 @@ inline KmeansResults results(const KmeansOutput& out) {
   return {out.centroids.mutable_data_ptr(), out.labels.mutable_data_ptr<int64_t>(),
       out.inertia.mutable_data_ptr<double>(), out.n_iter.mutable_data_ptr<int64_t>()};
 }
+
+// K-means on a batch of problems, seeded or from rows (batch, restarts, k) or centroids (batch, k, d).
+void cluster(const Launches& on, const KmeansInput& in, const KmeansOptions& options,
+    const int64_t* rows, const void* centroids, const KmeansResults& out);
 
 } // namespace oodk::cuda

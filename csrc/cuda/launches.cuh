@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cuda/block.cuh"
+#include "cuda/common.cuh"
 
 namespace oodk::cuda {
 
@@ -46,6 +46,31 @@ struct Launches {
     return int(std::clamp<int64_t>(
         whole_blocks(warps, kPointThreads / kWarp), 1, std::max<int64_t>(1, most)));
   }
+};
+
+// --- what K-means is called with ------------------------------------------------------------------
+
+// Problems: (batch, n, d) values, `stride` from row to row.
+struct KmeansInput {
+  const void* x;
+  DType dtype;
+  int64_t batch, n, d, stride;
+  bool normalize;
+};
+
+struct KmeansOptions {
+  int k, restarts, trials = 0, max_iter = 0;
+  double tol = 0;
+  bool renormalize = false;
+  uint64_t seed = 0;
+};
+
+// (batch, k, d), (batch, n), (batch,), (batch,)
+struct KmeansResults {
+  void* centroids;
+  int64_t* labels;
+  double* inertia;
+  int64_t* n_iter;
 };
 
 } // namespace oodk::cuda

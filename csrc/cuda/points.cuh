@@ -10,6 +10,7 @@
 // pair of 16-byte shared loads each, 8 B of L2 traffic a clock and multiprocessor at full FMA rate.
 #pragma once
 
+#include "cuda/block.cuh"
 #include "cuda/launches.cuh"
 #include "ops/philox.h"
 
