@@ -771,38 +771,43 @@ struct KmeansLaunches : Launches {
   int64_t memory = int64_t(1) << 30; // bytes that a part of a batch may take
 };
 
-// Calls f on tiles high enough for the work, but not too high for it to fill the device.
-template <typename F>
-void with_tile_height(const KmeansLaunches& on, int64_t tiles_of_low, int rows, const F& f) {
-  if (rows <= 4 * kTileSide || tiles_of_low < 4 * int64_t(on.device.processors))
-    f(std::integral_constant<int, 4>{});
+// Calls f(M, N) with the largest tiles of `rows` and `columns` that leave the device enough of them:
+// of 16 M rows there are tiles(M).
+template <typename T, typename Tiles, typename F>
+void with_tile(const KmeansLaunches& on, int rows, int64_t columns, const Tiles& tiles, const F& f) {
+  constexpr std::integral_constant<int, 4> low;
+  constexpr std::integral_constant<int, 8> high;
+  constexpr std::integral_constant<int, kPerUnit<T>> narrow;
+  constexpr std::integral_constant<int, 2 * kPerUnit<T>> wide;
+  const bool few = rows <= kTileSide * low || tiles(low) < 4 * int64_t(on.device.processors);
+  if (columns <= kTileSide * narrow)
+    few ? f(low, narrow) : f(high, narrow);
   else
-    f(std::integral_constant<int, 8>{});
+    few ? f(low, wide) : f(high, wide);
 }
 
 template <typename A, typename B>
-void launch_multiply(const KmeansLaunches& on, const Points<A>& a, const Points<B>& b, int64_t problems,
-    int64_t pitch, acc_t<A>* out) {
-  const auto tiles = [&](auto m) {
-    using Tiles = Tile<A, B, decltype(m)::value>;
-    return problems * whole_blocks(a.capacity, Tiles::kRows) * whole_blocks(pitch, Tiles::kColumns);
+void launch_multiply(const KmeansLaunches& on, const Points<A>& a, const Points<B>& b,
+    int64_t problems, int64_t pitch, acc_t<A>* out) {
+  constexpr int n = 2 * kPerUnit<acc_t<A>>;
+  const auto tiles = [&](int m) {
+    return problems * whole_blocks(a.capacity, kTileSide * m) * whole_blocks(pitch, kTileSide * n);
   };
-  with_tile_height(on, tiles(std::integral_constant<int, 4>{}), a.capacity, [&](auto m) {
-    on.run(multiply<A, B, decltype(m)::value>, tiles(m), kTileThreads,
-        sizeof(typename Tile<A, B, decltype(m)::value>::Shared), a, b, pitch, out);
+  with_tile<acc_t<A>>(on, a.capacity, kTileSide * n, tiles, [&](auto m, auto) {
+    constexpr int M = decltype(m)::value;
+    on.run(multiply<A, B, M, n>, tiles(M), kTileThreads, sizeof(typename Tile<A, B, M, n>::Shared),
+        a, b, pitch, out);
   });
 }
 
 template <typename S>
 void launch_assign(const KmeansLaunches& on, const Points<S>& x, const Points<acc_t<S>>& centroids,
     const acc_t<S>* bias, int64_t runs, int restarts, const RunStatus* status, int* label) {
-  const auto tiles = [&](auto m) {
-    return runs * whole_blocks(x.capacity, Tile<S, acc_t<S>, decltype(m)::value>::kRows);
-  };
-  with_tile_height(on, tiles(std::integral_constant<int, 4>{}), x.capacity, [&](auto m) {
-    on.run(assign<S, decltype(m)::value>, tiles(m), kTileThreads,
-        sizeof(typename Tile<S, acc_t<S>, decltype(m)::value>::Shared), x, centroids, bias, restarts, status,
-        label);
+  const auto tiles = [&](int m) { return runs * whole_blocks(x.capacity, kTileSide * m); };
+  with_tile<acc_t<S>>(on, x.capacity, centroids.capacity, tiles, [&](auto m, auto n) {
+    using Tiles = Tile<S, acc_t<S>, decltype(m)::value, decltype(n)::value>;
+    on.run(assign<S, decltype(m)::value, decltype(n)::value>, tiles(m), kTileThreads,
+        sizeof(typename Tiles::Shared), x, centroids, bias, restarts, status, label);
   });
 }
 

@@ -1,6 +1,8 @@
 // What the K-means and DOS bindings share: from tensors to what the launches take.
 #pragma once
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.h"
@@ -9,21 +11,32 @@
 
 namespace oodk::cuda {
 
-// torch's allocator: memory goes back to it in the order of the stream, and into a graph's pool.
+// Memory of torch's allocator, which gets it back in the order of the stream, or into a graph's pool.
+// A few large tensors: a call needs dozens of arrays, and each tensor takes the host's time.
 class TensorScratch : public Scratch {
  public:
   explicit TensorScratch(const Tensor& like) : like_(like) {}
   void release() override {
     tensors_.clear();
+    left_ = 0;
   }
 
  private:
   void* bytes(size_t size) override {
-    tensors_.push_back(empty({int64_t(size)}, ScalarType::Byte, like_));
-    return tensors_.back().mutable_data_ptr();
+    constexpr int64_t line = 256, least = 4 << 20;
+    const int64_t wanted = (int64_t(size) + line - 1) / line * line;
+    if (wanted > left_) {
+      left_ = std::max(wanted, least);
+      tensors_.push_back(empty({left_}, ScalarType::Byte, like_));
+      next_ = static_cast<char*>(tensors_.back().mutable_data_ptr());
+    }
+    left_ -= wanted;
+    return std::exchange(next_, next_ + wanted);
   }
   Tensor like_;
   std::vector<Tensor> tensors_;
+  char* next_ = nullptr;
+  int64_t left_ = 0; // bytes from there
 };
 
 // The kernels count features in int.

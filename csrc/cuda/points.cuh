@@ -1,13 +1,15 @@
 // Points of K-means, and their products with other points, tile by tile.
 //
-// A tile of 16 M points meets a tile of 128 others (64 in float64): 256 threads with M x 8 (M x 4)
-// accumulators each, operands staged feature-major in shared memory, 16 (8) features at a time, the
-// next ones already on their way in registers. Values are widened and scaled as they are staged, so x
-// may have any type, stride and alignment, and normalised points need no memory. An entry is the sum
-// over the features in their order, one fused multiply-add each: the same bits in any tile.
+// A tile of 16 M points meets a tile of 16 N others: 256 threads with M x N accumulators each,
+// operands staged feature-major in shared memory, 8 features at a time, the next ones already on their
+// way in registers. Values are widened and scaled as they are staged, so x may have
+// any type, stride and alignment, and normalised points need no memory. An entry is the sum over the
+// features in their order, one fused multiply-add each, in float32 or float64: the same bits in any
+// tile, whatever torch's setting for matrix products.
 //
-// Per tile and feature: 16 M x 128 FMAs for 16 M + 128 values read. M = 8: 64 FMAs an instruction
-// pair of 16-byte shared loads each, 8 B of L2 traffic a clock and multiprocessor at full FMA rate.
+// Per tile and feature: 256 M N multiply-adds for 16 (M + N) values read. With M = N = 8 in float32 a
+// multiprocessor that does 128 of them a clock reads 8 B of L2 a clock and a thread loads four times 16
+// bytes of shared memory for 64 of them; a quarter of a warp's loads are broadcasts, none conflict.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -228,19 +230,21 @@ __global__ void __launch_bounds__(kPointThreads)
 
 constexpr int kTileThreads = 256, kTileSide = 16; // threads along either side
 
-template <typename A, typename B, int M>
+template <typename A, typename B, int M, int N>
 struct Tile {
   using T = acc_t<A>;
   static_assert(std::is_same_v<T, acc_t<B>>);
-  static constexpr int kUnit = kPerUnit<T>, kN = 2 * kUnit; // values of 16 bytes; a thread's columns
-  static constexpr int kDepth = 4 * kUnit; // features at a time
-  static constexpr int kRows = kTileSide * M, kColumns = kTileSide * kN;
+  static constexpr int kUnit = kPerUnit<T>; // values of 16 bytes
+  static constexpr int kDepth = 8; // features at a time: 32 bytes, a sector of memory, in float32
+  static constexpr int kRows = kTileSide * M, kColumns = kTileSide * N;
 
   struct Shared {
     alignas(uint4) T a[2][kDepth][kRows + kUnit];
     alignas(uint4) T b[2][kDepth][kColumns + kUnit];
     T scale_a[kRows], scale_b[kColumns];
     int row_a[kRows], row_b[kColumns]; // -1 past the last
+    T best[kRows]; // of the columns so far, for assign()
+    int found[kRows]; // where that is
   };
 
   Points<A> a;
@@ -274,21 +278,24 @@ struct Tile {
 
   // Values of a slab of kDepth features that a thread brings: all of the same feature.
   static constexpr int kStep = kTileThreads / kDepth;
-  template <int Count, typename P>
-  static __device__ void fetch(const P& points, int first, const int (&row)[Count],
-      const T (&scale)[Count], T (&to)[Count / kStep]) {
+  template <int Count, typename S>
+  static __device__ void fetch(
+      const Points<S>& points, int first, const int (&row)[Count], S (&to)[Count / kStep]) {
     const int j = first + int(threadIdx.x) % kDepth;
 #pragma unroll
     for (int i = 0; i < Count / kStep; ++i) {
-      const int r = int(threadIdx.x) / kDepth + i * kStep;
-      to[i] = row[r] >= 0 && j < points.d ? widen(points.data(row[r])[j]) * scale[r] : T(0);
+      const int r = row[int(threadIdx.x) / kDepth + i * kStep];
+      to[i] = r >= 0 && j < points.d ? points.data(r)[j] : narrow<S>(0);
     }
   }
-  template <int Pitch, int Count>
-  static __device__ void put(const T (&from)[Count], T (&slab)[kDepth][Pitch]) {
+  template <int Count, int Pitch, typename S>
+  static __device__ void put(
+      const S (&from)[Count / kStep], const T (&scale)[Count], T (&slab)[kDepth][Pitch]) {
 #pragma unroll
-    for (int i = 0; i < Count; ++i)
-      slab[int(threadIdx.x) % kDepth][int(threadIdx.x) / kDepth + i * kStep] = from[i];
+    for (int i = 0; i < Count / kStep; ++i) {
+      const int r = int(threadIdx.x) / kDepth + i * kStep;
+      slab[int(threadIdx.x) % kDepth][r] = widen(from[i]) * scale[r];
+    }
   }
   template <int Count>
   static __device__ void load(const T* from, T* to) { // Count values, of whole units
@@ -300,34 +307,37 @@ struct Tile {
   }
 
   // sum[m][n] += row . column, of points chosen before; all reads of shared memory done at the end.
-  __device__ void multiply(T (&sum)[M][kN]) {
-    T next_a[kRows / kStep], next_b[kColumns / kStep];
+  __device__ void multiply(T (&sum)[M][N]) {
+    A next_a[kRows / kStep];
+    B next_b[kColumns / kStep];
     const auto fetch_both = [&](int first) {
-      fetch(a, first, shared.row_a, shared.scale_a, next_a);
-      fetch(b, first, shared.row_b, shared.scale_b, next_b);
+      fetch(a, first, shared.row_a, next_a);
+      fetch(b, first, shared.row_b, next_b);
     };
     const auto put_both = [&](int buffer) {
-      put(next_a, shared.a[buffer]);
-      put(next_b, shared.b[buffer]);
+      put(next_a, shared.scale_a, shared.a[buffer]);
+      put(next_b, shared.scale_b, shared.b[buffer]);
     };
     fetch_both(0);
     put_both(0);
     __syncthreads();
     int buffer = 0;
+#pragma unroll 1
     for (int first = 0; first < a.d; first += kDepth, buffer ^= 1) {
       const bool more = first + kDepth < a.d;
       if (more)
         fetch_both(first + kDepth);
 #pragma unroll
       for (int j = 0; j < kDepth; ++j) {
-        T p[M], q[kN];
+        T p[M], q[N];
         load<M>(&shared.a[buffer][j][row(0)], p);
-        load<kUnit>(&shared.b[buffer][j][column(0)], q);
-        load<kUnit>(&shared.b[buffer][j][column(kUnit)], q + kUnit);
+#pragma unroll
+        for (int u = 0; u < N; u += kUnit)
+          load<kUnit>(&shared.b[buffer][j][column(u)], q + u);
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
-          for (int n = 0; n < kN; ++n)
+          for (int n = 0; n < N; ++n)
             sum[m][n] += p[m] * q[n];
       }
       if (more)
@@ -339,10 +349,10 @@ struct Tile {
 
 // out (problems, a.capacity, pitch) = products of the points of a with those of b, zero up to pitch,
 // which is a whole number of units. A block a tile.
-template <typename A, typename B, int M>
+template <typename A, typename B, int M, int N>
 __global__ void __launch_bounds__(kTileThreads)
     multiply(Points<A> all_a, Points<B> all_b, int64_t pitch, acc_t<A>* out) {
-  using Tiles = Tile<A, B, M>;
+  using Tiles = Tile<A, B, M, N>;
   using T = acc_t<A>;
   extern __shared__ uint4 shared[];
   const int across = int((pitch + Tiles::kColumns - 1) / Tiles::kColumns);
@@ -357,13 +367,13 @@ __global__ void __launch_bounds__(kTileThreads)
   t.choose_rows(first_row);
   t.choose_columns(first_column);
   __syncthreads();
-  T sum[M][Tiles::kN] = {};
+  T sum[M][N] = {};
   t.multiply(sum);
   out += problem * all_a.capacity * pitch;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
-    for (int u = 0; u < Tiles::kN; u += Tiles::kUnit) {
+    for (int u = 0; u < N; u += Tiles::kUnit) {
       const int row = first_row + t.row(m), column = first_column + t.column(u);
       if (row < n && column < pitch) {
         uint4 unit;
@@ -380,11 +390,12 @@ struct RunStatus {
 
 // label (runs, x.capacity): the centroid nearest to each point, the lowest of equals, -1 for none.
 // `restarts` runs share a problem; those that are done keep their labels. A block a tile of points.
-template <typename S, int M>
-__global__ void __launch_bounds__(kTileThreads) assign(Points<S> x, Points<acc_t<S>> centroids,
-    const acc_t<S>* bias, int restarts, const RunStatus* status, int* label) {
+template <typename S, int M, int N>
+__global__ void __launch_bounds__(kTileThreads, M * N * sizeof(acc_t<S>) < 256 ? 2 : 1)
+    assign(Points<S> x, Points<acc_t<S>> centroids, const acc_t<S>* bias, int restarts,
+        const RunStatus* status, int* label) {
   using T = acc_t<S>;
-  using Tiles = Tile<S, T, M>;
+  using Tiles = Tile<S, T, M, N>;
   extern __shared__ uint4 shared[];
   const int tiles = (x.capacity + Tiles::kRows - 1) / Tiles::kRows;
   const int64_t run = blockIdx.x / tiles;
@@ -395,20 +406,15 @@ __global__ void __launch_bounds__(kTileThreads) assign(Points<S> x, Points<acc_t
     return;
   bias += run * k;
   t.choose_rows(first_row);
-  T best[M];
-  int found[M];
   constexpr int none = std::numeric_limits<int>::max();
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    best[m] = -kInf<T>;
-    found[m] = none;
-  }
+  label += run * x.capacity;
+#pragma unroll 1
   for (int first = 0; first < k; first += Tiles::kColumns) {
     t.choose_columns(first);
     __syncthreads();
-    T sum[M][Tiles::kN];
+    T sum[M][N];
 #pragma unroll
-    for (int u = 0; u < Tiles::kN; ++u) {
+    for (int u = 0; u < N; ++u) {
       const int c = first + t.column(u);
       const T own = c < k ? bias[c] : -kInf<T>;
 #pragma unroll
@@ -417,28 +423,34 @@ __global__ void __launch_bounds__(kTileThreads) assign(Points<S> x, Points<acc_t
     }
     t.multiply(sum);
 #pragma unroll
-    for (int u = 0; u < Tiles::kN; ++u)
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-        if (sum[m][u] > best[m]) { // not for NaN
-          best[m] = sum[m][u];
-          found[m] = first + t.column(u);
+    for (int m = 0; m < M; ++m) {
+      T best = -kInf<T>;
+      int found = none;
+      const auto take_better = [&](T other, int where) { // not NaN
+        if (other > best || (other == best && where < found)) {
+          best = other;
+          found = where;
         }
-  }
-  label += run * x.capacity;
+      };
 #pragma unroll
-  for (int m = 0; m < M; ++m) {
+      for (int u = 0; u < N; ++u)
+        if (sum[m][u] > -kInf<T>)
+          take_better(sum[m][u], first + t.column(u));
 #pragma unroll
-    for (int step = kTileSide / 2; step > 0; step /= 2) {
-      const T other = __shfl_xor_sync(kAllLanes, best[m], step);
-      const int where = __shfl_xor_sync(kAllLanes, found[m], step);
-      if (other > best[m] || (other == best[m] && where < found[m])) {
-        best[m] = other;
-        found[m] = where;
+      for (int step = kTileSide / 2; step > 0; step /= 2) {
+        const T other = __shfl_xor_sync(kAllLanes, best, step);
+        take_better(other, __shfl_xor_sync(kAllLanes, found, step));
+      }
+      if (t.x == 0) { // the same thread for every first
+        const int r = t.row(m);
+        if (first == 0 || best > t.shared.best[r]) {
+          t.shared.best[r] = best;
+          t.shared.found[r] = found;
+        }
+        if (first + Tiles::kColumns >= k && first_row + r < n)
+          label[first_row + r] = t.shared.found[r] == none ? -1 : t.shared.found[r];
       }
     }
-    if (t.x == 0 && first_row + t.row(m) < n)
-      label[first_row + t.row(m)] = found[m] == none ? -1 : found[m];
   }
 }
 
