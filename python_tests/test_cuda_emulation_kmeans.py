@@ -86,22 +86,31 @@ def seeds(
 def fit(
     emulator: Emulator,
     x: Tensor,
-    init: Tensor,
+    init: Tensor | tuple[int, int, int],
     max_iter: int = 6,
     tol: float = 1e-4,
     normalize: bool = True,
     renormalize: bool = False,
     **way: int,
 ) -> tuple[Tensor, ...]:
-    rows = init.dtype == torch.int64
-    restarts, k = (init.shape[-2], init.shape[-1]) if rows else (1, init.shape[-2])
-    start = {"start": 1 if rows else 2, "seed": 0, "trials": 0, "k": k, "restarts": restarts}
+    """From rows, from centroids, or as k, n_init and seed have it."""
+    inputs = {"x": storage(x)}
+    start = {"start": 0, "seed": 0, "trials": 0}
+    if isinstance(init, tuple):
+        k, restarts, start["seed"] = init
+        start["trials"] = 2 + int(math.log(k))
+    elif init.dtype == torch.int64:
+        restarts, k = init.shape[-2:]
+        start["start"], inputs["init"] = 1, init
+    else:
+        restarts, k = 1, init.shape[-2]
+        start["start"], inputs["init"] = 2, init.to(wide(x))
     options = {"max_iter": max_iter, "tol": tol, "renormalize": int(renormalize)}
     centroids, labels, inertia, n_iter = emulator.run(
         "kmeans_fit",
-        {"x": storage(x), "init": init if rows else init.to(wide(x))},
+        inputs,
         {"centroids": wide(x), "labels": INDEX, "inertia": f64, "n_iter": torch.int64},
-        **problem(x, normalize, **way),
+        **problem(x, normalize, k=k, restarts=restarts, **way),
         **start,
         **options,
     )
@@ -255,6 +264,13 @@ def test_bits_do_not_depend_on_the_batch(emulator: Emulator, way: dict[str, int]
     labels, distance = nearest(emulator, x, result[0], normalize=True)
     assert torch.equal(labels, result[1])
     assert float(distance[0].double().sum()) == pytest.approx(float(result[2][0]), rel=1e-12)
+
+
+@pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
+def test_seeding_and_clustering_in_one_call(emulator: Emulator, way: dict[str, int]) -> None:
+    x = points_of(2, 50, 12, device="cpu", dtype=f32)
+    init = seeds(emulator, x, 5, 3, seed=9, **way)
+    same(fit(emulator, x, init, **way), fit(emulator, x, (5, 3, 9), **way))
 
 
 # --- nearest centroid -----------------------------------------------------------------------------

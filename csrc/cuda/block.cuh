@@ -1,5 +1,5 @@
-// What the threads of a warp, or of a block, do together. Sums are taken in an order that depends on
-// the number of threads alone. Blocks are whole warps.
+// What the threads of a warp, or of a block, do together. Sums are taken in an order that depends
+// on the number of threads alone. Blocks are whole warps.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -77,7 +77,7 @@ __device__ inline int block_exclusive_scan(int value, int& total) {
   return before + inclusive - value;
 }
 
-// --- members of clusters: a stable counting sort, each warp with a run of consecutive items -------
+// --- members of clusters: a stable counting sort, each warp with a run of consecutive items ------
 
 // A block's table for the sort, (warps, k).
 struct Histogram {

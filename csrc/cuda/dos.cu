@@ -36,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dos_select(const Tensor& features, co
   check_at_least(op, "n_init", n_init, 1);
   check_at_least(op, "max_iter", max_iter, 0);
   check_tol(op, tol);
+  cuda::check_candidates(op, n_init, trials(0, k));
   const cuda::KmeansInput in = cuda::kmeans_input(op, p, true);
   const KmeansOutput out = new_kmeans_output(p, k);
   Tensor indices = p.new_output({n_select}, ScalarType::Long);

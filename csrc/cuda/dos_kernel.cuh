@@ -1,12 +1,12 @@
 // Selection of rows by cluster and score on CUDA: the contract is that of ops/dos.h.
 //
-// cluster_argmax: rows are sorted by cluster (a stable counting sort, a block a problem); then every
-// row counts the better rows of its cluster, which is its place, and gives up after m. With n rows in
-// a cluster that takes about m n log n comparisons, out of the caches.
+// cluster_argmax: rows are sorted by cluster (a stable counting sort, a block a problem); then
+// every row counts the better rows of its cluster, which is its place, and gives up after m. With n
+// rows in a cluster that takes about m n log n comparisons, out of the caches.
 //
-// Selection, a block a problem: clusters get places in the output by a scan. The fill takes the rows
-// with the least random numbers: a radix select finds the greatest of these, 8 bits at a time, and the
-// few that remain are ranked by comparing all with all.
+// Selection, a block a problem: clusters get places in the output by a scan. The fill takes the
+// rows with the least random numbers: a radix select finds the greatest of these, 8 bits at a time,
+// and the few that remain are ranked by comparing all with all.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -215,7 +215,7 @@ __global__ void select_rows(Clusters all, Scores<S> scores, Choice how, ChoiceSc
     selected[i] = -1;
 }
 
-// --- host -----------------------------------------------------------------------------------------
+// --- host ----------------------------------------------------------------------------------------
 
 // Labels and scores of `problems` problems of n rows.
 struct SelectionInput {

@@ -23,6 +23,7 @@ Tensor kmeans_init(
   check_at_least(op, "k", k, 1);
   check_at_least(op, "n_init", n_init, 1);
   check_at_least(op, "n_trials", n_trials, 0);
+  cuda::check_candidates(op, n_init, trials(n_trials, k));
   const cuda::KmeansInput in = cuda::kmeans_input(op, p, normalize);
   cuda::KmeansOptions options{int(k), int(n_init), int(trials(n_trials, k))};
   options.seed = uint64_t(seed);

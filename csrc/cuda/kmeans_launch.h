@@ -11,8 +11,8 @@
 
 namespace oodk::cuda {
 
-// Memory of torch's allocator, which gets it back in the order of the stream, or into a graph's pool.
-// A few large tensors: a call needs dozens of arrays, and each tensor takes the host's time.
+// Memory of torch's allocator, which gets it back in the order of the stream, or into a graph's
+// pool. A few large tensors: a call needs dozens of arrays, and each tensor takes the host's time.
 class TensorScratch : public Scratch {
  public:
   explicit TensorScratch(const Tensor& like) : like_(like) {}
@@ -47,12 +47,20 @@ inline KmeansInput kmeans_input(const char* op, const Problems& p, bool normaliz
   return {p.x.tensor.const_data_ptr(), p.x.dtype, p.batch, p.n, p.d, p.x.stride, normalize};
 }
 
+// The kernels count the candidates of a step of seeding, of all restarts, in int.
+inline void check_candidates(const char* op, int64_t n_init, int64_t trials) {
+  constexpr int64_t most = std::numeric_limits<int>::max();
+  OODK_CHECK_VALUE(n_init <= most / trials, op, ": n_init times the candidates of a step must be ",
+      "less than 2^31 on CUDA, got ", n_init, " x ", trials);
+}
+
 inline KmeansResults results(const KmeansOutput& out) {
   return {out.centroids.mutable_data_ptr(), out.labels.mutable_data_ptr<int64_t>(),
       out.inertia.mutable_data_ptr<double>(), out.n_iter.mutable_data_ptr<int64_t>()};
 }
 
-// K-means on a batch of problems, seeded or from rows (batch, restarts, k) or centroids (batch, k, d).
+// K-means on a batch of problems, seeded or from rows (batch, restarts, k) or centroids (batch, k,
+// d).
 void cluster(const Launches& on, const KmeansInput& in, const KmeansOptions& options,
     const int64_t* rows, const void* centroids, const KmeansResults& out);
 

@@ -48,7 +48,7 @@ struct Launches {
   }
 };
 
-// --- what K-means is called with ------------------------------------------------------------------
+// --- what K-means is called with -----------------------------------------------------------------
 
 // Problems: (batch, n, d) values, `stride` from row to row.
 struct KmeansInput {

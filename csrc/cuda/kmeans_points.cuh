@@ -1,15 +1,16 @@
 // Points of K-means, and their products with other points, tile by tile.
 //
 // A tile of 16 M points meets a tile of 16 N others: 256 threads with M x N accumulators each,
-// operands staged feature-major in shared memory, 8 features at a time, the next ones already on their
-// way in registers. Values are widened and scaled as they are staged, so x may have
-// any type, stride and alignment, and normalised points need no memory. An entry is the sum over the
-// features in their order, one fused multiply-add each, in float32 or float64: the same bits in any
-// tile, whatever torch's setting for matrix products.
+// operands staged feature-major in shared memory, 8 features at a time, the next ones already on
+// their way in registers. Values are widened and scaled as they are staged, so x may have any type,
+// stride and alignment, and normalised points need no memory. An entry is the sum over the features
+// in their order, one fused multiply-add each, in float32 or float64: the same bits in any tile,
+// whatever torch's setting for matrix products.
 //
-// Per tile and feature: 256 M N multiply-adds for 16 (M + N) values read. With M = N = 8 in float32 a
-// multiprocessor that does 128 of them a clock reads 8 B of L2 a clock and a thread loads four times 16
-// bytes of shared memory for 64 of them; a quarter of a warp's loads are broadcasts, none conflict.
+// Per tile and feature: 256 M N multiply-adds for 16 (M + N) values read. With M = N = 8 in float32
+// a multiprocessor that does 128 of them a clock reads 8 B of L2 a clock and a thread loads four
+// times 16 bytes of shared memory for 64 of them; a quarter of a warp's loads are broadcasts, none
+// conflict.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -52,7 +53,7 @@ struct Points {
   }
 };
 
-// --- preparation ----------------------------------------------------------------------------------
+// --- preparation ---------------------------------------------------------------------------------
 
 __device__ inline float root(float x) {
   return sqrtf(x);
@@ -87,7 +88,8 @@ __device__ inline acc_t<S> scale_of(const S* x, int d, bool normalize) {
       norm2 = sum_of_squares(unit);
     }
   }
-  // The float64 sum of squares of finite floats is finite; as they are, their float sum must be, too.
+  // The float64 sum of squares of finite floats is finite; as they are, their float sum must be,
+  // too.
   const double limit = normalize ? std::numeric_limits<double>::max() : most;
   if (!(norm2 <= limit))
     return kNaN<T>;
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kPointThreads)
     bias[c] = bias_of(norm2);
 }
 
-// --- tiles ----------------------------------------------------------------------------------------
+// --- tiles ---------------------------------------------------------------------------------------
 
 constexpr int kTileThreads = 256, kTileSide = 16; // threads along either side
 
@@ -347,8 +349,8 @@ struct Tile {
   }
 };
 
-// out (problems, a.capacity, pitch) = products of the points of a with those of b, zero up to pitch,
-// which is a whole number of units. A block a tile.
+// out (problems, a.capacity, pitch) = products of the points of a with those of b, zero up to
+// pitch, which is a whole number of units. A block a tile.
 template <typename A, typename B, int M, int N>
 __global__ void __launch_bounds__(kTileThreads)
     multiply(Points<A> all_a, Points<B> all_b, int64_t pitch, acc_t<A>* out) {
@@ -359,7 +361,8 @@ __global__ void __launch_bounds__(kTileThreads)
   const int down = (all_a.capacity + Tiles::kRows - 1) / Tiles::kRows;
   const int64_t problem = blockIdx.x / (int64_t(across) * down);
   const int tile = int(blockIdx.x % (int64_t(across) * down));
-  const int first_row = tile / across * Tiles::kRows, first_column = tile % across * Tiles::kColumns;
+  const int first_row = tile / across * Tiles::kRows;
+  const int first_column = tile % across * Tiles::kColumns;
   Tiles t{all_a.at(problem), all_b.at(problem), *(typename Tiles::Shared*)shared};
   const int n = t.a.size();
   if (first_row >= n)
