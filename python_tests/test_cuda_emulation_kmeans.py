@@ -35,9 +35,9 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 # Where the way changes: all iterations in a launch; all products, for seeding alone; neither.
-SMALL: dict[str, int] = {}
-MIDDLE = {"small": 0}
-LARGE = {"small": 0, "gram": 0}
+SMALL: dict[str, Any] = {}
+MIDDLE: dict[str, Any] = {"small": 0}
+LARGE: dict[str, Any] = {"small": 0, "gram": 0}
 ways = pytest.mark.parametrize("way", [SMALL, MIDDLE, LARGE], ids=["small", "middle", "large"])
 
 
@@ -71,7 +71,7 @@ def seeds(
     n_trials: int = 0,
     seed: int = 0,
     normalize: bool = True,
-    **way: int,
+    **way: Any,
 ) -> Tensor:
     trials = n_trials or 2 + int(math.log(k))
     (rows,) = emulator.run(
@@ -91,7 +91,7 @@ def fit(
     tol: float = 1e-4,
     normalize: bool = True,
     renormalize: bool = False,
-    **way: int,
+    **way: Any,
 ) -> tuple[Tensor, ...]:
     """From rows, from centroids, or as k, n_init and seed have it."""
     inputs = {"x": storage(x)}
@@ -183,7 +183,7 @@ cases = pytest.mark.parametrize(("x", "k"), list(clusterings()))
 @ways
 @cases
 def test_seeds_are_those_of_the_cpu(
-    emulator: Emulator, x: Tensor, k: int, way: dict[str, int]
+    emulator: Emulator, x: Tensor, k: int, way: dict[str, Any]
 ) -> None:
     for arguments in ((3,), (2, 1, -(2**40) - 7, False)):
         assert torch.equal(seeds(emulator, x, k, *arguments, **way), kmeans_init(x, k, *arguments))
@@ -209,7 +209,7 @@ def test_seeds_from_a_sample(emulator: Emulator) -> None:
 @pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
 @cases
 def test_clustering_is_that_of_the_cpu(
-    emulator: Emulator, x: Tensor, k: int, way: dict[str, int]
+    emulator: Emulator, x: Tensor, k: int, way: dict[str, Any]
 ) -> None:
     n = x.shape[-2]
     rows = torch.arange(2 * k).view(2, k) % max(n, 1) if n else torch.full((2, k), -1)
@@ -217,14 +217,14 @@ def test_clustering_is_that_of_the_cpu(
     few = (init[..., :1, :], 2, 0.0, False)
     close(fit(emulator, x, *few, **way), kmeans(x, *few))
     if not (x == 0).any():  # zero is as far from all directions: nothing but rounding decides
-        close(fit(emulator, x, init, 5, **way), kmeans(x, init, 5))
+        close(fit(emulator, x, init, 4, **way), kmeans(x, init, 4))
         if n > 1:
-            again = (init[..., :1, :], 5, 1e-3, True, True)
+            again = (init[..., :1, :], 3, 1e-3, True, True)
             close(fit(emulator, x, *again, **way), kmeans(x, *again))
 
 
 @pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
-def test_clustering_from_centroids(emulator: Emulator, way: dict[str, int]) -> None:
+def test_clustering_from_centroids(emulator: Emulator, way: dict[str, Any]) -> None:
     x = points_of(60, 8, device="cpu", dtype=f32)
     centroids = points_of(7, 8, device="cpu", dtype=f64, seed=3)
     for max_iter in (0, 20):
@@ -238,7 +238,7 @@ def test_clustering_from_centroids(emulator: Emulator, way: dict[str, int]) -> N
 
 
 @pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
-def test_empty_clusters_take_the_farthest_points(emulator: Emulator, way: dict[str, int]) -> None:
+def test_empty_clusters_take_the_farthest_points(emulator: Emulator, way: dict[str, Any]) -> None:
     x = torch.tensor([[0.0], [0.1], [0.2], [9.0], [10.0], [30.0]])
     start = torch.tensor([[0.0], [100.0], [200.0]])  # the last two start empty
     centroids, *_ = fit(emulator, x, start, 1, 0.0, False, **way)
@@ -251,7 +251,7 @@ def test_empty_clusters_take_the_farthest_points(emulator: Emulator, way: dict[s
 
 
 @pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
-def test_bits_do_not_depend_on_the_batch(emulator: Emulator, way: dict[str, int]) -> None:
+def test_bits_do_not_depend_on_the_batch(emulator: Emulator, way: dict[str, Any]) -> None:
     x = points_of(3, 45, 20, device="cpu", dtype=f32)
     x[1, 7, 3] = INF
     init = seeds(emulator, x, 6, 2, **way)
@@ -267,7 +267,7 @@ def test_bits_do_not_depend_on_the_batch(emulator: Emulator, way: dict[str, int]
 
 
 @pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
-def test_seeding_and_clustering_in_one_call(emulator: Emulator, way: dict[str, int]) -> None:
+def test_seeding_and_clustering_in_one_call(emulator: Emulator, way: dict[str, Any]) -> None:
     x = points_of(2, 50, 12, device="cpu", dtype=f32)
     init = seeds(emulator, x, 5, 3, seed=9, **way)
     same(fit(emulator, x, init, **way), fit(emulator, x, (5, 3, 9), **way))

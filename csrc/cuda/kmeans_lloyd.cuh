@@ -445,7 +445,7 @@ __global__ void __launch_bounds__(kBlockThreads) begin_runs(Lloyd<S> all) {
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kBlockThreads) sort_runs(Lloyd<S> all, int i) {
+__global__ void __launch_bounds__(kBlockThreads, 1) sort_runs(Lloyd<S> all, int i) {
   const Lloyd<S> run = all.at(blockIdx.x);
   if (run.status->done)
     return;
@@ -461,7 +461,8 @@ __global__ void __launch_bounds__(kPointThreads, 2) sum_runs(Lloyd<S> all, int b
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kPointThreads) move_runs(Lloyd<S> all, bool first, int blocks) {
+__global__ void __launch_bounds__(kPointThreads, 2)
+    move_runs(Lloyd<S> all, bool first, int blocks) {
   const Lloyd<S> run = all.at(blockIdx.x / blocks);
   if (!run.status->done)
     run.move(first, Warps::of_blocks(int(blockIdx.x) % blocks, blocks));
