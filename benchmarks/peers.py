@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
@@ -12,6 +19,24 @@ from sklearn import metrics
 from torch import Tensor
 
 Array = NDArray[Any]
+
+
+@lru_cache
+def pytorch_ood(module: str) -> types.ModuleType:
+    """One of its modules: the packages around it want torchvision and more."""
+    if "pytorch_ood" in sys.modules:
+        (root,) = sys.modules["pytorch_ood"].__path__
+    else:
+        found = importlib.util.find_spec("pytorch_ood")
+        if found is None or not found.submodule_search_locations:
+            pytest.skip("needs pytorch-ood")
+        (root,) = found.submodule_search_locations
+    *parents, _ = f"pytorch_ood.{module}".split(".")
+    for i in range(len(parents)):
+        package = types.ModuleType(".".join(parents[: i + 1]))
+        package.__path__ = [str(Path(root, *parents[1 : i + 1]))]
+        sys.modules.setdefault(package.__name__, package)
+    return import_module(f"pytorch_ood.{module}")
 
 
 def official_score(logits: Tensor, slices: Tensor) -> Tensor:
@@ -73,6 +98,31 @@ def split_loss(logits: Tensor, sizes: list[int], columns: Tensor) -> Tensor:
 def split_score(logits: Tensor, sizes: list[int], first: Tensor) -> Tensor:
     lse = torch.stack([z.logsumexp(-1) for z in logits.split(sizes, -1)], -1)
     return -(logits[:, first] - lse).amin(-1).exp()
+
+
+# --- Outlier Exposure: the first len(target) rows are ID ---------------------------------------
+
+
+def official_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """The training loop of the OE code base (outlier-exposure)."""
+    n = len(target)
+    loss = F.cross_entropy(logits[:n], target)
+    return loss + 0.5 * -(logits[n:].mean(1) - torch.logsumexp(logits[n:], dim=1)).mean()
+
+
+def softmax_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """One log-softmax of all rows."""
+    n = len(target)
+    log_p = logits.log_softmax(1)
+    return F.nll_loss(log_p[:n], target) - 0.5 * log_p[n:].mean()
+
+
+def logsumexp_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """One log-sum-exp of all rows, and a weight a row."""
+    n = len(target)
+    lse = logits.logsumexp(1)
+    loss = (lse[:n] - logits[:n].gather(1, target[:, None])[:, 0]).mean()
+    return loss + 0.5 * (lse[n:] - logits[n:].mean(1)).mean()
 
 
 # --- (FPR95, AUROC, AUPR-in, AUPR-out) of ID scores x and OOD scores y ----------------------------

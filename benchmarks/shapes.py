@@ -11,8 +11,14 @@ from oodkernels import Groups
 
 QUICK = os.environ.get("OODK_BENCH_QUICK") == "1"
 
+# rows, classes: detectors that read logits
+DETECTOR_SHAPES = [(65536, 1000), (8192, 21841)]
+
 # rows, classes, groups: a test set of ImageNet-1k and a batch of it, ImageNet-21k, CIFAR-100
 MOS_SHAPES = [(65536, 1000, 8), (4096, 1000, 8), (1024, 21841, 38), (4096, 100, 10)]
+
+# rows, classes: Outlier Exposure's own batch (128 ID, 256 OOD), a large one, ImageNet-21k
+LOSS_SHAPES = [(384, 1000), (4096, 1000), (1024, 21841)]
 
 # Scores of both sides together; 5e7 on request, where a peer takes a minute and 4 GB.
 ROC_SIZES = [10**4, 10**6, 10**7]
@@ -21,7 +27,9 @@ if os.environ.get("OODK_BENCH_LARGE") == "1":
 
 if QUICK:
     ROC_SIZES = [2000]
+    LOSS_SHAPES = [(48, 100)]
     MOS_SHAPES = [(64, 1000, 8), (64, 100, 10)]
+    DETECTOR_SHAPES = [(64, 1000)]
 
 
 def even_groups(classes: int, k: int) -> Groups:

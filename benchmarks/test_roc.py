@@ -6,11 +6,7 @@ Every peer computes AUROC, AUPR-in, AUPR-out and FPR95; what it computes beyond 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,18 +43,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@lru_cache
-def pytorch_ood() -> types.ModuleType:
-    """Its metrics alone: the package as a whole wants torchvision and more."""
-    found = importlib.util.find_spec("pytorch_ood")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs pytorch-ood")
-    package = types.ModuleType("pytorch_ood")
-    package.__path__ = list(found.submodule_search_locations)
-    sys.modules["pytorch_ood"] = package
-    return pytest.importorskip("pytorch_ood.metrics")
-
-
 def peer(name: str, x: Tensor, y: Tensor) -> Callable[[], Any]:
     if name == "sklearn":
         return lambda: peers.sklearn_roc(x.numpy(), y.numpy())
@@ -73,7 +57,7 @@ def peer(name: str, x: Tensor, y: Tensor) -> Callable[[], Any]:
         # Into [0, 1], lest a sigmoid be applied.
         unit = (both - both.min()) / (both.max() - both.min())
         return lambda: peers.torchmetrics_roc(classification, unit, label)
-    metrics = pytorch_ood()
+    metrics = peers.pytorch_ood("metrics")
     label = torch.cat([torch.zeros(len(x)), -torch.ones(len(y))]).long()
     return lambda: peers.pytorch_ood_roc(metrics, -both, label)
 

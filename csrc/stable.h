@@ -82,6 +82,27 @@ inline ScalarType accumulate_type(DType dtype) {
   return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The first `dims` dimensions walked in order: `count` items, each `stride` values after the one
+// before (as given where there is only one), unless no single stride leads through them.
+struct Walk {
+  int64_t count, stride;
+  bool even;
+};
+
+inline Walk walk(const Tensor& t, int64_t dims, int64_t stride) {
+  Walk walk{1, stride, true};
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    if (t.size(i) == 1)
+      continue;
+    if (walk.count == 1)
+      walk.stride = t.stride(i);
+    else
+      walk.even = walk.even && t.stride(i) == walk.stride * walk.count;
+    walk.count *= t.size(i);
+  }
+  return walk;
+}
+
 // A tensor seen as `count` rows of `width` adjacent values, `stride` values apart.
 struct Rows {
   Tensor tensor;
@@ -95,19 +116,11 @@ inline Rows as_rows(const char* op, const char* argument, const Tensor& t) {
   const int64_t dim = t.dim();
   OODK_CHECK_VALUE(dim >= 1, op, ": ", argument, " must have at least one dimension, got a scalar");
   const int64_t width = t.size(dim - 1);
-  int64_t count = 1, stride = width;
-  bool even = width <= 1 || t.stride(dim - 1) == 1;
-  for (int64_t i = dim - 2; i >= 0; --i) {
-    if (t.size(i) == 1)
-      continue;
-    if (count == 1)
-      stride = t.stride(i);
-    else
-      even = even && t.stride(i) == stride * count;
-    count *= t.size(i);
-  }
-  even = even && stride >= width;
-  return {even ? t : torch::stable::contiguous(t), dtype, count, width, even ? stride : width};
+  const Walk rows = walk(t, dim - 1, width);
+  const bool adjacent = width <= 1 || t.stride(dim - 1) == 1;
+  if (adjacent && rows.even && rows.stride >= width)
+    return {t, dtype, rows.count, width, rows.stride};
+  return {torch::stable::contiguous(t), dtype, rows.count, width, width};
 }
 
 } // namespace oodk

@@ -9,14 +9,43 @@ from typing import TYPE_CHECKING, Any
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
 from oodkernels.cluster import KMeans, kmeans
+from oodkernels.detectors import (
+    DETECTORS,
+    OODDetector,
+    Prediction,
+    as_pytorch_ood,
+    extract,
+    score_all,
+)
 from oodkernels.groups import Groups
+from oodkernels.losses import (
+    AbsentClassLoss,
+    ConfidenceLoss,
+    EnergyBoundedLoss,
+    JointGANLoss,
+    OutlierExposureLoss,
+    absent_class_loss,
+    confidence_loss,
+    energy_bounded_loss,
+    joint_gan_loss,
+    outlier_exposure_loss,
+)
 from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.mining import (
+    DOSMiner,
+    MiningLog,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    UniformMiner,
+)
 from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
     DOSSelection,
     KMeansResult,
     LogitScores,
     MOSPrediction,
+    OutlierCrossEntropy,
     ROCMetrics,
     cluster_argmax,
     dos_select,
@@ -27,8 +56,10 @@ from oodkernels.ops import (
     mos_predict,
     mos_score,
     nearest_centroid,
+    outlier_cross_entropy,
     roc_metrics,
 )
+from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
     from oodkernels.calibration import (
@@ -52,27 +83,49 @@ _LATER = {
 }
 
 __all__ = [
+    "DETECTORS",
+    "AbsentClassLoss",
     "CalibrationError",
+    "ClassStatistics",
+    "ConfidenceLoss",
+    "DOSMiner",
     "DOSSelection",
+    "EnergyBoundedLoss",
     "Groups",
+    "JointGANLoss",
     "KMeans",
     "KMeansResult",
     "LogitScores",
     "MOSHead",
     "MOSLoss",
     "MOSPrediction",
+    "MiningLog",
     "MisclassificationMetrics",
+    "NTOMMiner",
+    "OODDetector",
     "OODMetrics",
     "OODResult",
     "OODResults",
+    "OutlierCrossEntropy",
+    "OutlierExposureLoss",
+    "OutlierMiner",
+    "POEMMiner",
+    "Prediction",
     "ROCMetrics",
     "Threshold",
+    "UniformMiner",
     "__version__",
+    "absent_class_loss",
+    "as_pytorch_ood",
     "build_info",
     "cluster_argmax",
     "compare_conventions",
+    "confidence_loss",
     "dos_select",
+    "energy_bounded_loss",
     "expected_calibration_error",
+    "extract",
+    "joint_gan_loss",
     "kmeans",
     "kmeans_init",
     "logit_scores",
@@ -83,8 +136,11 @@ __all__ = [
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "outlier_cross_entropy",
+    "outlier_exposure_loss",
     "reliability_diagram",
     "roc_metrics",
+    "score_all",
 ]
 
 

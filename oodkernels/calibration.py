@@ -30,7 +30,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from oodkernels.metrics import _as_tensor
+from oodkernels.metrics import as_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -350,7 +350,7 @@ def check_answers(
         TypeError: Types are others.
     """
     given = isinstance(confidence, Tensor)
-    confidence = _as_tensor(function, "confidence", confidence)
+    confidence = as_tensor(function, "confidence", confidence)
     if device is not None and not given:
         confidence = confidence.to(device)
     if not isinstance(correct, Tensor):

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oodkernels import data
-from oodkernels.evaluation import Method, Row, evaluate
+from oodkernels.detectors import MOS, MSP, Energy, MaxLogit, MOSLogOdds, OODDetector
+from oodkernels.evaluation import Evaluation, combine, evaluate
 from oodkernels.groups import Groups
 from oodkernels.nn import MOSHead, MOSLoss
-from oodkernels.ops import logit_scores, mos_log_others, mos_predict
 from oodkernels.training import Recipe, SmallConvNet, reproducible, train, zero_linear
 
 ID_SET = "digits"
@@ -48,24 +48,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class GroupedModel:
-    """What a MOS model's "others" say about each test set.
-
-    Attributes:
-        name: Name of the model.
-        groups: Per group, the digits in it.
-        others: Kind of image -> mean p_others per group. The kinds are the digits of the group
-            itself, the digits of the other groups, and each OOD set.
-        min_others: Test set -> mean over its images of the least p_others, the negated MOS score.
-    """
-
-    name: str
-    groups: list[list[int]]
-    others: dict[str, list[float]]
-    min_others: dict[str, float]
-
-
-@dataclass(frozen=True)
 class DemoResult:
     """Everything a run found out, and the test images for the report to show.
 
@@ -73,17 +55,13 @@ class DemoResult:
         settings: What was run.
         num_train: Number of training images.
         images: Test set -> (N, 8, 8) grey values in [0, 1]; the ID set comes first.
-        methods: Scores of every method on every image.
-        grouped: The MOS models.
-        rows: The table of results.
+        evaluation: Every method's scores of every image, and the table.
     """
 
     settings: Settings
     num_train: int
     images: dict[str, NDArray[Any]]
-    methods: list[Method]
-    grouped: list[GroupedModel]
-    rows: list[Row]
+    evaluation: Evaluation
 
 
 def run(
@@ -115,77 +93,27 @@ def _run(settings: Settings, on_epoch: Progress) -> DemoResult:
         train(model, loss, images, labels, settings.recipe, seed, partial(on_epoch, stage))
         return model
 
-    flat = fit(FLAT, lambda features: zero_linear(features, NUM_CLASSES), nn.CrossEntropyLoss())
-    with torch.no_grad():
-        methods = _flat_methods({name: flat(x) for name, x in sets.items()}, digits.test_labels)
-        features = flat.features(digits.train_images)
-        means = [features[digits.train_labels == c].mean(0) for c in range(NUM_CLASSES)]
+    def evaluated(stage: str, model: nn.Module, detectors: Mapping[str, OODDetector]) -> Evaluation:
+        batch = (sets[ID_SET], digits.test_labels)
+        ood = {name: images for name, images in sets.items() if name != ID_SET}
+        return evaluate(model, [batch], ood, detectors, model_name=stage)
 
-    grouped = []
+    flat = fit(FLAT, lambda features: zero_linear(features, NUM_CLASSES), nn.CrossEntropyLoss())
+    detectors = {"MSP": MSP(), "max logit": MaxLogit(), "energy": Energy()}
+    found = [evaluated(FLAT, flat, detectors)]
+    with torch.no_grad():
+        features = flat.features(digits.train_images)
+    means = [features[digits.train_labels == c].mean(0) for c in range(NUM_CLASSES)]
     for stage, groups in (
         (MOS_RANDOM, Groups.random(NUM_CLASSES, k, seed=seed)),
         (MOS_FEATURES, Groups.from_features(torch.stack(means), k, seed=seed)),
     ):
         model = fit(stage, partial(MOSHead, groups=groups), MOSLoss(groups))
-        with torch.no_grad():
-            logits = {name: model(x) for name, x in sets.items()}
-        methods += _mos_methods(stage, groups, logits, digits.test_labels)
-        grouped.append(_describe(stage, groups, logits, digits.test_labels))
+        found.append(evaluated(stage, model, {"MOS": MOS(groups), "log-odds": MOSLogOdds(groups)}))
 
     return DemoResult(
         settings=settings,
         num_train=len(digits.train_labels),
         images={name: x[:, 0].numpy() for name, x in sets.items()},
-        methods=methods,
-        grouped=grouped,
-        rows=evaluate(methods),
-    )
-
-
-def _flat_methods(logits: Mapping[str, Tensor], labels: Tensor) -> list[Method]:
-    results = {name: logit_scores(z) for name, z in logits.items()}
-    predicted = results[ID_SET].label
-    return [
-        _method(FLAT, label, {n: getattr(r, key) for n, r in results.items()}, predicted, labels)
-        for label, key in (("MSP", "msp"), ("max logit", "max_logit"), ("energy", "energy"))
-    ]
-
-
-def _mos_methods(
-    model: str, groups: Groups, logits: Mapping[str, Tensor], labels: Tensor
-) -> list[Method]:
-    results = {name: mos_predict(z, groups) for name, z in logits.items()}
-    predicted = groups.to_class(results[ID_SET].label)
-    return [
-        _method(model, label, {n: getattr(r, key) for n, r in results.items()}, predicted, labels)
-        for label, key in (("MOS", "score"), ("log-odds", "log_odds"))
-    ]
-
-
-def _method(
-    model: str, score: str, scores: Mapping[str, Tensor], predicted: Tensor, labels: Tensor
-) -> Method:
-    arrays = {name: values.numpy() for name, values in scores.items()}
-    accuracy = (predicted == labels).double().mean().item()
-    return Method(model, score, accuracy, arrays.pop(ID_SET), arrays)
-
-
-def _describe(
-    name: str, groups: Groups, logits: Mapping[str, Tensor], labels: Tensor
-) -> GroupedModel:
-    others = {n: mos_log_others(z, groups).double().exp() for n, z in logits.items()}
-    least = {n: p.amin(1).mean().item() for n, p in others.items()}
-    digits = others.pop(ID_SET)
-    own = groups.class_to_group[labels][:, None] == torch.arange(groups.num_groups)
-    columns = list(zip(digits.T, own.T, strict=True))
-    members = torch.split(groups.classes, groups.sizes.tolist())
-    return GroupedModel(
-        name=name,
-        groups=[classes.tolist() for classes in members],
-        others={
-            "digits of the group": [p[mask].mean().item() for p, mask in columns],
-            "other digits": [p[~mask].mean().item() for p, mask in columns],
-            **{n: p.mean(0).tolist() for n, p in others.items()},
-        },
-        min_others=least,
+        evaluation=combine(*found),
     )

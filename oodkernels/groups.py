@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodkernels._files import write_text
+from oodkernels._files import read_json, write_text
 
 Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -523,15 +523,7 @@ class Groups:
                 groups do not hold every class id once.
         """
         where = "Groups.from_json"
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: text must be JSON: {error}") from None
-        found = content.get("format") if isinstance(content, dict) else content
-        if found != _FORMAT or not isinstance(content, dict):
-            raise ValueError(f"{where}: format must be {_FORMAT!r}, got {str(found)[:80]!r}")
-        if content.get("version") != _VERSION:
-            raise ValueError(f"{where}: version must be {_VERSION}, got {content.get('version')!r}")
+        content = read_json(where, text, _FORMAT, _VERSION)
         try:
             names = [group["name"] for group in content["groups"]]
             _check_names(len(names), names)

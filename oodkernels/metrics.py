@@ -287,7 +287,7 @@ def ood_metrics(
         TypeError: Scores are not of a type above.
     """
     conventions = [_convention(convention)]
-    _check("ood_metrics", tpr, confidence)
+    check_shares("ood_metrics", tpr, confidence)
     inside = _Side("ood_metrics", "id_scores", id_scores)
     if not isinstance(ood_scores, Mapping):
         return _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)[0]
@@ -318,7 +318,7 @@ def compare_conventions(
         ValueError: As :func:`ood_metrics`.
         TypeError: As :func:`ood_metrics`.
     """
-    _check("compare_conventions", tpr, confidence)
+    check_shares("compare_conventions", tpr, confidence)
     inside = _Side("compare_conventions", "id_scores", id_scores)
     conventions = list(CONVENTIONS.values())
     results = _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)
@@ -333,14 +333,19 @@ def _convention(name: str) -> Convention:
     return CONVENTIONS[name]
 
 
-def _check(function: str, tpr: float, confidence: float) -> None:
+def check_shares(function: str, tpr: float, confidence: float) -> None:
+    """Refuse a true positive rate or a confidence that is no share.
+
+    Raises:
+        ValueError: ``tpr`` is not in (0, 1], or ``confidence`` not in (0, 1).
+    """
     if not 0 < tpr <= 1:
         raise ValueError(f"{function}: tpr must be in (0, 1], got {tpr}")
     if not 0 < confidence < 1:
         raise ValueError(f"{function}: confidence must be in (0, 1), got {confidence}")
 
 
-def _as_tensor(function: str, name: str, scores: Any) -> Tensor:
+def as_tensor(function: str, name: str, scores: Any) -> Tensor:
     """Scores as a floating-point tensor, by the rule in :func:`ood_metrics`."""
     if not isinstance(scores, Tensor):
         array = np.asarray(scores)
@@ -367,7 +372,7 @@ class _Side:
 
     def __init__(self, function: str, name: str, scores: Any) -> None:
         self.function, self.name = function, name
-        self.scores = _as_tensor(function, name, scores)
+        self.scores = as_tensor(function, name, scores)
         self._keys: dict[torch.dtype, Tensor] = {}
 
     def keys(self, dtype: torch.dtype) -> Tensor:

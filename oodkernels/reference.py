@@ -76,6 +76,16 @@ def mos_loss(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int =
     return torch.where(ignored, torch.zeros_like(loss), loss)
 
 
+def outlier_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy to the class, to the uniform distribution where target is -1; logsumexp."""
+    z = _accumulated(logits)
+    log_p = z.log_softmax(-1)
+    classified = log_p.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    loss = -torch.where(target == -1, log_p.mean(-1), classified)
+    nan = log_p.isnan().any(-1)
+    return loss, torch.where(nan, math.nan, z.logsumexp(-1))
+
+
 def logit_scores(
     logits: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

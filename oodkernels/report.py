@@ -1,17 +1,10 @@
-"""Results on disk: a CSV table, a JSON record, and an HTML report that needs no other file."""
+"""The HTML report of an evaluation, in one file, and its pictures."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
-import json
-import platform
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +14,30 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from sklearn.metrics import roc_curve
 
-import oodkernels
-from oodkernels._files import write_text
-from oodkernels.demo import ID_SET, DemoResult
+from oodkernels.calibration import _draw
 from oodkernels.evaluation import (
-    AVERAGE,
-    CONVENTION,
-    METRICS,
+    OTHER,
     Array,
+    Evaluation,
+    GroupOthers,
+    Levels,
     Method,
-    Row,
-    best,
+    StreamedMethod,
+    Sweep,
+    software,
 )
-
-METRIC_NAMES = {"fpr95": "FPR95", "auroc": "AUROC", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
+from oodkernels.tables import AVERAGE, METRIC_NAMES, lines, ood_sets
 
 _ID_COLOR = "#4477aa"
-_OOD_COLORS = ("#ee6677", "#228833", "#aa3377", "#ccbb44")
+_OOD_COLORS = ("#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bb5500", "#882255")
 _OTHER_ID_COLOR = "#c3d5e8"
-# Log-odds order images as the MOS score does: its line is a band below that of MOS.
-_METHOD_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#b3b3b3", "lw": 1.7},
-    {"color": "#777777", "lw": 1.7, "ls": "--"},
-    {"color": "#222222", "lw": 1.7},
-    {"color": "#009988", "lw": 1.7},
-    {"color": "#009988", "lw": 5, "alpha": 0.25, "zorder": 1},
-    {"color": "#ee7733", "lw": 1.7},
-    {"color": "#ee7733", "lw": 5, "alpha": 0.25, "zorder": 1},
+_METHOD_COLORS = (
+    *("#b3b3b3", "#777777", "#222222", "#009988", "#004d44"),
+    *("#ee7733", "#aa3300", "#0077bb", "#33bbee", "#ee3377"),
 )
+_BARS = 12
+"""Groups up to which their "others" are drawn as bars."""
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "oodkernels",
     "svg.fonttype": "path",
@@ -70,73 +57,20 @@ _RC: dict[Any, Any] = {
 }
 
 
-def write_report(result: DemoResult, out: Path) -> list[Path]:
-    """Write ``results.csv``, ``results.json`` and ``report.html`` into the folder ``out``.
+def to_html(
+    evaluation: Evaluation,
+    title: str = "Out-of-distribution detection",
+    template: str = "report.html.j2",
+    **more: Any,
+) -> str:
+    """The report as one HTML page: styles and pictures are inside, nothing is loaded.
 
-    Each file appears under its name only when it is complete, and the same result gives the same
-    bytes. The folder is made where it is missing.
-
-    Returns:
-        The three paths, in that order.
-
-    Raises:
-        OSError: The folder or a file cannot be written.
+    Args:
+        evaluation: What to report.
+        title: Heading of the page.
+        template: A file in ``templates``.
+        **more: What that file shows beside the evaluation.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "results.csv": to_csv(result.rows),
-        "results.json": to_json(result),
-        "report.html": to_html(result),
-    }
-    for name, text in texts.items():
-        write_text(out / name, text)
-    return [out / name for name in texts]
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """One line per method and OOD set, metrics as fractions in full precision."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(Row._fields)
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def to_json(result: DemoResult) -> str:
-    """The results with what is needed to read and repeat them: conventions, settings, versions."""
-    record = {
-        "format": "oodkernels.demo",
-        "version": 1,
-        "convention": CONVENTION,
-        "settings": asdict(result.settings),
-        "data": {
-            "id": ID_SET,
-            "train": result.num_train,
-            "test": {name: len(images) for name, images in result.images.items()},
-        },
-        "results": [row._asdict() for row in result.rows],
-        "grouped_models": [asdict(model) for model in result.grouped],
-        "software": software(),
-    }
-    return json.dumps(record, indent=2, allow_nan=False) + "\n"
-
-
-def software() -> dict[str, Any]:
-    """What the numbers depend on: versions, and how the kernels were built."""
-    build = oodkernels.build_info()
-    del build["threads"]  # the demo has its own: one
-    packages = ("numpy", "scikit-learn", "scikit-image", "matplotlib")
-    return {
-        "oodkernels": build.pop("version"),
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-        **{name: version(name) for name in packages},
-        **build,
-    }
-
-
-def to_html(result: DemoResult) -> str:
-    """The report as one HTML page: styles and pictures are inside, nothing is loaded."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -145,69 +79,82 @@ def to_html(result: DemoResult) -> str:
         lstrip_blocks=True,
     )
     with matplotlib.rc_context(_RC):
-        figures = {
-            "histograms": _data_uri(histograms(result.methods)),
-            "roc": _data_uri(roc_curves(result.methods)),
-            "others": _data_uri(others_per_group(result)),
+        drawn = {name: _data_uri(figure) for name, figure in figures(evaluation).items()}
+    names = ("histograms", "roc", "others", "reliability", "sweep")
+    return environment.get_template(template).render(
+        {
+            "title": title,
+            "evaluation": evaluation,
+            "ood_sets": ood_sets(evaluation.rows)[:-1],
+            "figures": dict.fromkeys(names) | drawn,
+            "table": lines(evaluation.rows),
+            "average": AVERAGE,
+            "metric_names": METRIC_NAMES,
+            "software": software("matplotlib"),
+            **more,
         }
-    return environment.get_template("report.html.j2").render(
-        result=result,
-        id_set=ID_SET,
-        ood_sets=[name for name in result.images if name != ID_SET],
-        samples={name: _contact_sheet(images) for name, images in result.images.items()},
-        figures=figures,
-        methods=_table(result.rows),
-        average=AVERAGE,
-        metric_names=METRIC_NAMES,
-        convention=CONVENTION,
-        software=software(),
     )
 
 
-def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Per method its cells, (value, is it the best), in the order of the header."""
-    top = best(rows)
-
-    def cell(row: Row, metric: str) -> tuple[float, bool]:
-        value: float = getattr(row, metric)
-        return value, value == top[row.ood_set, metric]
-
-    table = []
-    for (model, score), group in groupby(rows, lambda row: (row.model, row.score)):
-        own = list(group)
-        cells = [cell(row, metric) for row in own for metric in METRICS]
-        accuracy = cell(own[0], "id_accuracy")
-        table.append({"model": model, "score": score, "accuracy": accuracy, "cells": cells})
-    return table
+def figures(evaluation: Evaluation) -> dict[str, Figure]:
+    """The report's pictures by name, those for which there is something to show."""
+    found = {"histograms": histograms(evaluation.methods), "roc": roc_curves(evaluation.methods)}
+    if evaluation.others:
+        found["others"] = others_per_group(evaluation.others)
+    if evaluation.reliability:
+        found["reliability"] = reliability(evaluation)
+    if evaluation.sweep is not None:
+        found["sweep"] = sweep(evaluation.sweep)
+    return found
 
 
-def histograms(methods: Sequence[Method]) -> Figure:
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def _panels(figure: Figure, count: int, columns: int = 4, **options: Any) -> list[Axes]:
+    """Axes in rows of at most ``columns``, as even as they come."""
+    rows = -(-count // columns)
+    columns = -(-count // rows)
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, **options))
+    for unused in grid[count:]:
+        unused.set_axis_off()
+    return list(grid[:count])
+
+
+def _height(count: int, each: float, columns: int = 4) -> float:
+    return 0.9 + each * -(-count // columns)
+
+
+def histograms(methods: Sequence[Method | StreamedMethod]) -> Figure:
     """Per method, the distribution of its score on ID and on each OOD set."""
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    half = len(methods) // 2
-    axes: list[Axes] = []
-    grid = figure.add_gridspec(2)
-    for i, row in enumerate((methods[:half], methods[half:])):
-        panels = np.ravel(figure.add_subfigure(grid[i]).subplots(1, len(row), sharey=True))
-        panels[0].set_ylabel("% of images")
-        axes += list(panels)
+    figure = Figure(figsize=(11, _height(len(methods), 2.3)), layout="constrained")
+    axes = _panels(figure, len(methods))
     for one, method in zip(axes, methods, strict=True):
         _histogram(one, method)
+    for one in axes:
+        if one.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            one.set_ylabel("% of samples")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(6, len(labels)))
     return figure
 
 
-def _histogram(axes: Axes, method: Method) -> None:
-    everything = np.concatenate([method.id_scores, *method.ood_scores.values()])
-    bins = np.linspace(everything.min(), everything.max(), 31)
+def _histogram(axes: Axes, method: Method | StreamedMethod) -> None:
+    levels = {name: method.levels(name) for name in method.sizes[1]}
+    first = next(iter(levels.values()))
+    ranges = [_range(first.values, first.n_id)]
+    ranges += [_range(level.values, level.n_ood) for level in levels.values()]
+    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    bins = np.linspace(low, high if high > low else low + 1, 31)
 
-    def draw(scores: Array, **style: Any) -> None:
-        axes.hist(scores, bins.tolist(), weights=np.full(len(scores), 100 / len(scores)), **style)
+    def draw(values: Array, counts: Array, **style: Any) -> None:
+        inside = np.clip(values, bins[0], bins[-1])
+        share = np.histogram(inside, bins, weights=100 * counts / counts.sum())[0]
+        axes.stairs(share, bins, **style)
 
-    draw(method.id_scores, color=_ID_COLOR, alpha=0.45, label=f"{ID_SET} (ID)")
-    for (name, scores), color in zip(method.ood_scores.items(), _OOD_COLORS, strict=False):
-        draw(scores, color=color, histtype="step", lw=1.4, label=name)
+    draw(first.values, first.n_id, color=_ID_COLOR, alpha=0.45, fill=True, label="ID")
+    for i, (name, level) in enumerate(levels.items()):
+        draw(level.values, level.n_ood, color=_ood_color(i), lw=1.4, label=name)
     axes.axvline(method.threshold, color="#333333", lw=1, ls="--", label="95 % of ID at or above")
     axes.set(title=method.name, yscale="log", ylim=(0.1, 100))
     axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
@@ -215,47 +162,109 @@ def _histogram(axes: Axes, method: Method) -> None:
     axes.grid(axis="y")
 
 
-def roc_curves(methods: Sequence[Method]) -> Figure:
+def _range(values: Array, counts: Array) -> tuple[float, float]:
+    """All but the outermost 0.1 % on either side, of the finite values."""
+    used = np.isfinite(values) & (counts > 0)
+    if not used.any():
+        return 0.0, 0.0
+    total = np.cumsum(counts[used])
+    ends = np.searchsorted(total, [0.001 * total[-1], 0.999 * total[-1]])
+    low, high = values[used].astype(np.float64)[np.minimum(ends, len(total) - 1)]
+    return float(low), float(high)
+
+
+def _ood_color(i: int) -> str:
+    return _OOD_COLORS[i % len(_OOD_COLORS)]
+
+
+def roc_curves(methods: Sequence[Method | StreamedMethod]) -> Figure:
     """Per OOD set, the share of ID kept against the share of OOD kept, one line a method."""
-    names = list(methods[0].ood_scores)
-    figure = Figure(figsize=(11, 4.3), layout="constrained")
-    grid = np.ravel(figure.subplots(1, len(names), sharey=True))
-    for axes, name in zip(grid, names, strict=True):
-        for method, style in zip(methods, _METHOD_STYLES, strict=True):
-            ood = method.ood_scores[name]
-            is_id = np.arange(len(method.id_scores) + len(ood)) < len(method.id_scores)
-            fpr, tpr, _ = roc_curve(is_id, np.concatenate([method.id_scores, ood]))
-            axes.plot(100 * fpr, 100 * tpr, label=method.name, **style)
+    names = list(methods[0].sizes[1])
+    worst = max(m.figures[name]["fpr95"] for m in methods for name in names)
+    right, bottom = (50, 70) if worst <= 0.5 else (100, 0)
+    legend_rows = -(-len(methods) // 4)
+    height = _height(len(names), 3.1) + 0.2 * legend_rows
+    figure = Figure(figsize=(11, height), layout="constrained")
+    panels = _panels(figure, len(names), sharey=True)
+    for axes, name in zip(panels, names, strict=True):
+        for i, method in enumerate(methods):
+            fpr, tpr = _roc(method.levels(name))
+            color = _METHOD_COLORS[i % len(_METHOD_COLORS)]
+            style = ("-", (0, (4, 2)))[i % 2]
+            axes.plot(100 * fpr, 100 * tpr, label=method.name, color=color, ls=style, lw=1.7)
         axes.axhline(95, color="#333333", lw=1, ls="--")
-        axes.set(title=name, xlabel="OOD kept, %", xlim=(0, 50), ylim=(70, 100.4))
+        axes.set(title=name, xlabel="OOD kept, %", xlim=(0, right))
+        axes.set_ylim(bottom, 100 + 0.004 * (100 - bottom))
         axes.grid()
-    grid[0].set_ylabel("ID kept, %")
-    handles, labels = grid[0].get_legend_handles_labels()
+        if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            axes.set_ylabel("ID kept, %")
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
-def others_per_group(result: DemoResult) -> Figure:
+def _roc(levels: Levels, steps: int = 2000) -> tuple[Array, Array]:
+    """FPR and TPR from (0, 0) to (1, 1), points nearer than a ``steps``-th left out."""
+    fpr, tpr = (
+        np.concatenate(([0], np.cumsum(n[::-1]))) / n.sum() for n in (levels.n_ood, levels.n_id)
+    )
+    cells = np.stack((fpr * steps, tpr * steps)).astype(np.int64)
+    kept = np.flatnonzero((np.diff(cells, prepend=-1) != 0).any(0))
+    kept = np.union1d(kept, [len(fpr) - 1])
+    return fpr[kept], tpr[kept]
+
+
+def others_per_group(models: Sequence[GroupOthers]) -> Figure:
     """Mean p_others per group, and of its minimum over the groups, on ID and each OOD set."""
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    grid = np.ravel(figure.subplots(1, len(result.grouped), sharey=True))
-    for axes, model in zip(grid, result.grouped, strict=True):
+    if max(len(model.groups) for model in models) > _BARS:
+        return _others_as_map(models)
+    figure = Figure(figsize=(11, _height(len(models), 2.6, 2)), layout="constrained")
+    panels = _panels(figure, len(models), 2, sharey=True)
+    for axes, model in zip(panels, models, strict=True):
         last = len(model.groups) + 0.3
-        colors = (_ID_COLOR, _OTHER_ID_COLOR, *_OOD_COLORS)
-        _bars(axes, np.arange(len(model.groups)), model.others, colors)
+        ood = [_ood_color(i) for i in range(len(model.min_others) - 1)]
+        own = [_ID_COLOR, _OTHER_ID_COLOR] if OTHER in model.others else [_ID_COLOR]
+        _bars(axes, np.arange(len(model.groups)), model.others, [*own, *ood])
         # Matplotlib leaves labels that start with "_" out of the legend.
         least = {f"_{name}": [value] for name, value in model.min_others.items()}
-        _bars(axes, np.array([last]), least, (_ID_COLOR, *_OOD_COLORS))
+        _bars(axes, np.array([last]), least, [_ID_COLOR, *ood])
         axes.axvline(last - 0.65, color="#bbbbbb", lw=1)
-        ticks = [" ".join(map(str, group)) for group in model.groups]
-        axes.set_xticks([*range(len(ticks)), last], [*ticks, "least of\nall groups"])
-        axes.set(title=model.name, ylim=(0, 1), xlabel="digits of the group")
+        axes.set_xticks([*range(len(model.groups)), last], [*_names(model), "least of\nall groups"])
+        axes.set(title=model.name, ylim=(0, 1), xlabel="group")
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
-    grid[0].set_ylabel("mean p(others)")
-    handles, labels = grid[0].get_legend_handles_labels()
+    panels[0].set_ylabel("mean p(others)")
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
     return figure
+
+
+def _others_as_map(models: Sequence[GroupOthers]) -> Figure:
+    kinds = max(len(model.others) for model in models)
+    height = (1.6 + 0.25 * kinds) * len(models)
+    figure = Figure(figsize=(11, height), layout="constrained")
+    image = None
+    panels = _panels(figure, len(models), 1)
+    for axes, model in zip(panels, models, strict=True):
+        shown = np.array(list(model.others.values()))
+        image = axes.imshow(shown, aspect="auto", vmin=0, vmax=1, cmap="Blues")
+        axes.set_yticks(range(len(model.others)), list(model.others))
+        axes.set(title=model.name)
+        if len(model.groups) <= 50:
+            axes.set_xticks(range(len(model.groups)), _names(model), rotation=90, fontsize=7)
+        else:
+            axes.set_xlabel("group")
+    assert image is not None
+    figure.colorbar(image, ax=panels, label="mean p(others)", pad=0.01)
+    return figure
+
+
+def _names(model: GroupOthers) -> list[str]:
+    """Of the groups: their own, or where these are but numbers, the classes if they are few."""
+    numbered = model.names == [str(i) for i in range(len(model.names))]
+    if numbered and max(map(len, model.groups)) <= 8:
+        return [" ".join(map(str, group)) for group in model.groups]
+    return model.names
 
 
 def _bars(
@@ -268,20 +277,45 @@ def _bars(
         axes.bar(left, values, 0.92 * width, color=colors[i], label=label, align="edge")
 
 
+def reliability(evaluation: Evaluation) -> Figure:
+    """Per model, the share of right answers on ID samples against their confidence."""
+    count = len(evaluation.reliability)
+    figure = Figure(figsize=(3.4 * min(count, 3), _height(count, 3, 3)), layout="constrained")
+    panels = _panels(figure, count, 3)
+    for axes, (model, bins) in zip(panels, evaluation.reliability.items(), strict=True):
+        _draw("report.reliability", bins, axes)
+        axes.set_title(model)
+    return figure
+
+
+def sweep(given: Sweep) -> Figure:
+    """A figure in per cent against what is varied: mean and standard deviation at each point."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(given.series.items()):
+        by_x: dict[float, list[float]] = {}
+        for x, y in sorted(points):
+            by_x.setdefault(x, []).append(100 * y)
+        xs = np.array(list(by_x))
+        mean = np.array([np.mean(ys) for ys in by_x.values()])
+        spread = np.array([np.std(ys, ddof=1) if len(ys) > 1 else 0 for ys in by_x.values()])
+        color = _METHOD_COLORS[(2 + i) % len(_METHOD_COLORS)]
+        axes.plot(xs, mean, "o-", color=color, lw=1.7, ms=4, label=name)
+        axes.fill_between(xs, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
+    every = [x for points in given.series.values() for x, _ in points]
+    if min(every) > 0 and max(every) >= 10 * min(every):
+        axes.set_xscale("log")
+    ticks = sorted(set(every))
+    if len(ticks) <= 12:
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel=given.x, ylabel=f"{given.y}, %")
+    axes.grid()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def _data_uri(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _contact_sheet(images: Array, rows: int = 2, columns: int = 30, gap: int = 1) -> str:
-    """Images from the whole of a set, side by side, as a PNG data URI at one dot per pixel."""
-    chosen = images[np.linspace(0, len(images) - 1, rows * columns).round().astype(int)]
-    height, width = (side + gap for side in images.shape[1:])
-    sheet = np.ones((rows * height - gap, columns * width - gap))
-    for i, image in enumerate(chosen):
-        top, left = i // columns * height, i % columns * width
-        sheet[top : top + height - gap, left : left + width - gap] = image
-    buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, sheet, cmap="gray", vmin=0, vmax=1, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

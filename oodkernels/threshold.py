@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodkernels._files import write_text
+from oodkernels._files import read_json, write_text
 from oodkernels.intervals import Interval, clopper_pearson
-from oodkernels.metrics import Scores, _as_tensor, _check
+from oodkernels.metrics import Scores, as_tensor, check_shares
 from oodkernels.ops.roc import exact_ceil, scores_of_keys, sort_keys
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Threshold:
             )
         if math.isnan(self.value):
             raise ValueError("Threshold: value must not be NaN")
-        _check("Threshold", self.tpr, self.confidence)
+        check_shares("Threshold", self.tpr, self.confidence)
         if self.n_id < 1:
             raise ValueError(f"Threshold: n_id must be >= 1, got {self.n_id}")
         for name in ("achieved_tpr_bounds", "interval"):
@@ -129,8 +129,8 @@ class Threshold:
             TypeError: Scores are not of a type above.
         """
         where, tpr, confidence = "Threshold.calibrate", float(tpr), float(confidence)
-        _check(where, tpr, confidence)
-        scores = _as_tensor(where, "id_scores", id_scores)
+        check_shares(where, tpr, confidence)
+        scores = as_tensor(where, "id_scores", id_scores)
         keys = sort_keys(scores, where, "id_scores")
         n = len(keys)
         k = exact_ceil(tpr, n)
@@ -185,7 +185,7 @@ class Threshold:
         if not isinstance(metric, OODMetrics):
             raise TypeError(f"{where}: metric must be an OODMetrics, got {type(metric).__name__}")
         tpr, confidence = float(metric.tpr if tpr is None else tpr), float(confidence)
-        _check(where, tpr, confidence)
+        check_shares(where, tpr, confidence)
         with metric._synced():
             _, cells = next(iter(metric._sides(allow_empty=True).values()))
             binned = bool(metric.counts.numel() or metric.archive_codes.numel())
@@ -258,16 +258,7 @@ class Threshold:
                 missing, unknown, or not what it should be.
         """
         where = "Threshold.from_json"
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: text must be JSON: {error}") from None
-        found = content.pop("format", None) if isinstance(content, dict) else content
-        if found != _FORMAT or not isinstance(content, dict):
-            raise ValueError(f"{where}: format must be {_FORMAT!r}, got {str(found)[:80]!r}")
-        version = content.pop("version", None)
-        if version != _VERSION:
-            raise ValueError(f"{where}: version must be {_VERSION}, got {version!r}")
+        content = read_json(where, text, _FORMAT, _VERSION)
         names = {f.name for f in fields(cls)}
         if content.keys() != names:
             missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
@@ -348,7 +339,7 @@ def is_below(scores: Scores, value: float, function: str) -> Tensor:
     Raises:
         TypeError: Scores are not numbers.
     """
-    scores = _as_tensor(function, "scores", scores)
+    scores = as_tensor(function, "scores", scores)
     if scores.itemsize < 2:
         scores = scores.float()
     # The least number of the scores' type that is not below value parts them as value does.

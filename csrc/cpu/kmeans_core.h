@@ -151,11 +151,12 @@ class PointSet {
     std::fill(scratch + (end - begin) * stride(), scratch + padded * stride(), T(0));
     return scratch;
   }
-  // Rows that a thread takes at once: whole tiles that stay in its cache.
+  // Rows that a thread takes at once: whole tiles that stay in its cache, and few enough that all
+  // threads get some.
   int64_t block() const {
     constexpr int64_t bytes = 384 << 10;
     const int64_t fit = bytes / (stride() * int64_t(sizeof(T))) / kernels_.tile;
-    return std::clamp<int64_t>(fit, 1, 16) * kernels_.tile;
+    return std::clamp<int64_t>(std::min(fit, size_ / (16 * kernels_.tile)), 1, 16) * kernels_.tile;
   }
   // Calls f(first, last, rows) on blocks of [0, size), on all threads.
   template <typename F>

@@ -3,8 +3,8 @@
 //   m = max z    s = sum e^((z - m) / T)    w = sum (z - m) / T e^((z - m) / T)
 //   msp = 1 / s    energy = m + T log s    entropy (negative) = w / s - log s
 //
-// A row is read along its columns, the second time from cache. Rows too short for that are
-// transposed, so that lanes are rows (see mos_kernel.cpp).
+// A row is read along its columns, the second time from cache, and meanwhile the next row is
+// fetched. Rows too short for that are transposed, so that lanes are rows (see mos_kernel.cpp).
 #include "cpu/logits_kernel.h"
 
 #include "cpu/simd.h"
@@ -25,13 +25,15 @@ struct Sums {
 };
 
 template <typename S, typename T = acc_t<S>>
-OODK_INLINE Sums<T> along_row(const S* z, int64_t n, T inverse) {
+OODK_INLINE Sums<T> along_row(const S* z, const S* next, int64_t n, T inverse) {
   constexpr int L = lanes<T>;
   const T m = max_of(z, n);
   const vec<T> c = splat(m);
   vec<T> s0{}, s1{}, w0{}, w1{};
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
+    __builtin_prefetch(next + i);
+    __builtin_prefetch(next + i + L);
     const vec<T> d0 = scaled<T>(load(z + i), c, inverse), e0 = exp(d0);
     const vec<T> d1 = scaled<T>(load(z + i + L), c, inverse), e1 = exp(d1);
     s0 += e0;
@@ -97,8 +99,10 @@ void scores(const void* logits, DType dtype, int64_t width, int64_t stride, doub
     const T inverse = T(1 / temperature);
     const auto row = [&](int64_t r) { return (const S*)logits + r * stride; };
     if (width >= 4 * L) {
-      for (int64_t r = begin; r < end; ++r)
-        out.write(r, row(r), width, along_row(row(r), width, inverse));
+      for (int64_t r = begin; r < end; ++r) {
+        const S* next = row(r + 1 < end ? r + 1 : r);
+        out.write(r, row(r), width, along_row(row(r), next, width, inverse));
+      }
       return;
     }
     vec<T> z[4 * L];

@@ -432,19 +432,28 @@ OODK_INLINE T max_of(const S* z, int64_t n) {
   return reduce_max(max(m0, m1));
 }
 
+// Whether any lane is set.
+template <typename T>
+OODK_INLINE bool any(ivec<T> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int_t<T> set = 0;
+  for (int j = 0; j < lanes<T>; ++j)
+    set |= mask[j];
+  return set != 0;
+#endif
+}
+
 // First of n adjacent values that equals `value`; 0 where none does (NaN).
 template <typename S, typename T = acc_t<S>>
 int64_t find_first(const S* z, int64_t n, T value) {
   constexpr int L = lanes<T>;
   int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    const ivec<T> equal = load(z + i) == value;
-    int_t<T> any = 0;
-    for (int j = 0; j < L; ++j)
-      any |= equal[j];
-    if (any)
-      break;
-  }
+  while (i + L <= n && !any<T>(load(z + i) == value))
+    i += L;
   for (; i < n; ++i)
     if (widen(z[i]) == value)
       return i;

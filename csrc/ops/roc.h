@@ -21,20 +21,10 @@ inline RocScores roc_scores(const std::string& op, const std::string& argument, 
   const DType dtype = float_dtype(op.c_str(), argument.c_str(), t);
   OODK_CHECK_VALUE(t.dim() >= 1, op, ": ", argument,
       " must have at least one dimension, got a scalar");
-  int64_t count = 1, stride = 1;
-  bool even = true;
-  for (int64_t i = t.dim() - 1; i >= 0; --i) {
-    if (t.size(i) == 1)
-      continue;
-    if (count == 1)
-      stride = t.stride(i);
-    else
-      even = even && t.stride(i) == stride * count;
-    count *= t.size(i);
-  }
-  OODK_CHECK_VALUE(count > 0, op, ": ", argument, " must not be empty");
-  RocScores scores{even ? t : torch::stable::contiguous(t), count, even ? stride : 1, 2, 0,
-      ScalarType::Short};
+  const Walk all = walk(t, t.dim(), 1);
+  OODK_CHECK_VALUE(all.count > 0, op, ": ", argument, " must not be empty");
+  RocScores scores{all.even ? t : torch::stable::contiguous(t), all.count,
+      all.even ? all.stride : 1, 2, 0, ScalarType::Short};
   switch (dtype) {
     case DType::f64:
       scores.width = 8, scores.inf_bits = 0x7ff0000000000000, scores.key_type = ScalarType::Long;

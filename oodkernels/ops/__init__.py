@@ -5,6 +5,7 @@ from oodkernels.ops.histogram import roc_histogram_
 from oodkernels.ops.kmeans import KMeansResult, kmeans, kmeans_init, nearest_centroid
 from oodkernels.ops.logits import LogitScores, logit_scores
 from oodkernels.ops.mos import MOSPrediction, mos_log_others, mos_loss, mos_predict, mos_score
+from oodkernels.ops.outlier import OutlierCrossEntropy, outlier_cross_entropy
 from oodkernels.ops.roc import ROCMetrics, roc_metrics
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "KMeansResult",
     "LogitScores",
     "MOSPrediction",
+    "OutlierCrossEntropy",
     "ROCMetrics",
     "cluster_argmax",
     "dos_select",
@@ -23,6 +25,7 @@ __all__ = [
     "mos_predict",
     "mos_score",
     "nearest_centroid",
+    "outlier_cross_entropy",
     "roc_histogram_",
     "roc_metrics",
 ]

@@ -1,0 +1,235 @@
+"""What the commands share: errors, configuration files, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from typer.core import TyperGroup
+
+import oodkernels
+from oodkernels._files import write_text
+
+
+class Group(TyperGroup):
+    """The commands; what goes wrong in one is said in a line, with exit code 1.
+
+    With ``OODK_TRACEBACK=1`` in the environment errors come as Python gives them.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, ModuleNotFoundError):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("oodk: interrupted", err=True)
+            raise typer.Exit(130) from None
+        except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, BrokenPipeError) or os.environ.get("OODK_TRACEBACK") == "1":
+                raise
+            typer.echo(f"oodk {ctx.invoked_subcommand}: {reason(error)}", err=True)
+            raise typer.Exit(1) from None
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fspath(error.filename)}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+def _flag(parameter: Any) -> str:
+    """The long name of an option without its dashes, as configuration files have it."""
+    names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")]
+    return names[0] if names else str(parameter.name)
+
+
+def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Take the file's values for the defaults of the command's options."""
+    if path is None:
+        return None
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path}: {reason(error)}") from None
+    own = content.get(str(ctx.info_name))
+    if isinstance(own, dict):
+        content = own
+    known = {_flag(p): p for p in ctx.command.params if p.name != "config"}
+    defaults = {}
+    for key, value in content.items():
+        flag = key.replace("_", "-")
+        if flag not in known:
+            raise typer.BadParameter(
+                f"{path}: {key!r} is no option of oodk {ctx.info_name}; there are "
+                f"{', '.join(sorted(known))}"
+            )
+        if isinstance(value, dict):
+            value = [f"{name}={item}" for name, item in value.items()]
+        elif isinstance(value, list) != bool(getattr(known[flag], "multiple", False)):
+            wanted = "a list" if not isinstance(value, list) else "one value"
+            raise typer.BadParameter(f"{path}: {key!r} must be {wanted}")
+        defaults[str(known[flag].name)] = value
+    ctx.default_map = defaults
+    return path
+
+
+ConfigOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        is_eager=True,
+        callback=_read_config,
+        help="TOML file with values for any of these options, such as the config.toml of an "
+        "earlier run. What the command line says counts more.",
+    ),
+]
+JsonOption: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="JSON on standard output, for programs.")
+]
+QuietOption: TypeAlias = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress; only the result.")
+]
+GroupsOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="Groups of a MOS head: a file of `oodk group`, a CSV with a column `group`, or the "
+        "official .npy.",
+    ),
+]
+
+
+def write_config(ctx: typer.Context, folder: Path) -> Path:
+    """Write ``config.toml`` with the value of every option, so that the run can be repeated."""
+    lines = [f"# oodk {ctx.info_name}, oodkernels {oodkernels.__version__}"]
+    for parameter in ctx.command.params:
+        value = ctx.params.get(str(parameter.name))
+        if parameter.name == "config" or value is None:
+            continue
+        # TOML's strings, numbers and lists are written as JSON's are.
+        lines.append(f"{_flag(parameter)} = {json.dumps(_plain(value), ensure_ascii=False)}")
+    path = folder / "config.toml"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return getattr(value, "value", os.fspath(value) if isinstance(value, Path) else value)
+
+
+def pairs(option: str, values: Sequence[str], stem: bool = False) -> dict[str, str]:
+    """NAME=VALUE options as a dict.
+
+    Args:
+        option: Its name, for messages.
+        values: As given.
+        stem: Whether a value without a name is a path that gives one.
+    """
+    found: dict[str, str] = {}
+    for text in values:
+        name, is_pair, value = text.partition("=")
+        if not is_pair and stem:
+            name, value = Path(text).stem, text
+        elif not is_pair:
+            raise typer.BadParameter(f"must be NAME=VALUE, got {text!r}", param_hint=f"'{option}'")
+        if not name or not value or name in found:
+            what = f"{name!r} twice" if name in found else repr(text)
+            raise typer.BadParameter(
+                f"must be NAME=VALUE, each name once, got {what}", param_hint=f"'{option}'"
+            )
+        found[name] = value
+    return found
+
+
+def require_writable(folder: Path, option: str = "--out") -> None:
+    """Make a folder; a usage error where that, or writing to it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(
+            f"cannot write to {folder}: {error.strerror or error}", param_hint=f"'{option}'"
+        ) from None
+
+
+def require_writable_file(path: Path | None, option: str = "--out") -> None:
+    """:func:`require_writable` for the folder of a file."""
+    if path is not None:
+        require_writable(path.parent, option)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def read_groups(path: Path) -> oodkernels.Groups:
+    """Groups from any of their files.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    groups = oodkernels.Groups
+    if path.suffix == ".json":
+        return groups.load(path)
+    if path.suffix == ".csv":
+        return groups.from_table(path)
+    if path.suffix != ".npy":
+        raise ValueError(f"{path} must end in .json, .csv or .npy")
+    from oodkernels.arrays import open_arrays
+
+    (array,) = open_arrays(path).values()
+    content = array.read()
+    return groups.from_slices(content) if content.ndim == 2 else groups.from_sizes(content)
+
+
+# --- progress ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(quiet: bool, *, remaining: bool = True) -> Iterator[Progress]:
+    """A progress display on standard error."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        *([TimeRemainingColumn()] if remaining else []),
+    ]
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as shown:
+        yield shown
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """To standard output."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))

@@ -1,0 +1,168 @@
+"""``oodk convert``."""
+
+from __future__ import annotations
+
+import csv
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oodkernels.cli._common import ConfigOption, read_groups, require_writable_file
+
+app = typer.Typer(
+    help="Bring files of other code bases into this one's form, and back.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+
+class Form(str, Enum):
+    """Of a .npy file with groups."""
+
+    sizes = "sizes"
+    slices = "slices"
+
+
+@app.command()
+def groups(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="Official MOS groups: `taxonomy_level0.npy` (classes per group, (K,)) or "
+            "`group_slices` (first and past-the-end column, (K, 2)); or .json, .csv.",
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(dir_okay=False, help="File to write: .json or .npy.")],
+    names: Annotated[
+        str | None, typer.Option(help="Names of the groups, separated by commas.")
+    ] = None,
+    form: Annotated[Form, typer.Option(help="What a .npy file is to hold.")] = Form.sizes,
+    config: ConfigOption = None,
+) -> None:
+    """Groups of the official MOS code, and back.
+
+    The official files know classes in grouped order, so that class ids become grouped indices: the
+    order of the columns of the authors' models, which is that of their data lists.
+
+    **Examples**
+
+        oodk convert groups taxonomy_level0.npy groups.json
+
+        oodk convert groups groups.json group_slices.npy --form slices
+    """
+    import torch
+
+    from oodkernels import Groups
+    from oodkernels.arrays import save_arrays
+
+    if target.suffix not in (".json", ".npy"):
+        raise typer.BadParameter("must end in .json or .npy", param_hint="'TARGET'")
+    require_writable_file(target, "TARGET")
+    found = read_groups(source)
+    if names is not None:
+        given = [name.strip() for name in names.split(",")]
+        if len(given) != len(found):
+            raise typer.BadParameter(
+                f"must be {len(found)}, got {len(given)}", param_hint="'--names'"
+            )
+        old = dict(zip(found.names, given, strict=True))
+        group = [old[found.names[k]] for k in found.class_to_group.tolist()]
+        rank = torch.empty_like(found.classes)
+        rank[found.classes] = torch.cat([torch.arange(n) for n in found.sizes.tolist()])
+        found = Groups.from_labels(group, given, rank)
+    if target.suffix == ".json":
+        found.save(target)
+    else:
+        if not torch.equal(found.classes, torch.arange(found.num_classes)):
+            raise ValueError(
+                f"{source}: the official form knows classes in grouped order only; these are "
+                "in another"
+            )
+        save_arrays(target, {form.value: found.sizes if form is Form.sizes else found.slices()})
+    typer.echo(target)
+
+
+@app.command()
+def openood(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="Scores of OpenOOD (`scores/*.npz` with conf, pred, label), or its results "
+            "(`ood.csv`).",
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            dir_okay=False,
+            help="For scores .csv, .npz, .pt, .safetensors or .parquet; for results .csv, .md or "
+            ".tex.",
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="Of the score, in a table of results.")] = "OpenOOD",
+    config: ConfigOption = None,
+) -> None:
+    """Scores and results of OpenOOD.
+
+    Scores keep their sign: OpenOOD's confidence is higher = more ID too. Its figures follow its own
+    convention (`oodk eval --convention openood`).
+
+    **Examples**
+
+        oodk convert openood scores/cifar10.npz cifar10.csv
+
+        oodk convert openood ood.csv results.md
+    """
+    from oodkernels.arrays import FORMATS, open_arrays, save_arrays
+
+    is_results = source.suffix == ".csv"
+    suffixes = (".csv", ".md", ".tex") if is_results else tuple(FORMATS)
+    if target.suffix not in suffixes:
+        raise typer.BadParameter(f"must end in {', '.join(suffixes)}", param_hint="'TARGET'")
+    require_writable_file(target, "TARGET")
+    if is_results:
+        _convert_results(source, target, name)
+    else:
+        found = open_arrays(source)
+        if "conf" not in found:
+            raise ValueError(f"{source} must hold conf, got {', '.join(found) or 'nothing'}")
+        kept = {"conf": "score", "label": "label", "pred": "prediction"}
+        save_arrays(target, {new: found[old].read() for old, new in kept.items() if old in found})
+    typer.echo(target)
+
+
+_OPENOOD = {
+    "fpr95": "FPR@95",
+    "auroc": "AUROC",
+    "aupr_in": "AUPR_IN",
+    "aupr_out": "AUPR_OUT",
+    "id_accuracy": "ACC",
+}
+
+
+def _convert_results(source: Path, target: Path, name: str) -> None:
+    from oodkernels._files import write_text
+    from oodkernels.tables import Row, to_csv, to_latex, to_markdown
+
+    with source.open(newline="", encoding="utf-8-sig") as file:
+        lines = list(csv.DictReader(file))
+    rows = []
+    for i, line in enumerate(lines):
+        dataset = line.get("dataset") or line.get("") or str(i)
+        try:
+            values = {ours: float(line[theirs]) / 100 for ours, theirs in _OPENOOD.items()}
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{source}: row {i} must have numbers in the columns {', '.join(_OPENOOD.values())}"
+            ) from None
+        rows.append(Row(ood_set=dataset, model="", score=name, n_id=0, n_ood=0, **values))
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    writers = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
+    write_text(target, writers[target.suffix](rows).rstrip("\n") + "\n")

@@ -1,0 +1,110 @@
+"""``oodk demo`` and ``oodk info``."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import oodkernels
+from oodkernels.cli._common import (
+    JsonOption,
+    QuietOption,
+    print_json,
+    progress,
+    require_writable,
+)
+from oodkernels.cli._tables import results_table
+
+
+def demo(
+    out: Annotated[
+        Path,
+        typer.Option(
+            file_okay=False,
+            help="Folder for results.csv, results.json and report.html; made where missing, "
+            "files of these names are replaced.",
+        ),
+    ] = Path("oodk-demo"),
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=2**32 - 1,
+            help="Sets the train/test split, initial weights, order of images and random groups. "
+            "The same seed gives the same numbers.",
+        ),
+    ] = 0,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over the training images, for each model.")
+    ] = 20,
+    groups: Annotated[
+        int, typer.Option(min=2, max=10, help="Groups into which MOS divides the ten digits.")
+    ] = 3,
+    quiet: QuietOption = False,
+) -> None:
+    """Train, evaluate and report on small real images: under a minute, nothing to download.
+
+    A small network learns scikit-learn's handwritten digits three times: with a flat softmax, and
+    with MOS on random groups of digits and on groups found by clustering features. Then each
+    score (MSP, max logit, energy, MOS) has to tell digits from faces, textures and photos.
+
+    FPR95 is the share of those still taken for digits when 95 % of the digits are accepted: lower
+    is better. AUROC and AUPR: higher is better. The HTML report shows the score distributions, ROC
+    curves and MOS's "others" probabilities.
+    """
+    # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
+    from oodkernels.demo import STAGES, Settings, run
+    from oodkernels.demo_report import write_report
+    from oodkernels.training import Recipe
+
+    require_writable(out)
+    start = time.perf_counter()
+    settings = Settings(seed=seed, num_groups=groups, recipe=Recipe(epochs=epochs))
+    with progress(quiet, remaining=False) as shown:
+        tasks = {stage: shown.add_task(f"train {stage}", total=epochs) for stage in STAGES}
+        writing = shown.add_task("write report", total=1, start=False)
+        result = run(settings, lambda stage, epoch: shown.update(tasks[stage], completed=epoch))
+        shown.start_task(writing)
+        try:
+            paths = write_report(result, out)
+        except OSError as error:
+            shown.stop()
+            typer.echo(f"oodk demo: cannot write to {out}: {error.strerror or error}", err=True)
+            raise typer.Exit(1) from None
+        shown.update(writing, completed=1)
+
+    if not quiet:
+        console = Console()
+        console.print(results_table(result.evaluation.rows))
+        console.print(
+            "In per cent, the best in bold; FPR95: lower is better. "
+            f"Done in {time.perf_counter() - start:.0f} s; written:"
+        )
+    for path in paths:
+        typer.echo(path)
+
+
+def info(as_json: JsonOption = False) -> None:
+    """Show how this installation was built and what it runs on: paste it into a bug report."""
+    facts = {
+        **oodkernels.build_info(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if isinstance(value, list):
+            value = ", ".join(value)
+        table.add_row(name.replace("_", " "), str(value or "none"))
+    Console().print(table, highlight=False)

@@ -1,0 +1,7 @@
+"""``oodk train``."""
+
+from __future__ import annotations
+
+
+def train() -> None:
+    """TODO"""

@@ -1,0 +1,416 @@
+"""Mahalanobis distance to the nearest class, at one layer or several."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from oodkernels.detectors.base import (
+    Batch,
+    Features,
+    OODDetector,
+    _checked_labels,
+    _chunks,
+    _completed,
+    _present,
+)
+from oodkernels.detectors.model import Model, run, to_model
+from oodkernels.detectors.odin import check_step, input_step
+from oodkernels.ops import nearest_centroid
+from oodkernels.ops._common import accumulate_type
+from oodkernels.statistics import ClassStatistics
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Mahalanobis"]
+
+_CHUNK = 1 << 24  # numbers that are whitened at once
+_LEAST_SHARE = 1e-10  # of a feature's variance that the others must leave unexplained
+_STATE = ("counts", "means", "scatter", "shrinkage")
+
+
+class _Space(NamedTuple):
+    """Where Euclidean distances are Mahalanobis distances: z = (h - origin) @ matrix."""
+
+    origin: Tensor  # (d,)
+    matrix: Tensor  # (d, d)
+    centroids: Tensor  # (C, d)
+
+
+class Mahalanobis(OODDetector):
+    """Half the squared Mahalanobis distance to the nearest class mean, negated.
+
+    Lee, Lee, Lee & Shin, A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+    Adversarial Attacks, NeurIPS 2018, equation 2 and algorithm 1: with class means mu_c and one
+    covariance S of the features about them (divided by N), the score of features h is
+    M(h) = max_c -(h - mu_c)^T S^-1 (h - mu_c) / 2.
+
+    Features are whitened once by the Cholesky factor of S, after which the nearest class is the
+    nearest centroid (:func:`oodkernels.nearest_centroid`), at O(d^2 + C d) a sample and not
+    O(C d^2). Means and covariance are fitted in float64 in one pass
+    (:class:`oodkernels.statistics.ClassStatistics`); scores are computed in float32 unless the
+    features are float64. The class predicted is the nearest, at the last of several layers.
+
+    Scores of several layers are weighted by a logistic regression (:meth:`fit_weights`), and summed
+    before that.
+
+    Where S is singular, that is where a feature is constant within the classes or, but for 1e-10 of
+    its variance, determined by the others, it is shrunk: (1 - a) S + a (tr S / d) I, with the a of
+    Chen, Wiesel, Eldar & Hero, IEEE TSP 2010 (OAS), which a warning names. The authors take a
+    pseudo-inverse, to which whatever lies in the null directions of the training data, where ID
+    data never are, looks in-distribution.
+
+    Args:
+        layers: Names of the model's layers to read; outputs (N, d, ...) are averaged over the
+            positions. Empty for the penultimate features.
+        shrinkage: a, in [0, 1]; None for 0, or as above where S is singular.
+        eps: Size >= 0 of the input step x - eps sign(grad_x (-M)) / std, taken for each layer
+            before it is scored. Needs x and a model.
+        std: As for :class:`ODIN`.
+        classes: Number C of classes, so that a class without samples is noticed even if it is the
+            last; None for the largest label + 1.
+        model: As for :class:`OODDetector`; differentiable in x if ``eps`` is not 0.
+
+    Attributes:
+        statistics: Layer (``"features"`` if there is one only) -> its
+            :class:`~oodkernels.statistics.ClassStatistics`.
+        shrinkages: Layer -> the a that was used.
+        weights: (layers + 1,) float64, weights of the layers' scores and intercept, or None.
+
+    Raises:
+        ValueError: ``shrinkage``, ``eps``, ``std`` or ``classes`` is out of its range.
+    """
+
+    name = "mahalanobis"
+    needs = frozenset({"features"})
+    trained_on = frozenset({"features", "labels"})
+    weights: Tensor | None
+
+    def __init__(
+        self,
+        layers: Sequence[str] = (),
+        *,
+        shrinkage: float | None = None,
+        eps: float = 0.0,
+        std: float | Sequence[float] | None = None,
+        classes: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(model)
+        if isinstance(layers, str):
+            layers = (layers,)
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
+            raise ValueError(f"Mahalanobis: shrinkage must be in [0, 1] or None, got {shrinkage}")
+        if classes is not None and classes < 1:
+            raise ValueError(f"Mahalanobis: classes must be at least 1, got {classes}")
+        self.layers = tuple(layers)
+        self.shrinkage = shrinkage
+        self.eps, self.std = check_step("Mahalanobis", eps, std)
+        self.classes = classes
+        if self.eps:
+            self.needs = frozenset({"x"})
+        self._reset()
+
+    def layer_scores(self, x: Tensor | None = None, *, features: Features | None = None) -> Tensor:
+        """The score of every layer, (N, layers): what the weights weigh. As :meth:`score`.
+
+        Raises:
+            ValueError: As :meth:`score`.
+            TypeError: As :meth:`score`.
+            NotFittedError: ``fit`` has not been called.
+        """
+        batch = self._batch("layer_scores", x, None, features, None)
+        parts = []
+        with torch.no_grad():
+            for part in _chunks(batch, None if x is None else self.batch_size):
+                (own,) = _completed("Mahalanobis.layer_scores", [self], part)
+                parts.append(self._nearest(own)[0])
+        return torch.cat(parts).to(batch.tensors()[0][1].device)
+
+    def fit_weights(
+        self,
+        x: Tensor | None = None,
+        *,
+        features: Features | None = None,
+        labels: Tensor,
+    ) -> Self:
+        """Learn the weights of the layers from ID and OOD samples; needs scikit-learn.
+
+        ID against OOD by ``LogisticRegressionCV``, as the authors do it, on the layers' scores,
+        which are standardised first. :meth:`score` then gives the log-odds of ID.
+
+        Args:
+            x: As for :meth:`score`.
+            features: As for :meth:`score`.
+            labels: (N,) integers, -1 for OOD; any class ids for ID.
+
+        Returns:
+            The detector.
+
+        Raises:
+            ValueError: As :meth:`score`; or of ID or OOD there are fewer than 5 samples, one for
+                each fold.
+            TypeError: As :meth:`score`, or labels are not integers.
+            NotFittedError: ``fit`` has not been called.
+            ImportError: scikit-learn is missing.
+        """
+        where = "Mahalanobis.fit_weights"
+        try:
+            from sklearn.linear_model import LogisticRegressionCV
+        except ImportError as error:
+            raise ImportError(
+                f"{where} needs scikit-learn: pip install 'oodkernels[detectors]'"
+            ) from error
+        scores = self.layer_scores(x, features=features).double().cpu()
+        is_id = _checked_labels(where, labels, len(scores)).cpu() >= 0
+        for kind, n in (("ID", int(is_id.sum())), ("OOD", int((~is_id).sum()))):
+            if n < 5:
+                raise ValueError(f"{where}: labels must have at least 5 {kind} samples, got {n}")
+        mean, std = scores.mean(0), scores.std(0).clamp(min=torch.finfo(torch.float64).tiny)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of defaults that will change
+            regression = LogisticRegressionCV().fit(((scores - mean) / std).numpy(), is_id.numpy())
+        slope = torch.from_numpy(regression.coef_[0]) / std
+        intercept = torch.from_numpy(regression.intercept_) - slope @ mean
+        self.weights = torch.cat([slope, intercept])
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Merge what the processes of a group were given by :meth:`partial_fit`.
+
+        All of them call this, once, after their last batch; a process may have had none.
+
+        Raises:
+            ValueError: Processes have features of different width.
+        """
+        for name in self._names():
+            self.statistics.setdefault(name, ClassStatistics(self.classes)).all_reduce(group)
+        self._status = "pending"
+        return self
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """Move what was fitted; the model is left where it is."""
+        for name, statistics in self.statistics.items():
+            statistics.to(device)
+            if name in self._whitening:
+                self._whitening[name] = self._whitening[name].to(device)
+        self._spaces.clear()
+        return self
+
+    # --- fitting ------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.statistics: dict[str, ClassStatistics] = {}
+        self.shrinkages: dict[str, float] = {}
+        self.weights = None
+        self._whitening: dict[str, Tensor] = {}
+        self._spaces: dict[tuple[str, torch.dtype, torch.device], _Space] = {}
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        for name in self._names():
+            about = f"{where}: layer {name!r}" if self.layers else where
+            statistics = self.statistics.setdefault(name, ClassStatistics(self.classes))
+            statistics._update(about, _read(batch, name), _present(labels))
+
+    def _finish(self, where: str) -> None:
+        for name, statistics in self.statistics.items():
+            if not statistics.count:
+                raise ValueError(f"{where}: there must be ID samples to fit to, got none")
+            if missing := statistics.missing:
+                some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
+                raise ValueError(
+                    f"{where}: every class 0..{statistics.num_classes - 1} must have samples to "
+                    f"fit to, got none of class {some}"
+                )
+            self._whiten(where, name, self.shrinkage)
+        self._set_shape()
+
+    @torch.inference_mode(False)
+    def _whiten(self, where: str, name: str, shrinkage: float | None) -> None:
+        statistics = self.statistics[name]
+        covariance = statistics.covariance()
+        amount = shrinkage or 0.0
+        whitening = _whitening(covariance, amount)
+        of = f"layer {name!r}" if self.layers else "the features"
+        if whitening is None and shrinkage is None:
+            amount = _oas(covariance, statistics.count)
+            whitening = _whitening(covariance, amount)
+            if whitening is not None:
+                warnings.warn(
+                    f"{where}: the covariance of {of} ({statistics.width} features, "
+                    f"{statistics.count} samples, {statistics.num_classes} classes) is singular: "
+                    f"shrunk by {amount:.3g} (OAS) towards its mean variance; shrinkage= chooses "
+                    f"another amount",
+                    stacklevel=6,
+                )
+        if whitening is None:
+            raise ValueError(
+                f"{where}: the covariance of {of} must not be singular, got one that is with "
+                f"shrinkage {amount:.3g}"
+            )
+        self.shrinkages[name] = amount
+        self._whitening[name] = whitening
+
+    def _set_shape(self) -> None:
+        first = next(iter(self.statistics.values()))
+        self.num_classes = first.num_classes
+        self.width = None if self.layers else first.width
+        self._spaces.clear()
+
+    # --- scoring ------------------------------------------------------------------------------
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.layers) or ("features",)
+
+    def _check(self, where: str, batch: Batch) -> None:
+        super()._check(where, batch)
+        if self.eps and self.model is None and not where.endswith("fit"):
+            raise ValueError(f"{where}: eps > 0 needs a model: Mahalanobis(..., model=model)")
+        for name in self.layers:
+            statistics, layer = self.statistics.get(name), batch.layers.get(name)
+            if layer is None:
+                continue
+            if layer.dim() < 2:
+                raise ValueError(
+                    f"{where}: features[{name!r}] must be (N, d, ...), got {tuple(layer.shape)}"
+                )
+            if statistics and statistics.width not in (0, layer.shape[1]):
+                raise ValueError(
+                    f"{where}: features[{name!r}] must have width {statistics.width}, got "
+                    f"{layer.shape[1]}"
+                )
+
+    def _score(self, batch: Batch) -> Tensor:
+        scores = self._nearest(batch)[0]
+        if self.weights is None:
+            return scores.sum(1)
+        weights = self.weights.to(scores.device)
+        return (scores.double() @ weights[:-1] + weights[-1]).to(scores.dtype)
+
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return self._nearest(batch)[1], None
+
+    def _nearest(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores of the layers (N, layers) and the nearest class of the last, (N,)."""
+        return batch.once(self, lambda: self._compute(batch))
+
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        scores = []
+        for name in self._names():
+            own = self._stepped(name, _present(batch.x)) if self.eps else batch
+            labels, distance = self._distances(name, _read(own, name))
+            scores.append(distance / -2)
+        return torch.stack(scores, 1), labels
+
+    def _distances(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest class and squared Mahalanobis distance."""
+        found = []
+        for rows in features.split(max(1, _CHUNK // max(1, features.shape[1]))):
+            space, z = self._whitened(name, rows)
+            found.append(nearest_centroid(z, space.centroids))
+        labels, distance = zip(*found, strict=True)
+        return torch.cat(labels), torch.cat(distance)
+
+    def _whitened(self, name: str, features: Tensor) -> tuple[_Space, Tensor]:
+        features = features.to(accumulate_type(features.dtype))
+        key = (name, features.dtype, features.device)
+        if key not in self._spaces:
+            self._spaces[key] = self._space(name, features)
+        space = self._spaces[key]
+        with torch.autocast(features.device.type, enabled=False):
+            return space, (features - space.origin) @ space.matrix
+
+    @torch.inference_mode(False)  # for the gradients of input steps
+    @torch.no_grad()
+    def _space(self, name: str, like: Tensor) -> _Space:
+        statistics, matrix = self.statistics[name], self._whitening[name].to(like.dtype)
+        # Rounded first, so that means and samples are mapped by the very same numbers.
+        origin = (statistics.counts.double() @ statistics.means / statistics.count).to(matrix)
+        centroids = (statistics.means - origin.double()) @ matrix.double()
+        return _Space(*(t.to(like) for t in (origin, matrix, centroids)))
+
+    def _stepped(self, name: str, x: Tensor) -> Batch:
+        """What the model makes of x moved towards its nearest class at a layer."""
+        model = _present(self.model)
+
+        def outputs(x: Tensor) -> Batch:
+            found = run(model, x, (name,) if self.layers else ())
+            return Batch(x, features=found.features, layers=found.layers)
+
+        def loss(x: Tensor) -> Tensor:
+            space, z = self._whitened(name, _read(outputs(x), name))
+            labels, _ = nearest_centroid(z.detach(), space.centroids)
+            return (z - space.centroids[labels]).square().sum() / 2
+
+        x = input_step("Mahalanobis.score", loss, to_model(model, x), self.eps, self.std)
+        return outputs(x)
+
+    # --- keeping ------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {}
+        for name, statistics in self.statistics.items():
+            amount = torch.tensor(self.shrinkages[name], dtype=torch.float64)
+            for part, tensor in {**statistics.state_dict(), "shrinkage": amount}.items():
+                state[f"{name}.{part}"] = tensor
+        if self.weights is not None:
+            state["weights"] = self.weights
+        return state
+
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        names = self._names()
+        wanted = {f"{name}.{part}" for name in names for part in _STATE}
+        if tensors.keys() - {"weights"} != wanted:
+            raise ValueError(f"tensors must be {sorted(wanted)}, got {sorted(tensors)}")
+        for name in names:
+            self.statistics[name] = ClassStatistics(self.classes)
+            parts = {part: tensors[f"{name}.{part}"] for part in _STATE}
+            self.statistics[name].load_state_dict(parts)
+            self._whiten("load", name, float(parts["shrinkage"]))
+        self._set_shape()
+        self.weights = tensors.get("weights")
+        if self.weights is not None and self.weights.shape != (len(names) + 1,):
+            raise ValueError(
+                f"weights must have shape ({len(names) + 1},), got {tuple(self.weights.shape)}"
+            )
+
+
+def _read(batch: Batch, name: str) -> Tensor:
+    """Features (N, d) of a layer."""
+    if batch.layers and name in batch.layers:
+        features = batch.layers[name]
+        if features.dim() > 2:
+            features = features.to(accumulate_type(features.dtype)).flatten(2).mean(2)
+        return features
+    return _present(batch.features)
+
+
+def _whitening(covariance: Tensor, shrinkage: float) -> Tensor | None:
+    """W with W W^T the inverse of the covariance shrunk; None where that is singular."""
+    target = covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+    covariance = (1 - shrinkage) * covariance + shrinkage * target
+    std = covariance.diagonal().sqrt()
+    if not std.all():
+        return None
+    # Of the correlations, so that the units of the features do not matter. The square of a diagonal
+    # element is the share of a variance that the features before leave unexplained.
+    factor, failed = torch.linalg.cholesky_ex(covariance / std / std[:, None])
+    if failed or factor.diagonal().square().min() < _LEAST_SHARE:
+        return None
+    return torch.linalg.solve_triangular(factor, (1 / std).diag(), upper=False).T.contiguous()
+
+
+def _oas(covariance: Tensor, n: int) -> float:
+    """The oracle approximating shrinkage of n samples, as scikit-learn computes it."""
+    d = len(covariance)
+    size = float(covariance.square().mean())
+    mean = float(covariance.diagonal().mean()) ** 2
+    excess = (n + 1) * (size - mean / d)
+    return 1.0 if excess <= 0 else min(1.0, (size + mean) / excess)

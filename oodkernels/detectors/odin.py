@@ -1,0 +1,139 @@
+"""ODIN: temperature and a step of the input towards the predicted class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from oodkernels.detectors.base import Batch, OODDetector, _present
+from oodkernels.detectors.logits import check_temperature
+from oodkernels.detectors.model import Model, run, to_model
+from oodkernels.ops import logit_scores
+from oodkernels.ops._common import accumulate_type
+
+__all__ = ["ODIN", "input_step"]
+
+
+class ODIN(OODDetector):
+    """Maximum softmax probability at temperature T of an input moved towards its class.
+
+    Liang, Li & Srikant, Enhancing The Reliability of Out-of-distribution Image Detection in Neural
+    Networks, ICLR 2018, equations 1 and 2: x~ = x - eps sign(grad_x CE(f(x) / T, argmax f(x))),
+    score = max softmax(f(x~) / T). Gradients are taken with respect to x alone, so that the model's
+    parameters collect none, sample by sample: a score does not depend on the others of its batch.
+    The class predicted is that of x.
+
+    Args:
+        temperature: T > 0.
+        eps: Size of the step >= 0, in the units of x before it was divided by ``std``.
+        std: What x was divided by when it was normalised, a number or one for each channel of
+            (N, channels, ...). The step is divided by it.
+        model: As for :class:`OODDetector`; differentiable in x.
+
+    Raises:
+        ValueError: ``temperature``, ``eps`` or ``std`` is out of its range.
+    """
+
+    name = "odin"
+    needs = frozenset({"x"})
+
+    def __init__(
+        self,
+        temperature: float = 1000.0,
+        eps: float = 0.0014,
+        std: float | Sequence[float] | None = None,
+        *,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.temperature = check_temperature("ODIN", temperature)
+        self.eps, self.std = check_step("ODIN", eps, std)
+
+    def _check(self, where: str, batch: Batch) -> None:
+        if self.model is None:
+            raise ValueError(f"{where}: x needs a model: ODIN(..., model=model)")
+
+    def _score(self, batch: Batch) -> Tensor:
+        return self._perturbed(batch)[0]
+
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return self._perturbed(batch)[1], None
+
+    def _perturbed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.once(self, lambda: self._compute(batch))
+
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        model = _present(self.model)
+        labels: list[Tensor] = []
+
+        def loss(x: Tensor) -> Tensor:
+            logits = run(model, x).logits
+            logits = logits.to(accumulate_type(logits.dtype))
+            labels.append(logits.detach().argmax(1))
+            # Times T, which leaves the sign as it is and keeps half precision from underflow.
+            return self.temperature * torch.nn.functional.cross_entropy(
+                logits / self.temperature, labels[0], reduction="sum"
+            )
+
+        x = input_step("ODIN.score", loss, to_model(model, _present(batch.x)), self.eps, self.std)
+        scores = logit_scores(run(model, x).logits, self.temperature)
+        return scores.msp, labels[0]
+
+
+def input_step(
+    where: str,
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    eps: float,
+    std: float | Sequence[float] | None,
+) -> Tensor:
+    """x - eps sign(grad_x loss(x)) / std, with gradients for nothing but x.
+
+    Args:
+        where: What errors start with.
+        loss: (N, ...) -> scalar, a sum over the samples.
+        x: (N, ...), floating-point.
+        eps: Size of the step.
+        std: None, a number, or one for each channel of (N, channels, ...).
+
+    Raises:
+        ValueError: The loss is not differentiable in x, or ``std`` does not match the channels.
+        TypeError: ``x`` is not floating-point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"{where}: x must be floating-point, got {x.dtype}")
+    step = torch.tensor(1.0 if std is None else std, dtype=x.dtype, device=x.device).reciprocal()
+    if step.dim():
+        if x.dim() < 2 or x.shape[1] != len(step):
+            raise ValueError(
+                f"{where}: x must have a channel for each of the {len(step)} std, got "
+                f"{tuple(x.shape)}"
+            )
+        step = step.reshape(-1, *[1] * (x.dim() - 2))
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone() if x.is_inference() else x.detach()
+        x.requires_grad_()
+        value = loss(x)
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, x, allow_unused=True)
+        if gradient is None:
+            raise ValueError(f"{where}: model must be differentiable in x")
+    return x.detach() - eps * step * gradient.sign()
+
+
+def check_step(
+    where: str, eps: float, std: float | Sequence[float] | None
+) -> tuple[float, float | list[float] | None]:
+    """Size of an input step and what inputs were divided by, if they are in range."""
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"{where}: eps must be >= 0 and finite, got {eps}")
+    if std is None:
+        return float(eps), None
+    values = [float(s) for s in std] if isinstance(std, Sequence) else [float(std)]
+    if not values or not all(s > 0 and math.isfinite(s) for s in values):
+        raise ValueError(f"{where}: std must be positive and finite, got {std}")
+    return float(eps), values if isinstance(std, Sequence) else values[0]
