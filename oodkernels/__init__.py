@@ -62,23 +62,31 @@ from oodkernels.ops import (
 from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
+    from oodkernels.arrays import open_samples
     from oodkernels.calibration import (
         CalibrationError,
         expected_calibration_error,
         reliability_diagram,
     )
+    from oodkernels.evaluation import Evaluation, evaluate
     from oodkernels.misclassification import MisclassificationMetrics, misclassification_metrics
     from oodkernels.streaming import OODMetrics
     from oodkernels.threshold import Threshold
+    from oodkernels.training import TrainConfig, Trainer
 
-# Loaded when asked for: they bring torchmetrics, which takes longer to import than all the rest.
+# Loaded when asked for: they bring torchmetrics and others that take longer than all the rest.
 _LATER = {
     "CalibrationError": "calibration",
+    "Evaluation": "evaluation",
     "MisclassificationMetrics": "misclassification",
     "OODMetrics": "streaming",
     "Threshold": "threshold",
+    "TrainConfig": "training",
+    "Trainer": "training",
+    "evaluate": "evaluation",
     "expected_calibration_error": "calibration",
     "misclassification_metrics": "misclassification",
+    "open_samples": "arrays",
     "reliability_diagram": "calibration",
 }
 
@@ -91,6 +99,7 @@ __all__ = [
     "DOSMiner",
     "DOSSelection",
     "EnergyBoundedLoss",
+    "Evaluation",
     "Groups",
     "JointGANLoss",
     "KMeans",
@@ -113,6 +122,8 @@ __all__ = [
     "Prediction",
     "ROCMetrics",
     "Threshold",
+    "TrainConfig",
+    "Trainer",
     "UniformMiner",
     "__version__",
     "absent_class_loss",
@@ -123,6 +134,7 @@ __all__ = [
     "confidence_loss",
     "dos_select",
     "energy_bounded_loss",
+    "evaluate",
     "expected_calibration_error",
     "extract",
     "joint_gan_loss",
@@ -136,6 +148,7 @@ __all__ = [
     "mos_score",
     "nearest_centroid",
     "ood_metrics",
+    "open_samples",
     "outlier_cross_entropy",
     "outlier_exposure_loss",
     "reliability_diagram",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 # Import names of the packages of the extra "demo".
-_EXTRA = ("jinja2", "matplotlib", "rich", "skimage", "sklearn", "typer")
+_EXTRA = ("jinja2", "lightning_fabric", "matplotlib", "rich", "skimage", "sklearn", "typer")
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -41,7 +42,8 @@ ROLES = {
 }
 """What an array can be, and the names under which it is found in a file."""
 
-_DIMENSIONS = {"logits": 2, "features": 2, "scores": 1, "labels": 1}
+_DIMENSIONS = {"logits": 2, "features": 2}
+"""Of arrays that have more than one."""
 _NUMBERED = re.compile(r"(.*?)[_.\-]?(\d+)")
 _LONE = ""
 
@@ -86,7 +88,7 @@ class Samples:
     Attributes:
         name: Where it comes from, for messages.
         arrays: Role (see :data:`ROLES`) -> array: logits (N, C), features (N, d), scores (N,),
-            labels (N,).
+            labels (N,). Any other name is that of a score.
     """
 
     name: str
@@ -154,8 +156,9 @@ def open_samples(
 
     Arrays are found by their names, see :data:`ROLES`; a table's columns ``logits_0``,
     ``logits_1``, ... make one array. A file with a single array of another name, or of none, is
-    taken for logits if it has two dimensions and for scores if it has one. In a folder, as
-    ``oodk extract`` writes it, the files' names count.
+    taken for logits if it has two dimensions and for scores if it has one; several of one dimension
+    are as many scores, as ``oodk score`` writes them. In a folder, as ``oodk extract`` writes it,
+    the files' names count.
 
     Args:
         path: ``.npy``, ``.npz``, ``.pt``, ``.safetensors``, ``.csv``, ``.parquet``, or a folder.
@@ -186,6 +189,12 @@ def open_samples(
     if not chosen and len(found) == 1:
         (lone,) = found.values()
         chosen[kind or ("logits" if len(lone.shape) == 2 else "scores")] = lone
+    elif not chosen.keys() - {"labels"} and kind in (None, "scores"):
+        chosen |= {
+            name: array
+            for name, array in found.items()
+            if len(array.shape) == 1 and array.dtype.is_floating_point
+        }
     if labels is not None:
         chosen["labels"] = open_samples(labels, kind="labels")["labels"]
     if not chosen.keys() - {"labels"} and not (kind == "labels" and chosen):
@@ -266,9 +275,9 @@ def save_arrays(path: PathLike, arrays: Mapping[str, Tensor]) -> None:
             numpy = {name: array.numpy() for name, array in arrays.items()}
             with temporary.open("wb") as file:
                 if path.suffix == ".npy":
-                    np.save(file, *numpy.values())
+                    np.save(file, next(iter(numpy.values())), allow_pickle=False)
                 else:
-                    np.savez(file, **numpy)
+                    np.savez(file, allow_pickle=False, **numpy)
         elif path.suffix == ".pt":
             torch.save(dict(arrays), temporary)
         elif path.suffix == ".safetensors":
@@ -284,7 +293,7 @@ def save_arrays(path: PathLike, arrays: Mapping[str, Tensor]) -> None:
 
 
 def _checked(role: str, array: Array) -> Array:
-    wanted, shape = _DIMENSIONS[role], array.shape
+    wanted, shape = _DIMENSIONS.get(role, 1), array.shape
     if wanted == 1 and len(shape) == 2 and shape[1] == 1:
         shape = shape[:1]
     if len(shape) != wanted:
@@ -303,7 +312,7 @@ def _checked(role: str, array: Array) -> Array:
 
 
 def _as_role(role: str, chunk: Tensor) -> Tensor:
-    if _DIMENSIONS[role] == 1:
+    if _DIMENSIONS.get(role, 1) == 1:
         chunk = chunk.reshape(len(chunk))
     if role == "labels":
         return chunk.long()
@@ -319,28 +328,23 @@ def _listed(names: Mapping[str, Any]) -> str:
     return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") if shown else "nothing"
 
 
-class _telling:  # noqa: N801 - used as a function
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
     """Errors of readers as a ValueError that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (ImportError, MemoryError, _Told)):
-            return
-        if isinstance(error, pickle.UnpicklingError):
-            raise _Told(
-                f"{self.path} holds Python objects, which are not loaded: save nothing but tensors"
-            ) from None
-        if isinstance(error, Exception) and not (isinstance(error, OSError) and error.errno):
-            reason = str(error).strip() or type(error).__name__
-            raise _Told(f"{self.path} cannot be read, or is cut off: {reason}") from error
+    try:
+        yield
+    except (FileNotFoundError, ImportError, MemoryError, PermissionError, _FileError):
+        raise
+    except pickle.UnpicklingError:
+        raise _FileError(
+            f"{path} holds Python objects, which are not loaded: save nothing but tensors"
+        ) from None
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise _FileError(f"{path} cannot be read, or is cut off: {reason}") from error
 
 
-class _Told(ValueError):
+class _FileError(ValueError):
     """A message that already names the file."""
 
 
@@ -361,7 +365,7 @@ def _module(name: str, path: Path) -> Any:
 def _torch_type(path: Path, name: str, dtype: np.dtype[Any]) -> torch.dtype | None:
     """The tensor type of an array; None where it has none, as text."""
     if dtype.hasobject:
-        raise _Told(
+        raise _FileError(
             f"{path}{': ' + name if name else ''} holds Python objects, which are not loaded: "
             "save numbers"
         )
@@ -394,7 +398,7 @@ def _npy(path: Path) -> dict[str, Array]:
         shape, _, header = _npy_header(path, file)
     dtype = _torch_type(path, "", header)
     if dtype is None or not shape:
-        raise _Told(f"{path} must hold an array of numbers, got {header}, shape {shape}")
+        raise _FileError(f"{path} must hold an array of numbers, got {header}, shape {shape}")
     np.load(path, mmap_mode="r", allow_pickle=False)  # is the file as long as its header says
 
     def read(start: int, end: int) -> Tensor:
@@ -408,7 +412,7 @@ def _npy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.
     try:
         version = np.lib.format.read_magic(file)
     except ValueError:
-        raise _Told(f"{path} is no .npy file, or a pickled one, which is not loaded") from None
+        raise _FileError(f"{path} is no .npy file, or a pickled one, which is not loaded") from None
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
@@ -459,7 +463,7 @@ def _pt(path: Path) -> dict[str, Array]:
         if isinstance(content, Tensor):
             content = {_LONE: content}
         if not isinstance(content, Mapping):
-            raise _Told(
+            raise _FileError(
                 f"{path} must hold a tensor or a dict of tensors, got {type(content).__name__}"
             )
         return {
@@ -510,18 +514,20 @@ def _table(columns: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
 
 
 def _csv(path: Path) -> dict[str, Array]:
+    """Types are those of the first thousand lines: integers where there are no others."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
-        second = file.readline()
-    delimiter = max(",;\t", key=first.count)
-    cells = next(csv.reader([first], delimiter=delimiter), [])
-    if not cells:
-        raise _Told(f"{path} is empty")
+        head = list(itertools.islice(file, 1000))
+    delimiter = max(",;\t", key=head[0].count) if head else ","
+    rows = list(csv.reader(head, delimiter=delimiter))
+    if not rows or not rows[0]:
+        raise _FileError(f"{path} is empty")
+    cells = rows[0]
     has_header = not all(map(_is_number, cells))
-    row = next(csv.reader([second], delimiter=delimiter), []) if has_header else cells
-    if has_header and len(row) != len(cells):
-        raise _Told(f"{path} must have as many cells in the first row as in its header")
-    integer = [re.fullmatch(r"\s*[+-]?\d+\s*", cell) is not None for cell in row]
+    rows = rows[has_header:]
+    if not rows or len(rows[0]) != len(cells):
+        raise _FileError(f"{path} must have as many cells in the first row as in its header")
+    columns = zip(*(row for row in rows if len(row) == len(cells)), strict=True)
+    integer = [all(re.fullmatch(r"\s*[+-]?\d+\s*", cell) for cell in c) for c in columns]
     if not has_header:
         dtype = torch.int64 if len(cells) == 1 and integer[0] else torch.float64
         return {_LONE: _csv_array(path, _LONE, list(range(len(cells))), dtype, 0, delimiter)}
@@ -529,7 +535,7 @@ def _csv(path: Path) -> dict[str, Array]:
     types = {
         name: torch.int64 if integer[i] else torch.float64
         for name, i in place.items()
-        if _is_number(row[i])
+        if _is_number(rows[0][i])
     }
     found = {}
     for name, names in _table(types).items():
@@ -590,7 +596,7 @@ def _parquet(path: Path) -> dict[str, Array]:
         widths = {}
         if count:
             sample = next(file.iter_batches(1))
-            widths = {n: c for n, c in zip(schema.names, sample.columns, strict=True)}
+            widths = dict(zip(schema.names, sample.columns, strict=True))
 
     def is_list(kind: Any) -> bool:
         checks = (arrow.types.is_list, arrow.types.is_large_list, arrow.types.is_fixed_size_list)

@@ -466,7 +466,8 @@ def _draw(where: str, bins: CalibrationBins, ax: Axes | None) -> tuple[Figure, A
     ax.scatter(
         confidence, accuracy, 12 + 150 * share, color="#1f4e79", lw=0, zorder=3, clip_on=False
     )
-    ax.text(0.04, 0.95, f"ECE {bins.ece:.4f}", va="top", transform=ax.transAxes)
+    behind = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.5}
+    ax.text(0.04, 0.95, f"ECE {bins.ece:.4f}", va="top", transform=ax.transAxes, bbox=behind)
     ax.set(xlabel="confidence", ylabel="share of answers that are right")
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     figure = ax.get_figure(root=True)

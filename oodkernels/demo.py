@@ -8,20 +8,22 @@ flat model's features (Huang & Li, CVPR 2021). The OOD sets are seen at test tim
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from oodkernels import data
 from oodkernels.detectors import MOS, MSP, Energy, MaxLogit, MOSLogOdds, OODDetector
 from oodkernels.evaluation import Evaluation, combine, evaluate
 from oodkernels.groups import Groups
-from oodkernels.nn import MOSHead, MOSLoss
-from oodkernels.training import Recipe, SmallConvNet, reproducible, train, zero_linear
+from oodkernels.models import SmallConvNet, zero_linear
+from oodkernels.nn import MOSHead
+from oodkernels.objectives import MOSObjective, Objective, SoftmaxObjective
+from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
 
 ID_SET = "digits"
 NUM_CLASSES = 10
@@ -39,12 +41,14 @@ class Settings:
         seed: Of the train/test split, the initial weights, the order of training images, the
             random groups and the clustering; 0 or more.
         num_groups: Groups of the two MOS models, 2 to 10.
-        recipe: Training, the same for all three models.
+        recipe: Training, the same for all three models but for objective and seed.
+        batch_size: Images a step; what is left over at the end of an epoch is skipped.
     """
 
     seed: int = 0
     num_groups: int = 3
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: TrainConfig = field(default_factory=lambda: TrainConfig(accelerator="cpu"))
+    batch_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,19 @@ def _run(settings: Settings, on_epoch: Progress) -> DemoResult:
     digits = data.digits(seed)
     sets = {ID_SET: digits.test_images, **data.ood_sets()}
 
-    def fit(
-        stage: str, head: Callable[[int], nn.Module], loss: Callable[[Tensor, Tensor], Tensor]
-    ) -> SmallConvNet:
+    loader = tensor_loader(
+        digits.train_images,
+        digits.train_labels,
+        batch_size=settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+    )
+
+    def fit(stage: str, head: Callable[[int], nn.Module], objective: Objective) -> SmallConvNet:
         with reproducible(seed):
             model = SmallConvNet(head)
-        images, labels = digits.train_images, digits.train_labels
-        train(model, loss, images, labels, settings.recipe, seed, partial(on_epoch, stage))
+        recipe = replace(settings.recipe, seed=seed)
+        Trainer(model, objective, recipe, on_epoch=partial(on_epoch, stage)).fit(loader)
         return model
 
     def evaluated(stage: str, model: nn.Module, detectors: Mapping[str, OODDetector]) -> Evaluation:
@@ -98,7 +108,7 @@ def _run(settings: Settings, on_epoch: Progress) -> DemoResult:
         ood = {name: images for name, images in sets.items() if name != ID_SET}
         return evaluate(model, [batch], ood, detectors, model_name=stage)
 
-    flat = fit(FLAT, lambda features: zero_linear(features, NUM_CLASSES), nn.CrossEntropyLoss())
+    flat = fit(FLAT, lambda features: zero_linear(features, NUM_CLASSES), SoftmaxObjective())
     detectors = {"MSP": MSP(), "max logit": MaxLogit(), "energy": Energy()}
     found = [evaluated(FLAT, flat, detectors)]
     with torch.no_grad():
@@ -108,7 +118,7 @@ def _run(settings: Settings, on_epoch: Progress) -> DemoResult:
         (MOS_RANDOM, Groups.random(NUM_CLASSES, k, seed=seed)),
         (MOS_FEATURES, Groups.from_features(torch.stack(means), k, seed=seed)),
     ):
-        model = fit(stage, partial(MOSHead, groups=groups), MOSLoss(groups))
+        model = fit(stage, partial(MOSHead, groups=groups), MOSObjective(groups))
         found.append(evaluated(stage, model, {"MOS": MOS(groups), "log-odds": MOSLogOdds(groups)}))
 
     return DemoResult(

@@ -1,6 +1,6 @@
 """Evaluation of detectors: every score of every data set in one pass, and what came of it.
 
-Needs the extra ``metrics`` where scores are streamed or reliability is asked for.
+Needs the extra ``metrics`` where scores are streamed or the ID set has labels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from oodkernels import tables
 from oodkernels._extension import build_info
 from oodkernels._files import write_text
-from oodkernels.calibration import CalibrationBins, CalibrationError
+from oodkernels.arrays import Samples
 from oodkernels.detectors import DETECTORS, AbsentClass, OODDetector
 from oodkernels.detectors.base import Batch, _score_all
 from oodkernels.detectors.model import Model, run
@@ -35,6 +35,7 @@ from oodkernels.ops import mos_log_others
 from oodkernels.tables import AVERAGE, METRICS, Row
 
 if TYPE_CHECKING:
+    from oodkernels.calibration import CalibrationBins, CalibrationError
     from oodkernels.streaming import OODMetrics
 
 Array: TypeAlias = NDArray[Any]
@@ -56,7 +57,7 @@ class Levels(NamedTuple):
     n_ood: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """Scores of one detector on every test set.
 
@@ -110,7 +111,7 @@ class Method:
         return Levels(values, n_id, np.bincount(place[len(inside) :], minlength=len(values)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamedMethod:
     """What a metric of fixed size knows of one detector's scores; reads like :class:`Method`.
 
@@ -197,7 +198,7 @@ class Sweep:
     y: str = "FPR95"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What :func:`evaluate` found; prints the table of results.
 
@@ -271,7 +272,7 @@ class Evaluation:
             "thresholds": {method.name: method.threshold for method in self.methods},
             "reliability": {
                 model: {"ece": bins.ece, "mce": bins.mce}
-                | {name: getattr(bins, name).tolist() for name in CalibrationBins.__annotations__}
+                | {f.name: getattr(bins, f.name).tolist() for f in fields(bins)}
                 for model, bins in self.reliability.items()
             },
             "grouped_models": [asdict(model) for model in self.others],
@@ -408,8 +409,8 @@ def evaluate(
             accuracy and reliability.
         ood_loaders: OOD set -> the same; labels are not looked at.
         detectors: Detectors by name, or in a list: fitted ones where fitting is needed, or keys of
-            ``DETECTORS``. By default MSP, max logit and energy. Scores that batches hold under
-            "scores" are one more, named "score".
+            ``DETECTORS``. By default MSP, max logit and energy. Scores that batches hold, under
+            any other name than "logits", "features" and "labels", come beside them.
         groups: Of a MOS head; by default those of the first detector that has them.
         model_name: Name of the model in the table.
         memory: Size of the metrics' state for each detector, as in "16MiB": see
@@ -425,6 +426,7 @@ def evaluate(
             (with set, sample and where the NaN comes from), a label is no class id, or a detector
             is unknown, not fitted, or needs what the batches do not have.
         TypeError: A batch is none of the above.
+        ImportError: torchmetrics is needed and missing.
     """
     if id_loader is None or ood_loaders is None:
         return _of_scores(model_or_scores, model_name, convention)
@@ -444,9 +446,10 @@ def evaluate(
             f"{type(model_or_scores).__name__}"
         )
     model = model_or_scores
+    if groups is None and detectors is not None:
+        given = detectors.values() if isinstance(detectors, Mapping) else detectors
+        groups = next((g for d in given if (g := getattr(d, "groups", None))), None)
     chosen = None if detectors is None else as_detectors(detectors, groups, model)
-    if groups is None and chosen:
-        groups = next((g for d in chosen.values() if (g := getattr(d, "groups", None))), None)
     found = _Run(model, chosen, groups, memory, list(ood_loaders))
     for name, loader in {ID: id_loader, **ood_loaders}.items():
         found.take(name, loader, on_batch)
@@ -539,17 +542,22 @@ def _to_numpy(scores: Any) -> Array:
     return np.asarray(scores).reshape(-1)
 
 
-class Part(NamedTuple):
-    """A batch of a data set."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A batch of a data set.
+
+    Attributes:
+        batch: As detectors read it.
+        labels: (N,) class ids.
+        scores: Name -> (N,) scores that were there already.
+    """
 
     batch: Batch
-    scores: Tensor | None = None
-    """(N,) scores that were there already."""
     labels: Tensor | None = None
-    """(N,) class ids."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.batch if self.scores is None else self.scores)
+        return len(next(iter(self.scores.values()), self.batch))
 
 
 def read_parts(
@@ -567,12 +575,14 @@ def read_parts(
     """
     for item in [data] if isinstance(data, Tensor) else data:
         x, labels = item, None
-        if isinstance(item, Mapping) and model is None:
-            batch = Batch(logits=item.get("logits"), features=item.get("features"))
-            yield Part(batch, item.get("scores"), item.get("labels"))
-            continue
         if isinstance(item, Mapping):
-            x, labels = item.get("features"), item.get("labels")
+            scores = dict(item)
+            logits, x, labels = (scores.pop(key, None) for key in ("logits", "features", "labels"))
+            if model is None and (scores or logits is not None or x is not None):
+                if "scores" in scores:
+                    scores[GIVEN] = scores.pop("scores")
+                yield Part(Batch(logits=logits, features=x), labels, scores)
+                continue
         elif isinstance(item, (tuple, list)) and len(item) >= 2:
             x, labels = item[:2]
         if not isinstance(x, Tensor):
@@ -582,13 +592,11 @@ def read_parts(
                 + f", got {type(item).__name__}"
             )
         if model is None:
-            yield Part(Batch(logits=x), labels=labels)
+            yield Part(Batch(logits=x), labels)
             continue
         with torch.no_grad():
             found = run(model, x, layers)
-        yield Part(
-            Batch(x, found.logits, found.features, found.layers, found.confidence), labels=labels
-        )
+        yield Part(Batch(x, found.logits, found.features, found.layers, found.confidence), labels)
 
 
 def score_part(
@@ -606,8 +614,7 @@ def score_part(
         ValueError: A score is NaN; the message says of which sample, and where it comes from.
     """
     scores = _score_all("evaluate", detectors, part.batch, None) if detectors else {}
-    if part.scores is not None:
-        scores[GIVEN] = part.scores
+    scores |= part.scores
     for name, values in scores.items():
         nan = values.isnan()
         if bool(nan.any()):
@@ -621,8 +628,8 @@ def _source_of_nan(part: Part, row: int, score: str) -> str:
         tensor = getattr(part.batch, kind)
         if tensor is not None and bool((nan := tensor[row].isnan()).any()):
             return f"{kind} must not be NaN, got NaN in column {int(nan.nonzero()[0])}"
-    if score == GIVEN:
-        return "scores must not be NaN, got NaN"
+    if score in part.scores:
+        return f"{score} must not be NaN, got NaN"
     return f"{score} gives NaN"
 
 
@@ -650,7 +657,10 @@ class _Run:
         self, name: str, loader: Iterable[Any] | Tensor, on_batch: Callable[[str, int], None]
     ) -> None:
         """All of one data set."""
-        where = getattr(loader, "name", name)
+        where = name
+        if isinstance(loader, Samples):
+            where = loader.name
+            loader = self._pruned(loader)
         layers = sorted({layer for d in (self.detectors or {}).values() for layer in d.layers})
         done = 0
         for part in read_parts(self.model, loader, layers):
@@ -671,6 +681,14 @@ class _Run:
             on_batch(name, done)
         if not done:
             raise ValueError(f"evaluate: {where} has no samples")
+
+    def _pruned(self, samples: Samples) -> Samples:
+        """Without the features that no one would read."""
+        used = self.model is not None or any(
+            "features" in d.needs for d in (self.detectors or {}).values()
+        )
+        roles = [role for role in samples.arrays if role != "features" or used]
+        return samples.only(*roles) if set(roles) - {"labels"} else samples
 
     def _keep(self, score: str, name: str, values: Tensor) -> None:
         if self.memory is None:
@@ -730,6 +748,8 @@ class _Run:
         self.right += int(correct.sum())
         self.labelled += len(labels)
         if self.calibration is None:
+            from oodkernels.calibration import CalibrationError
+
             self.calibration = CalibrationError()
         self.calibration.update(confidence.cpu().clamp(max=1), correct.cpu())
 

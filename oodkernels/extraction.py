@@ -10,11 +10,13 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -32,11 +34,22 @@ from oodkernels.detectors.model import run, to_model
 PathLike: TypeAlias = str | os.PathLike[str]
 Transform: TypeAlias = Callable[[Any], Tensor]
 
-__all__ = ["ImageFiles", "Shards", "ToTensor", "extract_images", "load_model", "open_images"]
+__all__ = [
+    "ImageFiles",
+    "Plan",
+    "RandomCrop",
+    "Shards",
+    "ToTensor",
+    "augmented",
+    "extract_images",
+    "is_extracted",
+    "load_model",
+    "open_images",
+]
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 NO_LABEL = -1
-_PARTS = ".parts"
+_PARTS, _PLAN, _DONE = ".parts", "plan.json", "extract.json"
 
 
 class Sample(NamedTuple):
@@ -77,9 +90,48 @@ class ToTensor:
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         image = image.crop((left, top, left + self.size, top + self.size))
+        return self._normalised(image)
+
+    def _normalised(self, image: Any) -> Tensor:
         pixels = torch.from_numpy(np.asarray(image, np.float32) / 255)
         normal = (pixels - torch.tensor(self.mean)) / torch.tensor(self.std)
         return normal.permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class RandomCrop(ToTensor):
+    """A random part of the image, mirrored half the time, instead of its centre: for training.
+
+    Its share of the area and its ratio of sides are uniform, the latter on a logarithmic scale
+    (Szegedy et al., Going Deeper with Convolutions, CVPR 2015). Random numbers are torch's.
+
+    Attributes:
+        scale: Least and largest share of the area.
+        ratio: Least and largest ratio of width to height.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __call__(self, image: Any) -> Tensor:
+        """(3, size, size) float32."""
+        from PIL import Image
+
+        image = image.convert("RGB")
+        area = image.width * image.height * _uniform(*self.scale)
+        root = math.exp(_uniform(*map(math.log, self.ratio)) / 2)
+        width = max(1, min(image.width, round(math.sqrt(area) * root)))
+        height = max(1, min(image.height, round(math.sqrt(area) / root)))
+        left, top = _uniform(0, image.width - width), _uniform(0, image.height - height)
+        box = (left, top, left + width, top + height)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        if _uniform(0, 1) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._normalised(image)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
 
 
 class ImageFiles(Dataset[Sample]):
@@ -153,18 +205,13 @@ class Shards(IterableDataset[Sample]):
         return hashlib.sha256(self.urls.encode()).hexdigest()[:16]
 
 
-class _naming:  # noqa: N801 - used as a function
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Errors of reading an image as a ValueError that names it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, SyntaxError)):
-            raise ValueError(f"cannot read the image {self.name}: {error}") from None
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from None
 
 
 def _decode(source: Any, transform: Transform) -> Tensor:
@@ -244,7 +291,9 @@ def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
 # --- models -----------------------------------------------------------------------------------
 
 
-def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, Transform | None]:
+def load_model(
+    spec: str, weights: PathLike | None = None, columns: int | None = None
+) -> tuple[nn.Module, Transform | None]:
     """A model in evaluation mode, and how it wants its images.
 
     Args:
@@ -252,6 +301,7 @@ def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, T
             arguments, which gives an ``nn.Module`` or a pair of it and a transform from PIL image
             to tensor. The working directory counts as a place to import from.
         weights: A state dict, ``.pt`` or ``.safetensors``, to load instead.
+        columns: Of the logits, for a model of timm; None for those it was trained with.
 
     Returns:
         The model; the transform, None where it has none of its own.
@@ -282,12 +332,30 @@ def load_model(spec: str, weights: PathLike | None = None) -> tuple[nn.Module, T
             spec.startswith("hf-hub:")
         ):
             raise ValueError(f"load_model: timm has no model {spec!r}")
-        model = timm.create_model(spec, pretrained=weights is None)
+        sized = {} if columns is None else {"num_classes": columns}
+        model = timm.create_model(spec, pretrained=weights is None, **sized)
         wanted = timm.data.resolve_model_data_config(model)
         transform = timm.data.create_transform(**wanted, is_training=False)
     if weights is not None:
         _load_weights(model, Path(weights))
     return model.eval(), transform
+
+
+def augmented(model: nn.Module, transform: Transform) -> Transform:
+    """How a model wants its images in training, if it has ``transform`` otherwise.
+
+    Raises:
+        ValueError: That is neither a :class:`ToTensor` nor timm's.
+    """
+    if isinstance(transform, ToTensor):
+        return RandomCrop(transform.size, transform.crop, transform.mean, transform.std)
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError("augmented: the model has a transform of its own, which has to do that")
+    import timm.data
+
+    wanted = timm.data.resolve_model_data_config(model)
+    made: Transform = timm.data.create_transform(**wanted, is_training=True)
+    return made
 
 
 def _callable(spec: str) -> Callable[[], Any]:
@@ -304,10 +372,11 @@ def _callable(spec: str) -> Callable[[], Any]:
         found = getattr(found, part, None)
     if not callable(found):
         raise ValueError(f"load_model: {module} has no callable {name!r}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    state: Any
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -381,20 +450,11 @@ def extract_images(
     """
     folder = Path(folder)
     parts_folder = folder / _PARTS
-    record = {**asdict(plan), "format": file_format}
-    done_file = folder / "extract.json"
-    if done_file.exists():
-        if json.loads(done_file.read_text()) == record:
-            return _outputs(folder)
-        raise ValueError(f"{folder} holds an extraction under other settings: choose another")
+    if is_extracted(folder, plan, file_format):
+        return _outputs(folder)
     parts_folder.mkdir(parents=True, exist_ok=True)
-    plan_file = parts_folder / "plan.json"
-    if plan_file.exists() and json.loads(plan_file.read_text()) != record:
-        raise ValueError(
-            f"{folder} holds a part of an extraction under other settings: choose another, or "
-            f"remove {parts_folder}"
-        )
-    write_text(plan_file, json.dumps(record, indent=2) + "\n")
+    record = _record(plan, file_format)
+    write_text(parts_folder / _PLAN, record)
     parts = _complete(parts_folder)
     done = sum(_rows(part) for part in parts)
     on_batch(done)
@@ -422,9 +482,31 @@ def extract_images(
     if not parts:
         raise ValueError(f"{plan.data} holds no images")
     _put_together(folder, parts, images.classes, file_format)
-    write_text(done_file, json.dumps(record, indent=2) + "\n")
+    write_text(folder / _DONE, record)
     shutil.rmtree(parts_folder)
     return _outputs(folder)
+
+
+def is_extracted(folder: PathLike, plan: Plan, file_format: str) -> bool:
+    """Whether a folder holds all of an extraction.
+
+    Raises:
+        ValueError: It holds one, or a part of one, under other settings.
+    """
+    record = _record(plan, file_format)
+    for path, what in ((Path(folder, _DONE), "an"), (Path(folder, _PARTS, _PLAN), "a part of an")):
+        if path.exists():
+            if path.read_text(encoding="utf-8") != record:
+                raise ValueError(
+                    f"{folder} holds {what} extraction under other settings: choose another "
+                    f"folder, or remove {path}"
+                )
+            return path.name == _DONE
+    return False
+
+
+def _record(plan: Plan, file_format: str) -> str:
+    return json.dumps({**asdict(plan), "format": file_format}, indent=2) + "\n"
 
 
 class _Batch(NamedTuple):
@@ -503,17 +585,18 @@ def _put_together(
             for batch in samples.only(role).batches():
                 yield batch[role]
 
-    shapes = {role: (rows, *opened[0][role].shape[1:]) for role in roles}
+    shapes = {role: (rows, *(n or 0 for n in opened[0][role].shape[1:])) for role in roles}
     types = {role: opened[0][role].dtype for role in roles}
     if file_format == "npy":
         for role in roles:
             with replacing(folder / f"{role}.npy") as temporary, temporary.open("wb") as file:
-                header = np.lib.format.header_data_from_array_1_0(
-                    np.empty(
-                        (0, *shapes[role][1:]), torch.empty(0, dtype=types[role]).numpy().dtype
-                    )
-                )
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": shapes[role]})
+                dtype = torch.empty(0, dtype=types[role]).numpy().dtype
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(dtype),
+                    "fortran_order": False,
+                    "shape": shapes[role],
+                }
+                np.lib.format.write_array_header_1_0(file, header)
                 for chunk in chunks(role):
                     chunk.numpy().tofile(file)
         return
@@ -535,7 +618,7 @@ _SAFETENSORS = {
 
 def _write_safetensors(
     file: Any,
-    shapes: dict[str, tuple[Any, ...]],
+    shapes: dict[str, tuple[int, ...]],
     types: dict[str, torch.dtype],
     chunks: Callable[[str], Iterator[Tensor]],
 ) -> None:

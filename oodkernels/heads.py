@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +16,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 __all__ = ["Head"]
 
-_FORMAT, _VERSION = "oodkernels.head", "1"
+_FORMAT, _VERSION = "oodkernels.head", 1
 
 
 class Head(nn.Module):
@@ -66,8 +67,9 @@ class Head(nn.Module):
             ImportError: safetensors is missing.
             OSError: The file cannot be written.
         """
-        groups = "" if self.groups is None else self.groups.to_json()
-        metadata = {"format": _FORMAT, "version": _VERSION, "groups": groups}
+        groups = None if self.groups is None else self.groups.to_json()
+        # One entry: several come in any order, and the same head would give other bytes.
+        metadata = {_FORMAT: json.dumps({"version": _VERSION, "groups": groups})}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         with replacing(path) as temporary:
             _safetensors("Head.save").torch.save_file(tensors, temporary, metadata)
@@ -91,17 +93,17 @@ class Head(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except library.SafetensorError as error:
             raise ValueError(f"{where}: must be a safetensors file: {error}") from None
-        found = metadata.get("format", "none"), metadata.get("version", "none")
-        if found != (_FORMAT, _VERSION):
-            raise ValueError(
-                f"{where}: format and version must be {(_FORMAT, _VERSION)}, got {found}"
-            )
+        if _FORMAT not in metadata:
+            raise ValueError(f"{where}: must be the file of a head, got one without {_FORMAT!r}")
         try:
+            content = json.loads(metadata[_FORMAT])
+            if content["version"] != _VERSION:
+                raise ValueError(f"version must be {_VERSION}, got {content['version']!r}")
+            groups = None if content["groups"] is None else Groups.from_json(content["groups"])
             weight: Tensor = tensors["linear.weight"]
-            groups = Groups.from_json(metadata["groups"]) if metadata["groups"] else None
             head = cls(weight.shape[1], weight.shape[0], groups, "confidence.weight" in tensors)
             head.to(weight.dtype).load_state_dict(tensors)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
         return head.eval()
 

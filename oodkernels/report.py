@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from oodkernels.calibration import _draw
 from oodkernels.evaluation import (
     OTHER,
     Array,
@@ -33,8 +32,8 @@ _ID_COLOR = "#4477aa"
 _OOD_COLORS = ("#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bb5500", "#882255")
 _OTHER_ID_COLOR = "#c3d5e8"
 _METHOD_COLORS = (
-    *("#b3b3b3", "#777777", "#222222", "#009988", "#004d44"),
-    *("#ee7733", "#aa3300", "#0077bb", "#33bbee", "#ee3377"),
+    *("#b3b3b3", "#777777", "#222222", "#009988", "#ee7733"),
+    *("#0077bb", "#cc3311", "#33bbee", "#ee3377", "#004d44"),
 )
 _BARS = 12
 """Groups up to which their "others" are drawn as bars."""
@@ -111,10 +110,13 @@ def figures(evaluation: Evaluation) -> dict[str, Figure]:
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def _panels(figure: Figure, count: int, columns: int = 4, **options: Any) -> list[Axes]:
-    """Axes in rows of at most ``columns``, as even as they come."""
+def _panels(
+    figure: Figure, count: int, columns: int = 4, *, even: bool = True, **options: Any
+) -> list[Axes]:
+    """Axes in rows of at most ``columns``; if ``even``, of as equal a number as can be."""
     rows = -(-count // columns)
-    columns = -(-count // rows)
+    if even:
+        columns = -(-count // rows)
     grid = np.ravel(figure.subplots(rows, columns, squeeze=False, **options))
     for unused in grid[count:]:
         unused.set_axis_off()
@@ -279,9 +281,11 @@ def _bars(
 
 def reliability(evaluation: Evaluation) -> Figure:
     """Per model, the share of right answers on ID samples against their confidence."""
+    from oodkernels.calibration import _draw  # which brings torchmetrics, and that pyplot
+
     count = len(evaluation.reliability)
-    figure = Figure(figsize=(3.4 * min(count, 3), _height(count, 3, 3)), layout="constrained")
-    panels = _panels(figure, count, 3)
+    figure = Figure(figsize=(11, _height(count, 3.2, 3)), layout="constrained")
+    panels = _panels(figure, count, 3, even=False)
     for axes, (model, bins) in zip(panels, evaluation.reliability.items(), strict=True):
         _draw("report.reliability", bins, axes)
         axes.set_title(model)

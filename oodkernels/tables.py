@@ -42,7 +42,7 @@ class Cell(NamedTuple):
     @property
     def percent(self) -> str:
         """In per cent, a dash where there is no value."""
-        return "–" if math.isnan(self.value) else f"{100 * self.value:.2f}"
+        return "-" if math.isnan(self.value) else f"{100 * self.value:.2f}"
 
 
 class Line(NamedTuple):
@@ -137,7 +137,6 @@ def to_latex(rows: Sequence[Row]) -> str:
         shown = "" if line.model == model else _escaped(line.model)
         model = line.model
         cells = [_bold(cell, r"\textbf{{{}}}") for cell in (line.accuracy, *line.cells)]
-        cells = ["--" if cell == "–" else cell for cell in cells]
         body.append(" & ".join([shown, _escaped(line.score), *cells]) + r" \\")
     return "\n".join(
         [

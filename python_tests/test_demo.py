@@ -14,18 +14,20 @@ import torch
 from processes import python
 
 pytest.importorskip("jinja2")
+pytest.importorskip("lightning_fabric")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from oodkernels import demo, report
-from oodkernels.evaluation import CONVENTION, METRICS
+from oodkernels import demo, demo_report
+from oodkernels.evaluation import CONVENTION, OTHER, OWN
 from oodkernels.metrics import ood_metrics
-from oodkernels.training import Recipe, reproducible, train
+from oodkernels.tables import METRICS
+from oodkernels.training import TrainConfig, reproducible
 
-SETTINGS = demo.Settings(seed=1, recipe=Recipe(epochs=2))
+SETTINGS = demo.Settings(seed=1, recipe=TrainConfig(epochs=2, accelerator="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,11 @@ def result() -> demo.DemoResult:
 
 @pytest.fixture(scope="module")
 def html(result: demo.DemoResult) -> str:
-    return report.to_html(result)
+    return demo_report.to_html(result)
 
 
 def test_every_method_is_on_every_set(result: demo.DemoResult) -> None:
-    assert [method.name for method in result.methods] == [
+    assert [method.name for method in result.evaluation.methods] == [
         "flat: MSP",
         "flat: max logit",
         "flat: energy",
@@ -49,21 +51,23 @@ def test_every_method_is_on_every_set(result: demo.DemoResult) -> None:
         "MOS features: log-odds",
     ]
     assert list(result.images) == ["digits", "faces", "textures", "photos"]
-    for method in result.methods:
+    for method in result.evaluation.methods:
         assert len(method.id_scores) == len(result.images["digits"])
         for name, scores in method.ood_scores.items():
             assert len(scores) == len(result.images[name])
-    assert len(result.rows) == 7 * 4
-    assert all(0 <= getattr(row, metric) <= 1 for row in result.rows for metric in METRICS)
+    assert len(result.evaluation.rows) == 7 * 4
+    assert all(
+        0 <= getattr(row, metric) <= 1 for row in result.evaluation.rows for metric in METRICS
+    )
 
 
 def test_models_learn(result: demo.DemoResult) -> None:
-    assert min(method.id_accuracy for method in result.methods) > 0.7
-    assert min(row.auroc for row in result.rows if row.ood_set == "average") > 0.7
+    assert min(method.id_accuracy for method in result.evaluation.methods) > 0.7
+    assert min(row.auroc for row in result.evaluation.rows if row.ood_set == "average") > 0.7
 
 
 def test_scores_have_the_signs_they_should(result: demo.DemoResult) -> None:
-    by_name = {method.name: method for method in result.methods}
+    by_name = {method.name: method for method in result.evaluation.methods}
     msp = by_name["flat: MSP"].id_scores
     assert msp.min() >= 0.1
     assert msp.max() <= 1
@@ -77,15 +81,15 @@ def test_scores_have_the_signs_they_should(result: demo.DemoResult) -> None:
 
 
 def test_others_are_those_of_the_score(result: demo.DemoResult) -> None:
-    by_name = {method.name: method for method in result.methods}
-    for model in result.grouped:
+    by_name = {method.name: method for method in result.evaluation.methods}
+    for model in result.evaluation.others:
         assert sorted(digit for group in model.groups for digit in group) == list(range(10))
         assert len(model.groups) == SETTINGS.num_groups
         assert all(len(values) == len(model.groups) for values in model.others.values())
         mos = by_name[f"{model.name}: MOS"]
-        for name, scores in {"digits": mos.id_scores, **mos.ood_scores}.items():
+        for name, scores in {"ID": mos.id_scores, **mos.ood_scores}.items():
             assert model.min_others[name] == pytest.approx(-scores.mean(), abs=1e-5)
-        own, foreign = model.others["digits of the group"], model.others["other digits"]
+        own, foreign = model.others[OWN], model.others[OTHER]
         assert max(own) < min(foreign)
 
 
@@ -96,16 +100,16 @@ def test_same_settings_same_bytes_on_any_number_of_threads(result: demo.DemoResu
         again = demo.run(SETTINGS)
     finally:
         torch.set_num_threads(threads)
-    for one, two in zip(result.methods, again.methods, strict=True):
+    for one, two in zip(result.evaluation.methods, again.evaluation.methods, strict=True):
         np.testing.assert_array_equal(one.id_scores, two.id_scores)
         for name, scores in one.ood_scores.items():
             np.testing.assert_array_equal(scores, two.ood_scores[name])
-    assert report.to_csv(again.rows) == report.to_csv(result.rows)
-    assert report.to_json(again) == report.to_json(result)
+    assert again.evaluation.to_csv() == result.evaluation.to_csv()
+    assert demo_report.to_json(again) == demo_report.to_json(result)
 
 
 def test_report_is_the_same_every_time(result: demo.DemoResult, html: str) -> None:
-    assert report.to_html(result) == html
+    assert demo_report.to_html(result) == html
 
 
 def test_seed_and_groups_matter_progress_is_told_and_nothing_else_touched(
@@ -113,12 +117,12 @@ def test_seed_and_groups_matter_progress_is_told_and_nothing_else_touched(
 ) -> None:
     told = []
     before = global_state()
-    settings = demo.Settings(seed=2, num_groups=5, recipe=Recipe(epochs=1))
+    settings = demo.Settings(seed=2, num_groups=5, recipe=TrainConfig(epochs=1, accelerator="cpu"))
     other = demo.run(settings, lambda stage, epoch: told.append((stage, epoch)))
-    report.to_html(other)
+    demo_report.to_html(other)
     assert global_state() == before
     assert told == [(stage, 1) for stage in demo.STAGES]
-    assert [len(model.groups) for model in other.grouped] == [5, 5]
+    assert [len(model.groups) for model in other.evaluation.others] == [5, 5]
     assert not np.array_equal(result.images["digits"], other.images["digits"])
     assert np.array_equal(result.images["photos"], other.images["photos"])
 
@@ -141,21 +145,16 @@ def test_reproducible_restores_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_train_refuses_less_than_a_batch() -> None:
-    model = torch.nn.Linear(2, 2)
-    loss = torch.nn.CrossEntropyLoss()
-    with pytest.raises(ValueError, match="train: images must fill a batch of 64, got 3"):
-        train(model, loss, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), Recipe())
-
-
 def test_csv_holds_the_metrics_in_full(result: demo.DemoResult) -> None:
-    table = list(csv.DictReader(report.to_csv(result.rows).splitlines()))
-    assert len(table) == len(result.rows)
+    table = list(csv.DictReader(result.evaluation.to_csv().splitlines()))
+    assert len(table) == len(result.evaluation.rows)
     for line in table:
         if line["ood_set"] == "average":
             continue
         method = next(
-            m for m in result.methods if (m.model, m.score) == (line["model"], line["score"])
+            m
+            for m in result.evaluation.methods
+            if (m.model, m.score) == (line["model"], line["score"])
         )
         expected = ood_metrics(method.id_scores, method.ood_scores[line["ood_set"]])
         assert {m: float(line[m]) for m in METRICS} == {m: getattr(expected, m) for m in METRICS}
@@ -163,11 +162,13 @@ def test_csv_holds_the_metrics_in_full(result: demo.DemoResult) -> None:
 
 
 def test_json_says_what_was_done(result: demo.DemoResult) -> None:
-    record = json.loads(report.to_json(result))
+    record = json.loads(demo_report.to_json(result))
     assert record["convention"] == CONVENTION
     assert record["settings"] == dataclasses.asdict(SETTINGS)
     assert record["data"]["test"] == {"digits": 599, "faces": 600, "textures": 600, "photos": 600}
-    assert [row["fpr95"] for row in record["results"]] == [row.fpr95 for row in result.rows]
+    assert [row["fpr95"] for row in record["results"]] == [
+        row.fpr95 for row in result.evaluation.rows
+    ]
     assert record["software"]["torch"] == torch.__version__
     assert [model["name"] for model in record["grouped_models"]] == ["MOS random", "MOS features"]
 
@@ -198,7 +199,7 @@ class _Page(HTMLParser):
 def test_html_is_well_formed_and_self_contained(html: str) -> None:
     page = _Page(html)
     assert page.open == []
-    assert page.tags.count("img") == 3 + 4
+    assert page.tags.count("img") == 4 + 4
     assert page.images_without_alt == 0
     assert all(link.startswith("data:image/") for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -207,15 +208,16 @@ def test_html_is_well_formed_and_self_contained(html: str) -> None:
 
 
 def test_html_shows_the_table(result: demo.DemoResult, html: str) -> None:
-    for row in result.rows:
-        assert f">{100 * row.fpr95:.1f}</td>" in html
-    assert html.count('scope="row"') == 2 * len(result.methods)
+    for row in result.evaluation.rows:
+        assert f">{100 * row.fpr95:.2f}</td>" in html
+    assert html.count('scope="row"') == 2 * len(result.evaluation.methods)
     assert html.count(" best") >= len(METRICS) * 4
 
 
 def test_html_escapes(result: demo.DemoResult) -> None:
-    rows = [row._replace(model="<script>") for row in result.rows]
-    page = report.to_html(dataclasses.replace(result, rows=rows))
+    methods = [dataclasses.replace(m, model="<script>") for m in result.evaluation.methods]
+    evaluation = dataclasses.replace(result.evaluation, methods=methods)
+    page = demo_report.to_html(dataclasses.replace(result, evaluation=evaluation))
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
@@ -224,7 +226,7 @@ def test_write_report_replaces_files_whole(
     result: demo.DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "new" / "folder"
-    paths = report.write_report(result, out)
+    paths = demo_report.write_report(result, out)
     assert [path.name for path in paths] == ["results.csv", "results.json", "report.html"]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in paths)
     before = [path.read_bytes() for path in paths]
@@ -234,11 +236,11 @@ def test_write_report_replaces_files_whole(
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        report.write_report(result, out)
+        demo_report.write_report(result, out)
     assert [path.read_bytes() for path in paths] == before
     assert len(list(out.iterdir())) == 3
 
 
 def test_report_does_without_pyplot() -> None:
-    code = "import sys, oodkernels.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, oodkernels.demo_report; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert python("-c", code).returncode == 0

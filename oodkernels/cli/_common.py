@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -26,6 +27,8 @@ from typer.core import TyperGroup
 import oodkernels
 from oodkernels._files import write_text
 
+_ORDER = ("demo", "extract", "group", "train", "eval", "score", "threshold", "convert", "info")
+
 
 class Group(TyperGroup):
     """The commands; what goes wrong in one is said in a line, with exit code 1.
@@ -33,14 +36,18 @@ class Group(TyperGroup):
     With ``OODK_TRACEBACK=1`` in the environment errors come as Python gives them.
     """
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of a run."""
+        return sorted(self.commands, key=_ORDER.index)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, ModuleNotFoundError):
             raise
-        except KeyboardInterrupt:
-            typer.echo("oodk: interrupted", err=True)
+        except KeyboardInterrupt as error:
+            typer.echo(f"oodk: interrupted{f': {error}' if str(error) else ''}", err=True)
             raise typer.Exit(130) from None
         except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, BrokenPipeError) or os.environ.get("OODK_TRACEBACK") == "1":
@@ -60,6 +67,18 @@ def reason(error: BaseException) -> str:
 # --- options ----------------------------------------------------------------------------------
 
 
+def _toml() -> Any:
+    return import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+
+def parse_toml(text: str) -> Any:
+    """A value as TOML has it: number, true, list; anything else is a string."""
+    try:
+        return _toml().loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
 def _flag(parameter: Any) -> str:
     """The long name of an option without its dashes, as configuration files have it."""
     names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")]
@@ -70,12 +89,8 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Take the file's values for the defaults of the command's options."""
     if path is None:
         return None
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = _toml().loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path}: {reason(error)}") from None
     own = content.get(str(ctx.info_name))

@@ -61,11 +61,12 @@ def demo(
     # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
     from oodkernels.demo import STAGES, Settings, run
     from oodkernels.demo_report import write_report
-    from oodkernels.training import Recipe
+    from oodkernels.training import TrainConfig
 
     require_writable(out)
     start = time.perf_counter()
-    settings = Settings(seed=seed, num_groups=groups, recipe=Recipe(epochs=epochs))
+    recipe = TrainConfig(epochs=epochs, accelerator="cpu")
+    settings = Settings(seed=seed, num_groups=groups, recipe=recipe)
     with progress(quiet, remaining=False) as shown:
         tasks = {stage: shown.add_task(f"train {stage}", total=epochs) for stage in STAGES}
         writing = shown.add_task("write report", total=1, start=False)
@@ -90,8 +91,16 @@ def demo(
         typer.echo(path)
 
 
-def info(as_json: JsonOption = False) -> None:
+def info(
+    detectors: Annotated[
+        bool, typer.Option("--detectors", help="List the detectors and what they need instead.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show how this installation was built and what it runs on: paste it into a bug report."""
+    if detectors:
+        _list_detectors(as_json)
+        return
     facts = {
         **oodkernels.build_info(),
         "python": platform.python_version(),
@@ -107,4 +116,25 @@ def info(as_json: JsonOption = False) -> None:
         if isinstance(value, list):
             value = ", ".join(value)
         table.add_row(name.replace("_", " "), str(value or "none"))
+    Console().print(table, highlight=False)
+
+
+def _list_detectors(as_json: bool) -> None:
+    from oodkernels.detectors import DETECTORS
+
+    found = {
+        name: {
+            "what": (kind.__doc__ or "").splitlines()[0],
+            "needs": sorted(kind.needs),
+            "trained_on": sorted(kind.trained_on),
+        }
+        for name, kind in DETECTORS.items()
+    }
+    if as_json:
+        print_json(found)
+        return
+    table = Table("detector", "needs", "is fitted on", "", box=None, padding=(0, 2, 0, 0))
+    for name, facts in found.items():
+        lists = [", ".join(facts[key]) for key in ("needs", "trained_on")]
+        table.add_row(name, *lists, str(facts["what"]))
     Console().print(table, highlight=False)

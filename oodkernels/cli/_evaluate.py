@@ -65,14 +65,14 @@ DetectorsOption: TypeAlias = Annotated[
         "-d",
         help="Name of a detector, or a file of one that was saved; give it again for more. By "
         "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
-        "there are groups. `oodk eval --detector help` lists all.",
+        "there are groups. All of them: `oodk info --detectors`.",
     ),
 ]
 KindOption: TypeAlias = Annotated[
     Kind | None,
     typer.Option(
         help="What a file with one array without a telling name holds. By default two dimensions "
-        "are logits, one is scores.",
+        "are logits, with --head features, and one is scores.",
     ),
 ]
 ColumnOption: TypeAlias = Annotated[
@@ -171,13 +171,15 @@ def evaluate(
 
     Logits, the usual scores, a report in `run/`:
 
-        oodk eval --id val.npy --labels val_labels.npy --ood svhn=svhn.npy --ood textures.npy --out run
+        oodk eval --id val.npy --labels y.npy --ood svhn=svhn.npy --ood textures.npy --out run
 
     A MOS head, with scores of a flat one for comparison in another run:
 
         oodk eval --id val.safetensors --ood inat=inat.safetensors --groups groups.json
 
-    Scores from elsewhere, in columns of a table:
+    Scores, such as those of `oodk score`; all columns of the tables, or one:
+
+        oodk eval --id id.csv --ood ood.csv
 
         oodk eval --id id.csv --ood ood.csv --column scores=energy
 
@@ -185,9 +187,6 @@ def evaluate(
 
         oodk eval --config run/config.toml --convention openood
     """
-    if detector and "help" in detector:
-        _list_detectors()
-        return
     from oodkernels.evaluation import evaluate as run
 
     sets = pairs("--ood", ood, stem=True)
@@ -224,8 +223,8 @@ def evaluate(
         uncertain = found.uncertainty
         bounds = f" Certain to {100 * uncertain:.1e} points." if uncertain else ""
         console.print(f"In per cent, the best in bold; FPR95: lower is better.{bounds}")
-    for path in paths:
-        typer.echo(path, err=not quiet)
+        for path in paths:
+            typer.echo(path, err=True)
 
 
 def score(
@@ -264,9 +263,6 @@ def score(
 
         oodk score --data new.npy -d energy --threshold threshold.json
     """
-    if detector and "help" in detector:
-        _list_detectors()
-        return
     import torch
 
     from oodkernels import Threshold
@@ -322,9 +318,6 @@ def threshold(
 
         oodk threshold --id val.npy --detector energy --tpr 0.95 --out threshold.json
     """
-    if detector and "help" in detector:
-        _list_detectors()
-        return
     from oodkernels import Threshold
 
     for option, value in (("--tpr", tpr), ("--confidence", confidence)):
@@ -374,9 +367,9 @@ class _Common:
     ) -> None:
         self.names = list(detector or ())
         self.columns = pairs("--column", column or ())
-        self.kind = None if kind is None else kind.value
         self.train = train
         self.head = None if head is None else _load_head(head)
+        self.kind = kind.value if kind is not None else None if head is None else "features"
         self.groups: Groups | None = None if groups is None else read_groups(groups)
         if self.groups is None and self.head is not None:
             self.groups = self.head.groups
@@ -395,7 +388,7 @@ class _Common:
         names = self.names
         if not names and (self.head is not None or "logits" in samples.arrays):
             names = [*DEFAULT_DETECTORS] if self.groups is None else ["mos", "mos-log-odds"]
-        elif not names and "scores" not in samples.arrays:
+        elif not names and not samples.arrays.keys() - {"features", "labels"}:
             raise typer.BadParameter("is needed for features", param_hint="'--detector'")
         chosen: dict[str, OODDetector | str] = {}
         for name in names:
@@ -469,19 +462,6 @@ def _watching(quiet: bool, sets: dict[str, Samples]) -> Iterator[Callable[[str, 
             shown.update(tasks[name], completed=done)
 
         yield on_batch
-
-
-def _list_detectors() -> None:
-    from rich.table import Table
-
-    from oodkernels.detectors import DETECTORS
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, kind in DETECTORS.items():
-        needs = ", ".join(sorted(kind.needs))
-        fitted = ", fitted on --train" if kind.trained_on else ""
-        table.add_row(name, (kind.__doc__ or "").splitlines()[0], f"{needs}{fitted}")
-    Console().print(table)
 
 
 def _read_sweep(path: Path) -> Sweep:

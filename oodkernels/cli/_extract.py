@@ -123,6 +123,7 @@ def extract(
         Shards,
         ToTensor,
         extract_images,
+        is_extracted,
         load_model,
         open_images,
     )
@@ -136,7 +137,6 @@ def extract(
     images = open_images(data, transform, root)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_config(ctx, out)
     plan = Plan(
         model=model,
         weights=None if weights is None else str(weights.resolve()),
@@ -145,6 +145,8 @@ def extract(
         transform=repr(transform) if isinstance(transform, ToTensor) else "of the model",
         dtype=dtype.value,
     )
+    if not is_extracted(out, plan, file_format.value):
+        write_config(ctx, out)
     total = None if isinstance(images, Shards) else len(images)
     with progress(quiet) as shown:
         task = shown.add_task("extract", total=total)
