@@ -28,6 +28,8 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/logits.cu
   csrc/cuda/outlier.cu
   csrc/cuda/histogram.cu
+  csrc/cuda/kmeans.cu
+  csrc/cuda/dos.cu
   csrc/cuda/roc.cu)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " _architectures)
 target_compile_definitions(_cuda PRIVATE USE_CUDA

@@ -1,103 +1,30 @@
-"""The CUDA kernels, run on the CPU by cuda_emulation/ and held against ``oodkernels.reference``.
+"""The CUDA kernels, run on the CPU (cuda_emulator.py) and held against ``oodkernels.reference``.
 
 The sums of the ROC ops, which it does not have, are held against the CPU backend.
-
-Every run is under AddressSanitizer and UBSan, with the threads of a block in several orders that
-must give the same bits, and with shared memory and outputs filled with a NaN first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from cuda_emulator import DTYPES, Emulator, needs_compiler, unwritten
 from torch import Tensor
 
 from oodkernels import reference
 from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, order_key
 from oodkernels.ops.roc import scores_of_keys, sort_keys
 
-HERE = Path(__file__).parent
-SOURCES = HERE / "cuda_emulation"
-COMPILER = os.environ.get("CXX", "g++")
-FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum DType has them
-POISON = 0xFF
-PROGRAMS = {name: name for name in ("mos", "outlier", "roc", "histogram")} | {"logit": "logits"}
-ORDERS = 3
-
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
-
-
-class Emulator:
-    """The compiled programs, and a place for their files."""
-
-    def __init__(
-        self,
-        directory: Path,
-        names: Iterable[str] = ("mos", "logits", "roc", "histogram", "faults"),
-    ) -> None:
-        self.directory = directory
-
-        def build(name: str) -> None:
-            include = ["-I", str(SOURCES), "-I", str(HERE.parent / "csrc")]
-            files = [str(SOURCES / f"{name}.cpp"), "-o", str(directory / name)]
-            subprocess.run([COMPILER, *FLAGS, *include, *files], check=True)
-
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(build, names))
-
-    def start(
-        self, kernel: str, inputs: dict[str, Tensor], **values: Any
-    ) -> subprocess.CompletedProcess[str]:
-        program = PROGRAMS.get(kernel.split("_")[0], "faults")
-        for file in self.directory.glob("*.out"):
-            file.unlink()
-        for name, x in inputs.items():
-            x.contiguous().view(torch.uint8).numpy().tofile(self.directory / f"{name}.in")
-        settings = {"processors": 1, "shared_bytes": 228 << 10, "orders": ORDERS, **values}
-        arguments = [f"{name}={value}" for name, value in settings.items()]
-        return subprocess.run(
-            [str(self.directory / program), kernel, str(self.directory), *arguments],
-            capture_output=True,
-            text=True,
-        )
-
-    def run(
-        self, kernel: str, inputs: dict[str, Tensor], outputs: dict[str, torch.dtype], **values: Any
-    ) -> list[Tensor]:
-        """The kernel's outputs, flat, none of which it may have left unwritten."""
-        done = self.start(kernel, inputs, **values)
-        assert done.returncode == 0, done.stderr
-        found = [self.output(name, dtype) for name, dtype in outputs.items()]
-        for name, x in zip(outputs, found, strict=True):
-            assert not unwritten(x).any(), f"{name} is not written at {unwritten(x).nonzero()[:5]}"
-        return found
-
-    def output(self, name: str, dtype: torch.dtype) -> Tensor:
-        raw = np.fromfile(self.directory / f"{name}.out", np.uint8)
-        return torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)
-
-
-def unwritten(x: Tensor) -> Tensor:
-    return (x.view(torch.uint8).view(-1, x.element_size()) == POISON).all(1)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
+    programs = ("mos", "logits", "roc", "histogram", "faults")
+    return Emulator(tmp_path_factory.mktemp("cuda_emulation"), programs)
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_emulator import Emulator
 from test_cuda_emulation import (
-    Emulator,
     Sample,
     assert_close,
     check_backward,

@@ -39,8 +39,9 @@ OODK_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
 OODK_HOST_DEVICE inline uint64_t random_bits(
     uint64_t seed, Stream stream, uint32_t restart, uint32_t step, uint32_t index) {
   const PhiloxBlock r = philox({{index / 2, step, restart, uint32_t(stream)}}, seed);
-  const int half = index % 2 * 2;
-  return uint64_t(r.word[half + 1]) << 32 | r.word[half];
+  const uint64_t even = uint64_t(r.word[1]) << 32 | r.word[0];
+  const uint64_t odd = uint64_t(r.word[3]) << 32 | r.word[2];
+  return index % 2 ? odd : even;
 }
 
 // Uniform in [0, 1), a multiple of 2^-53.

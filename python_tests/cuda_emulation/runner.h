@@ -71,10 +71,13 @@ class Run {
     return reinterpret_cast<const T*>(array.data() + skip);
   }
   template <typename T = void>
-  T* output(const std::string& name, size_t bytes) {
+  T* output(const std::string& name, size_t bytes, unsigned char fill = emulation::poison) {
     const Array& array = outputs_.try_emplace(name, bytes).first->second;
-    std::memset(array.data(), emulation::poison, bytes);
+    std::memset(array.data(), fill, bytes);
     return reinterpret_cast<T*>(array.data());
+  }
+  int64_t* indices(const std::string& name, size_t size) { // which may be -1, all ones
+    return output<int64_t>(name, size * sizeof(int64_t), 0x5a);
   }
 
   // Writes the outputs, or, after the first run, holds them against what that wrote.
