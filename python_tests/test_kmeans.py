@@ -288,6 +288,12 @@ def test_fewer_points_than_clusters() -> None:
     assert sorted(result.labels.tolist())[2:] == list(range(6))
 
 
+def test_a_subnormal_point_has_a_direction() -> None:
+    tiny = torch.finfo(torch.float32).smallest_normal / 1024
+    x = torch.tensor([[tiny, 0], [0, tiny], [3, 0.1]])
+    assert nearest_centroid(x, torch.eye(2), normalize=True)[0].tolist() == [0, 1, 0]
+
+
 def test_zero_points_stay_zero_and_are_clustered() -> None:
     x = features(100, 12)
     x[[3, 50]] = 0

@@ -79,9 +79,11 @@ void scales(const Points& p, int64_t begin, int64_t end, bool normalize, T* scal
         for (int64_t j = 0; j < p.d; ++j)
           norm2 += (long double)widen(x[j]) * widen(x[j]);
       }
+      constexpr T most = std::numeric_limits<T>::max(); // of the inverse of a subnormal norm
+      const long double inverse = normalize && norm2 > 0 ? 1 / std::sqrt(norm2) : 1;
       scale[i] = !std::isfinite(norm2) ? std::numeric_limits<T>::quiet_NaN()
-          : normalize && norm2 > 0     ? T(1 / std::sqrt(norm2))
-                                       : T(1);
+          : inverse < most             ? T(inverse)
+                                       : most;
     }
   });
 }
