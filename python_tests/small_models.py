@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from torch import Tensor, nn
 
-from oodkernels.training import Recipe, reproducible, train
+from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
 
 
 class Trained(NamedTuple):
@@ -24,9 +24,9 @@ class Trained(NamedTuple):
 
 @cache
 def digits() -> Trained:
-    """Skips the test where the data's packages are missing."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("skimage")
+    """Skips the test where the packages of data or training are missing."""
+    for package in ("lightning_fabric", "skimage", "sklearn"):
+        pytest.importorskip(package)
     from oodkernels import data
 
     found = data.digits()
@@ -39,8 +39,10 @@ def digits() -> Trained:
             nn.ReLU(),
             nn.Linear(32, 10),
         )
-        loss = nn.CrossEntropyLoss()
-        train(model, loss, found.train_images, found.train_labels, Recipe(epochs=10))
+        loader = tensor_loader(
+            found.train_images, found.train_labels, batch_size=64, shuffle=True, drop_last=True
+        )
+        Trainer(model, config=TrainConfig(epochs=10, accelerator="cpu")).fit(loader)
     return Trained(model, *found, data.ood_sets())
 
 
