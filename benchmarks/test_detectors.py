@@ -84,7 +84,7 @@ def test_softmax_detectors(
 def test_softmax_and_mos(
     measure: Any, shape: tuple[int, int], dtype: torch.dtype, together: bool
 ) -> None:
-    """These four and MOS with its log-odds: two ops, the second of which reads from the caches."""
+    """These four and MOS with its log-odds: two reads instead of six."""
     groups = even_groups(shape[1], 8)
     detectors = {**SOFTMAX, "mos": MOS(groups), "log-odds": MOS(groups, log_odds=True)}
     logits = logits_of(shape[0], groups.width, dtype)

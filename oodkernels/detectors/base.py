@@ -29,8 +29,6 @@ Features: TypeAlias = Tensor | Mapping[str, Tensor]
 __all__ = ["Batch", "NotFittedError", "OODDetector", "Prediction", "score_all"]
 
 _FORMAT, _VERSION = "oodkernels.detector", 1
-_CHUNK_BYTES = 8 << 20
-_ROW_BLOCK = 16  # rows that the CPU kernels take together
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -528,8 +526,7 @@ def score_all(
 
     Detectors with the same model share its forward pass. All that read MSP, maximum logit, energy
     or entropy at one temperature are served by one :func:`oodkernels.logit_scores`, all that read
-    MOS scores of the same groups by one :func:`oodkernels.mos_predict`; rows are taken in chunks
-    that stay in the caches for the next.
+    MOS scores of the same groups by one :func:`oodkernels.mos_predict`.
 
     Args:
         detectors: By any name.
@@ -538,8 +535,8 @@ def score_all(
         logits: As there.
         features: As there.
         confidence: As there.
-        chunk: Rows at a time. By default the least ``batch_size`` where a model runs, else about
-            as many as fill 8 MiB on the CPU and all rows elsewhere.
+        chunk: Rows at a time. By default the least ``batch_size`` of the detectors where ``x`` is
+            given, else all.
 
     Returns:
         Name -> (N,) scores, higher = more ID, on the device of the input.
@@ -567,13 +564,8 @@ def _score_all(
 ) -> dict[str, Tensor]:
     used = list(detectors.values())
     device = batch.tensors()[0][1].device
-    if chunk is None:
-        if batch.x is not None:
-            chunk = min((d.batch_size for d in used), default=1)
-        elif len(used) > 1 and device.type == "cpu":
-            row = max(t.element_size() * t[:1].numel() for _, t in batch.tensors())
-            unit = _ROW_BLOCK * torch.get_num_threads()
-            chunk = unit * max(1, _CHUNK_BYTES // max(1, row * unit))
+    if chunk is None and batch.x is not None:
+        chunk = min((d.batch_size for d in used), default=1)
     scores: list[list[Tensor]] = [[] for _ in used]
     with torch.no_grad():
         for part in _chunks(batch, chunk):
