@@ -72,8 +72,9 @@ if TYPE_CHECKING:
     from oodkernels.misclassification import MisclassificationMetrics, misclassification_metrics
     from oodkernels.streaming import OODMetrics
     from oodkernels.threshold import Threshold
+    from oodkernels.training import TrainConfig, Trainer
 
-# Loaded when asked for: they bring torchmetrics, which takes longer to import than all the rest.
+# Loaded when asked for: they bring torchmetrics and others that take longer than all the rest.
 _LATER = {
     "CalibrationError": "calibration",
     "Evaluation": "evaluation",
@@ -81,6 +82,8 @@ _LATER = {
     "OODMetrics": "streaming",
     "Threshold": "threshold",
     "evaluate": "evaluation",
+    "TrainConfig": "training",
+    "Trainer": "training",
     "expected_calibration_error": "calibration",
     "misclassification_metrics": "misclassification",
     "open_samples": "arrays",
@@ -126,6 +129,8 @@ __all__ = [
     "Prediction",
     "ROCMetrics",
     "Threshold",
+    "TrainConfig",
+    "Trainer",
     "UniformMiner",
     "__version__",
     "as_pytorch_ood",

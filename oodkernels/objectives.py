@@ -225,17 +225,20 @@ class OutlierObjective(Objective):
         logits = as_outputs(model(torch.cat([x, outliers]))).logits
         return self.loss(logits, torch.cat([y, y.new_full((len(outliers),), -1)])), {}
 
-    def read(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate features and logits of the model in evaluation mode."""
+    def read(self, model: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Features and logits of the model in evaluation mode, as far as the miner needs them."""
+        needs = frozenset[str]() if self.miner is None else self.miner.needs
         found = extract(model, x)
         # Autocast keeps the weights it converted, without their graph, for the forward to come.
         torch.clear_autocast_cache()
-        if found.features is None:
+        if "features" in needs and found.features is None:
             raise ValueError(
                 f"{type(self).__name__}: the model must have a linear layer whose input are the "
                 "features, got none"
             )
-        return found.features, found.logits
+        features = found.features if "features" in needs else None
+        # A miner that needs neither still has to know how many there are.
+        return features, found.logits if features is None or "logits" in needs else None
 
     def validate(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Objective`; the absent class is no answer."""
@@ -293,14 +296,19 @@ class PoolObjective(OutlierObjective):
         return isinstance(self.miner, POEMMiner)
 
     def mine(
-        self, samples: Tensor, features: Tensor, logits: Tensor, trained: Tensor | None, n: int
+        self,
+        samples: Tensor,
+        features: Tensor | None,
+        logits: Tensor | None,
+        trained: Tensor | None,
+        n: int,
     ) -> None:
         """Select the outliers of an epoch, into ``pool``.
 
         Args:
             samples: (N,) int64, indices in the pool's data set.
-            features: (N, d).
-            logits: (N, columns).
+            features: (N, d), where the miner needs them.
+            logits: (N, columns), where it needs them.
             trained: (M, d) features of the training data, where they are wanted.
             n: How many to select; N if that is less.
         """
@@ -308,7 +316,7 @@ class PoolObjective(OutlierObjective):
         if trained is not None:
             self.miner.reset()
             self.miner.update(trained, torch.zeros(len(trained), dtype=torch.int64))
-            if self._recent:
+            if self._recent and features is not None:
                 seen = features[torch.isin(samples, torch.cat(list(self._recent)))]
                 self.miner.update(seen, torch.full((len(seen),), -1))
         rows = self.miner.select(features, logits, min(n, len(samples)))

@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -210,7 +210,8 @@ class Trainer:
     Args:
         model: x -> logits, trained in place. Objectives that read features take the input of its
             last linear layer.
-        objective: What to minimise; None: as the configuration names it.
+        objective: What to minimise, or its name in :data:`oodkernels.objectives.OBJECTIVES`; None:
+            as the configuration names it.
         config: How; None: all defaults.
         optimizer: Parameters -> optimiser; None: as the configuration has it.
         folder: Where to write; None: nowhere.
@@ -219,15 +220,21 @@ class Trainer:
         loggers: Of Lightning Fabric, given every row of the log.
         on_epoch: Called with the number of epochs done.
 
+    Example:
+        >>> config = TrainConfig(epochs=100, lr=0.1, schedule="step", weight_decay=1e-4)
+        >>> trainer = Trainer(model, "dos", config, folder="run", progress=True)
+        >>> trainer.fit(id_loader, candidate_loader, val_loader, resume=True)
+
     Raises:
         ModuleNotFoundError: lightning-fabric is missing.
         TypeError: ``model`` is no ``nn.Module``.
+        ValueError: Unknown objective or options, or ``tensorboard`` without a folder.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective | None = None,
+        objective: Objective | str | None = None,
         config: TrainConfig | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -242,8 +249,14 @@ class Trainer:
         if tensorboard and folder is None:
             raise ValueError("Trainer: tensorboard must have a folder to write to, got None")
         self.model = model
-        self.config = config or TrainConfig()
-        self.objective = objective or make_objective(self.config.objective, self.config.options)
+        config = config or TrainConfig()
+        if isinstance(objective, Objective):
+            # Whatever the configuration says; no name by which it could be made again.
+            config = replace(config, objective=type(objective).__name__, options={})
+        else:
+            config = replace(config, objective=objective or config.objective)
+            objective = make_objective(config.objective, config.options)
+        self.config, self.objective = config, objective
         self.folder = None if folder is None else Path(folder)
         self.ema: AveragedModel | None = None
         self._optimizer = optimizer or self._default_optimizer
@@ -307,6 +320,18 @@ class _Step(nn.Module):
         return self.objective.step(self.model, x, y, outliers, context)
 
 
+class _Data(NamedTuple):
+    """A batch, on the device."""
+
+    x: Tensor
+    y: Tensor
+    outliers: Tensor | None
+    counted: int
+    """Samples that count."""
+    samples: Any
+    """Their indices."""
+
+
 class _Run:
     """One call of :meth:`Trainer.fit`."""
 
@@ -333,6 +358,12 @@ class _Run:
                     "got None"
                 )
             self.outliers = Batches(outlier_loader, "outlier", seed + 1)
+            mined = isinstance(self.objective, PoolObjective)
+            if mined and (self.train.iterable or self.outliers.iterable):
+                raise ValueError(
+                    "Trainer.fit: data sets must have indices for a pool to be mined, got an "
+                    "IterableDataset"
+                )
         elif outlier_loader is not None:
             raise ValueError(
                 f"Trainer.fit: {type(self.objective).__name__} takes no outliers, got an "
@@ -417,7 +448,15 @@ class _Run:
                     self._mine(epoch)
                 if outliers is None or (pooled and position == 0):
                     outliers = self._read_outliers(epoch if pooled else None)
-            figures = self._train_step(context, train, outliers)
+            try:
+                batches = self._fetch(train, outliers)
+            except RuntimeError:
+                if not interrupted.wanted or self.world > 1:
+                    raise
+                # An iterable data set's workers got the Ctrl-C too.
+                self._save("last.pt")
+                raise KeyboardInterrupt(self._farewell()) from None
+            figures = self._train_step(context, batches)
             self.step += 1
             show(self.step, figures["loss"])
             for name, value in figures.items():
@@ -438,30 +477,30 @@ class _Run:
             if stop and self.step < self.steps:
                 raise KeyboardInterrupt(self._farewell())
 
-    def _train_step(
-        self, context: Context, train: Iterator[Batch], outliers: Iterator[Batch] | None
-    ) -> dict[str, float]:
-        fabric = self.fabric
-        _, real = self._share(self.step)
+    def _fetch(self, train: Iterator[Batch], outliers: Iterator[Batch] | None) -> list[_Data]:
         batches = []
-        for _ in real:
+        for real in self._share(self.step)[1]:
             batch = next(train)
             x, y = self._unpack(batch, self.train)
-            if y is None:
-                raise ValueError("Trainer.fit: the training loader must give (x, y), got x alone")
-            batches.append((x, y, None if outliers is None else self._outliers(outliers), batch))
-        counts = [len(y) * r for (_, y, _, _), r in zip(batches, real, strict=True)]
-        total = self._sum(torch.tensor(float(sum(counts)))).item()
+            o = None
+            if outliers is not None:
+                assert self.outliers is not None
+                o, _ = self._unpack(next(outliers), self.outliers)
+            batches.append(_Data(x, self._labels(y, self.train), o, len(x) * real, batch.samples))
+        return batches
 
+    def _train_step(self, context: Context, batches: Sequence[_Data]) -> dict[str, float]:
+        fabric = self.fabric
+        total = self._sum(torch.tensor(float(sum(b.counted for b in batches)))).item()
         figures: dict[str, Tensor] = {}
-        for i, (count, (x, y, o, _)) in enumerate(zip(counts, batches, strict=True)):
+        for i, batch in enumerate(batches):
             with fabric.no_backward_sync(self.module, enabled=i + 1 < len(batches)):
-                loss, logs = self.module(x, y, o, context)
-                share = count / total
+                loss, logs = self.module(batch.x, batch.y, batch.outliers, context)
+                share = batch.counted / total
                 # DDP takes the mean over processes.
                 fabric.backward(loss * (share * self.world))
             for name, value in {"loss": loss, **logs}.items():
-                value = value.detach().double() * share
+                value = value.detach().float() * share
                 figures[name] = figures[name] + value if name in figures else value
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -470,7 +509,7 @@ class _Run:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 what = "loss" if name == "loss" else "norm of the gradient"
-                samples = [b.samples for *_, b in batches]
+                samples = [batch.samples for batch in batches]
                 raise FloatingPointError(
                     f"Trainer.fit: the {what} is {values[name]} at step {self.step} (epoch "
                     f"{context.epoch}), training samples {_shorten(samples)}; the weights are "
@@ -531,12 +570,7 @@ class _Run:
         )
         return source.read(numbers, self._drawn(self.step))
 
-    def _outliers(self, outliers: Iterator[Batch]) -> Tensor:
-        assert self.outliers is not None
-        x, _ = self._unpack(next(outliers), self.outliers)
-        return x
-
-    def _unpack(self, batch: Batch, source: Batches) -> tuple[Tensor, Tensor | None]:
+    def _unpack(self, batch: Batch, source: Batches) -> tuple[Tensor, Any]:
         data = batch.data
         x, y = data, None
         if isinstance(data, (tuple, list)) and data:
@@ -546,15 +580,16 @@ class _Run:
                 f"Trainer.fit: the {source.name} loader must give tensors x or (x, y, ...), got "
                 f"{type(data).__name__}"
             )
-        if source is not self.outliers and y is not None:
-            if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != x.shape[:1]:
-                found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-                raise TypeError(
-                    f"Trainer.fit: the {source.name} loader must give integer labels "
-                    f"({len(x)},), got {found}"
-                )
-            return self.fabric.to_device((x, y.long()))
-        return self.fabric.to_device(x), None
+        return self.fabric.to_device((x, y))
+
+    def _labels(self, y: Any, source: Batches) -> Tensor:
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1:
+            found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(
+                f"Trainer.fit: the {source.name} loader must give (x, y, ...) with integer labels "
+                f"(N,), got {found} for them"
+            )
+        return y.long()
 
     # Mining from a pool
 
@@ -568,35 +603,34 @@ class _Run:
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         if objective.candidates is not None:
             pool = pool[torch.randperm(len(pool), generator=generator)[: objective.candidates]]
-        found = self._outputs(objective, source, pool)
+        samples, features, logits = self._outputs(objective, source, pool)
         trained = None
         if objective.reads_training_data:
             trained = self._outputs(objective, self.train, torch.arange(n_train))[1]
-        objective.mine(*found, trained, round(objective.per_sample * n_train))
+        n = round(objective.per_sample * n_train)
+        objective.mine(samples, features, logits, trained, n)
 
     def _outputs(
         self, objective: PoolObjective, source: Batches, samples: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples in ascending order, their features and logits, by all processes together."""
-        model = self.trainer.model
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Samples in ascending order, features and logits as needed, by all processes together."""
         batches = Batches(source.loader, source.name, source.seed, samples)
-        rows: list[Tensor] = []
-        features: list[Tensor] = []
-        logits: list[Tensor] = []
+        parts: list[list[Tensor]] = [[], [], []]
         with torch.no_grad(), self.fabric.autocast():
             for batch in batches.read(range(self.rank, batches.per_epoch or 0, self.world)):
                 x, _ = self._unpack(batch, source)
-                found = objective.read(model, x)
-                rows.append(torch.tensor(batch.samples))
-                features.append(found[0].cpu())
-                logits.append(found[1].cpu())
-        parts = [_cat(rows), _cat(features), _cat(logits)]
+                found = objective.read(self.trainer.model, x)
+                for part, values in zip(parts, (torch.tensor(batch.samples), *found), strict=True):
+                    if values is not None:
+                        part.append(values.cpu())
         if self.world > 1:
             shares: list[Any] = [None] * self.world
             torch.distributed.all_gather_object(shares, parts)
-            parts = [_cat([s[i] for s in shares if len(s[0])]) for i in range(3)]
-        order = parts[0].argsort()
-        return parts[0][order], parts[1][order], parts[2][order]
+            parts = [[t for share in shares for t in share[i]] for i in range(3)]
+        order = torch.cat(parts[0]).argsort()
+        rows, features, logits = (torch.cat(part)[order] if part else None for part in parts)
+        assert rows is not None
+        return rows, features, logits
 
     # Validation and log
 
@@ -616,8 +650,7 @@ class _Run:
             own = range(source.per_epoch)
         for batch in source.read(own):
             x, y = self._unpack(batch, source)
-            if y is None:
-                raise ValueError("Trainer.fit: the validation loader must give (x, y), got x alone")
+            y = self._labels(y, source)
             with self.fabric.autocast():
                 loss, labels = self.objective.validate(model, x, y)
             right = (labels == y).sum()
@@ -673,7 +706,6 @@ class _Run:
             "format": _FORMAT,
             "version": _VERSION,
             "config": self.config.to_dict(),
-            "objective": type(self.objective).__name__,
             "step": self.step,
             "batches": self.batches,
             "window": self.window,
@@ -729,7 +761,6 @@ class _Run:
                 f"TrainConfig.{name}": (then.get(name), now.get(name))
                 for name in sorted((then.keys() | now.keys()) - _FREE)
             },
-            "objective": (checkpoint["objective"], type(self.objective).__name__),
             "batches an epoch": (checkpoint["batches"], self.batches),
             "batches a step": (checkpoint["window"], self.window),
         }
@@ -1055,10 +1086,6 @@ def _os_error(error: BaseException) -> OSError | None:
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
     return found
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.empty(0)
 
 
 def _shorten(samples: Sequence[Any], most: int = 10) -> str:

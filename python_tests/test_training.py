@@ -31,7 +31,7 @@ from torch.utils.data import (
 
 pytest.importorskip("lightning_fabric")
 
-from training_runs import CLASSES, WIDTH, blobs, make_model, make_outliers
+from training_runs import CASES, CLASSES, WIDTH, blobs, make_model, make_outliers
 
 from oodkernels import Groups, MOSHead, dos_select
 from oodkernels._loading import Batches
@@ -252,7 +252,8 @@ def test_pool_is_mined_once_an_epoch_and_trained_on(monkeypatch: pytest.MonkeyPa
         mine(*args)
         pools.append(objective.pool)
         assert torch.equal(args[0], torch.arange(len(make_outliers())))
-        assert args[1].shape == (len(make_outliers()), 24)
+        assert args[1] is None
+        assert args[2].shape == (len(make_outliers()), CLASSES + 1)
 
     monkeypatch.setattr(objective, "step", watch_step)
     monkeypatch.setattr(objective, "mine", watch_mine)
@@ -415,17 +416,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     done = python("training_runs.py", "kill", str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "softmax",
-        "softmax-writing",
-        "dos",
-        "ntom",
-        "poem",
-        "confidence",
-        "abnormality",
-        "synthetic",
-        "interrupt",
-    ]
+    assert [line.split()[0] for line in lines] == [*CASES, "interrupt"]
     assert all(line.endswith("same") for line in lines), done.stdout
 
 
@@ -651,11 +642,11 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     ("train", "error", "match"),
     [
         ([1, 2], TypeError, "training loader must be a torch DataLoader, got list"),
-        (tensor_loader(blobs(9)[0], batch_size=4), ValueError, r"must give \(x, y\), got x alone"),
+        (tensor_loader(blobs(9)[0], batch_size=4), TypeError, "labels .* got NoneType for them"),
         (
             tensor_loader(blobs(9)[0], blobs(9)[1].float(), batch_size=4),
             TypeError,
-            r"must give integer labels \(4,\), got torch.float32 \(4,\)",
+            r"training loader must give .* integer labels \(N,\), got torch.float32 \(4,\)",
         ),
         (DataLoader([{"x": 1.0}] * 4, 2), TypeError, "must give tensors x or .* got dict"),
         (
@@ -808,9 +799,28 @@ def test_iterable_data(tmp_path: Path) -> None:
     assert torch.equal(weights(model), weights(straight))
 
 
-def test_progress_and_loggers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pool_needs_indices() -> None:
+    trainer = Trainer(make_model("ntom"), "ntom", config())
+    with pytest.raises(ValueError, match=r"data sets must have indices .* IterableDataset"):
+        trainer.fit(loader(), DataLoader(_Stream(), 16))
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensorboard must have a folder"):
+        Trainer(make_model("softmax"), tensorboard=True)
+    pytest.importorskip("tensorboard")
+    trainer = Trainer(make_model("softmax"), config=config(), folder=tmp_path, tensorboard=True)
+    trainer.fit(loader())
+    assert list(tmp_path.glob("tensorboard/events.*"))
+
+
+def test_objective_given_is_the_one_recorded(tmp_path: Path) -> None:
+    assert Trainer(make_model("oe"), "oe").config.objective == "oe"
+    trainer = Trainer(make_model("oe"), make_objective("oe", {"weight": 2.0}))
+    assert trainer.config.objective == "OutlierObjective"
+
+
+def test_progress_and_loggers(capsys: pytest.CaptureFixture[str]) -> None:
     rows = []
 
     class Logger:

@@ -20,6 +20,17 @@ from oodkernels.models import ConfidenceHead
 from oodkernels.training import TrainConfig, Trainer, tensor_loader
 
 CLASSES, WIDTH = 4, 16
+CASES = (
+    "softmax",
+    "softmax-writing",
+    "mos",
+    "dos",
+    "ntom",
+    "poem",
+    "confidence",
+    "abnormality",
+    "synthetic",
+)
 
 
 def blobs(n: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +119,7 @@ def _same(a: Any, b: Any) -> bool:
 def kill(folder: Path) -> None:
     # Processes are forked: without threads that is safe, and saves each the imports.
     torch.set_num_threads(1)
-    for case in ("softmax", "softmax-writing", "dos", "ntom", "poem", "confidence", "abnormality", "synthetic"):
+    for case in CASES:
         name = case.split("-")[0]
         run = folder / case
         if (child := os.fork()) == 0:
