@@ -99,9 +99,7 @@ def test_every_method_is_on_every_set(result: demo.DemoResult) -> None:
     )
 
 
-def test_every_objective_and_detector_takes_part(
-    result: demo.DemoResult, used: set[type]
-) -> None:
+def test_every_objective_and_detector_takes_part(result: demo.DemoResult, used: set[type]) -> None:
     assert set(demo.METHODS) == set(objectives.OBJECTIVES) == {name.value for name in Name}
     assert used == set(DETECTORS.values())
 
@@ -273,7 +271,7 @@ def test_html_shows_the_table(result: demo.DemoResult, html: str) -> None:
 def test_kinds_are_by_what_was_trained_on(result: demo.DemoResult) -> None:
     found = demo_report.kinds(result.evaluation)
     assert found["digits and outliers"] == WITH_OUTLIERS
-    assert sum(found.values(), []) == SETTINGS.models
+    assert [model for models in found.values() for model in models] == SETTINGS.models
     rows = demo_report.averages(result.evaluation, "digits and outliers")
     assert [row.model for row in rows[:3]] == ["OE", "OE", "energy-bounded"]
     assert {row.ood_set for row in rows} == {"average"}

@@ -86,9 +86,7 @@ def demo(
     methods = [name.value for name in method or ()] or tuple(METHODS)
     settings = Settings(seed=seed, num_groups=groups, recipe=recipe, methods=methods)
     with progress(quiet, remaining=False) as shown:
-        tasks = {
-            model: shown.add_task(f"train {model}", total=epochs) for model in settings.models
-        }
+        tasks = {model: shown.add_task(f"train {model}", total=epochs) for model in settings.models}
         writing = shown.add_task("write report", total=1, start=False)
         result = run(settings, lambda model, epoch: shown.update(tasks[model], completed=epoch))
         shown.start_task(writing)
