@@ -17,6 +17,9 @@ from torch import Tensor
 QUICK = os.environ.get("OODK_BENCH_QUICK") == "1"
 """One round on a tiny shape: that everything runs, and no more."""
 
+ITERATIONS = 10
+"""Of a timed call, where the cost of one iteration is measured."""
+
 
 def shapes(*all_shapes: tuple[int, ...]) -> Any:
     """Parametrises ``shape`` = (N, d, K)."""
@@ -74,7 +77,9 @@ def sklearn_kmeans(x: np.ndarray, k: int, n_init: int, limit: int | None, **opti
         return KMeans(n_clusters=k, n_init=n_init, **options).fit(x)
 
 
-def faiss_kmeans(x: np.ndarray, k: int, iterations: int, start: np.ndarray | None = None) -> Tensor:
+def faiss_kmeans(
+    x: np.ndarray, k: int, iterations: int, start: np.ndarray | None = None, gpu: bool = False
+) -> Tensor:
     """Centroids (k, d): from random points, or from `start`."""
     faiss = pytest.importorskip("faiss")
 
@@ -85,7 +90,8 @@ def faiss_kmeans(x: np.ndarray, k: int, iterations: int, start: np.ndarray | Non
     clustering.min_points_per_centroid = 1
     if start is not None:
         faiss.copy_array_to_vector(start.ravel(), clustering.centroids)
-    clustering.train(x, faiss.IndexFlatL2(d))
+    flat = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), d) if gpu else faiss.IndexFlatL2(d)
+    clustering.train(x, flat)
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, d))
 
 
@@ -93,7 +99,7 @@ def torch_seeding(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Greedy k-means++ in careful torch: one product a step. Rows (k,)."""
     trials = 2 + int(math.log(k))
     norm2 = x.square().sum(1)
-    first = int(torch.randint(len(x), (1,), generator=generator))
+    first = int(torch.randint(len(x), (1,), generator=generator, device=x.device))
     rows = [first]
     d2 = (norm2 + norm2[first] - 2 * (x @ x[first])).clamp_(min=0)
     for _ in range(k - 1):
@@ -107,32 +113,39 @@ def torch_seeding(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(rows)
 
 
+def torch_nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """Squared distances to all centroids (N, k), less the point's own square: one product."""
+    return torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)
+
+
+def torch_lloyd_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """mm + argmin + index_add: labels, and the centroids that follow."""
+    labels = torch_nearest(x, centroids).argmin(1)
+    sums = torch.zeros_like(centroids).index_add_(0, labels, x)
+    counts = x.new_zeros(len(centroids)).index_add_(0, labels, x.new_ones(len(x)))
+    new = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
+    return labels, new
+
+
 def torch_lloyd(x: Tensor, centroids: Tensor, max_iter: int, tol: float) -> tuple[Tensor, float]:
-    """mm + argmin + index_add; centroids and inertia."""
-    k = len(centroids)
+    """Centroids and inertia."""
     limit = tol * float(x.var(0, correction=0).mean())
-    ones = torch.ones(len(x))
     before = None
     for _ in range(max_iter):
-        score = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)
-        labels = score.argmin(1)
+        labels, new = torch_lloyd_step(x, centroids)
         if before is not None and torch.equal(labels, before):
             break
         before = labels
-        sums = torch.zeros_like(centroids).index_add_(0, labels, x)
-        counts = torch.zeros(k).index_add_(0, labels, ones)
-        new = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
         shift = float((new - centroids).square().sum())
         centroids = new
         if shift <= limit:
             break
-    score = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)
-    return centroids, float(score.amin(1).sum() + x.square().sum())
+    return centroids, float(torch_nearest(x, centroids).amin(1).sum() + x.square().sum())
 
 
 def torch_kmeans(x: Tensor, k: int, n_init: int, tol: float = 1e-4, seed: int = 0) -> Tensor:
     """The best centroids of some restarts."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(seed)
     fits = [torch_lloyd(x, x[torch_seeding(x, k, generator)], 300, tol) for _ in range(n_init)]
     return min(fits, key=lambda fit: fit[1])[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -14,9 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from clustering import directions, sklearn_kmeans
 from numpy.typing import NDArray
+from shapes import MosCase
 from sklearn import metrics
 from torch import Tensor
+
+import oodkernels as oodk
 
 Array = NDArray[Any]
 
@@ -60,7 +65,7 @@ def official_predict(logits: Tensor, slices: Tensor) -> tuple[Tensor, Tensor]:
 
 def official_loss(logits: Tensor, slices: Tensor, group_labels: Tensor) -> Tensor:
     """Its loss: one cross entropy a group; group_labels (rows, K) hold 0 for others."""
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=logits.device)
     for k, (start, end) in enumerate(slices):
         loss = loss + F.cross_entropy(logits[:, start:end], group_labels[:, k])
     return loss
@@ -98,6 +103,103 @@ def split_loss(logits: Tensor, sizes: list[int], columns: Tensor) -> Tensor:
 def split_score(logits: Tensor, sizes: list[int], first: Tensor) -> Tensor:
     lse = torch.stack([z.logsumexp(-1) for z in logits.split(sizes, -1)], -1)
     return -(logits[:, first] - lse).amin(-1).exp()
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(fn, dynamic=False)
+
+
+def bind(fn: Callable[..., Any], *args: Any) -> Callable[[Tensor], Any]:
+    return lambda z: fn(z, *args)
+
+
+def mos_scores(case: MosCase) -> dict[str, Callable[[Tensor], Tensor]]:
+    """S_MOS of logits, by everybody."""
+    padded = (case.index, case.valid)
+    split = (case.sizes, case.first)
+    return {
+        "oodk": bind(oodk.mos_score, case.groups),
+        "official": bind(official_score, case.slices),
+        "eager-padded": bind(padded_score, *padded),
+        "eager-segment": bind(segment_score, case.segment, case.first),
+        "eager-split": bind(split_score, *split),
+        "compiled-official": bind(compiled(official_score), case.slices),
+        "compiled-padded": bind(compiled(padded_score), *padded),
+        "compiled-split": bind(compiled(split_score), *split),
+    }
+
+
+def mos_losses(case: MosCase) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The mean loss of logits, by everybody."""
+    padded = (case.index, case.valid, case.group_labels)
+    split = (case.sizes, case.columns)
+    return {
+        "oodk": bind(oodk.mos_loss, case.target, case.groups),
+        "official": bind(official_loss, case.slices, case.group_labels),
+        "eager-padded": bind(padded_loss, *padded),
+        "eager-split": bind(split_loss, *split),
+        "compiled-official": bind(compiled(official_loss), case.slices, case.group_labels),
+        "compiled-padded": bind(compiled(padded_loss), *padded),
+        "compiled-split": bind(compiled(split_loss), *split),
+    }
+
+
+def gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """One step's: z requires a gradient."""
+    z.grad = None
+    loss(z).backward()
+    assert z.grad is not None
+    return z.grad
+
+
+def eager_logit_scores(z: Tensor) -> tuple[Tensor, ...]:
+    p = z.softmax(-1)
+    max_logit, label = z.max(-1)
+    return p.amax(-1), max_logit, z.logsumexp(-1), -torch.special.entr(p).sum(-1), label
+
+
+# --- Outlier Exposure: the first len(target) rows are ID ---------------------------------------
+
+
+def official_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """The training loop of the OE code base (outlier-exposure)."""
+    n = len(target)
+    loss = F.cross_entropy(logits[:n], target)
+    return loss + 0.5 * -(logits[n:].mean(1) - torch.logsumexp(logits[n:], dim=1)).mean()
+
+
+def softmax_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """One log-softmax of all rows."""
+    n = len(target)
+    log_p = logits.log_softmax(1)
+    return F.nll_loss(log_p[:n], target) - 0.5 * log_p[n:].mean()
+
+
+def logsumexp_outlier_exposure(logits: Tensor, target: Tensor) -> Tensor:
+    """One log-sum-exp of all rows, and a weight a row."""
+    n = len(target)
+    lse = logits.logsumexp(1)
+    loss = (lse[:n] - logits[:n].gather(1, target[:, None])[:, 0]).mean()
+    return loss + 0.5 * (lse[n:] - logits[n:].mean(1)).mean()
+
+
+# --- DOS ------------------------------------------------------------------------------------------
+
+
+def official_dos(x: Tensor, prob: Tensor, k: int, n_select: int, limit: int | None) -> Array:
+    """The selection step of Jiang et al.'s code; prob = p(C + 1 | x)."""
+    labels = sklearn_kmeans(directions(x).numpy(), k, 5, limit).labels_
+    weight = prob.numpy()
+    chosen: list[int] = []
+    m = 1 if k > n_select else n_select // k
+    for c in range(min(k, n_select)):
+        members = np.flatnonzero(labels == c)
+        if len(members) > m:
+            members = members[np.argsort(weight[members])[:m]]
+        chosen.extend(members.tolist())
+    others = np.setdiff1d(np.arange(len(x)), chosen)
+    fill = np.random.default_rng(0).choice(others, n_select - len(chosen), replace=False)
+    return np.concatenate([chosen, fill]).astype(np.int64)
 
 
 # --- (FPR95, AUROC, AUPR-in, AUPR-out) of ID scores x and OOD scores y ----------------------------
@@ -149,8 +251,15 @@ def _figures(xp: Any, tp: Any, fp: Any) -> tuple[float, ...]:
     )
 
 
+def unit_scores(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores in [0, 1], lest torchmetrics apply a sigmoid, and labels, 1 for ID."""
+    both = torch.cat([x, y])
+    label = torch.cat([torch.ones_like(x), torch.zeros_like(y)]).long()
+    return (both - both.min()) / (both.max() - both.min()), label
+
+
 def torchmetrics_roc(classification: Any, score: Tensor, label: Tensor) -> tuple[float, ...]:
-    """The exact (unbinned) functions of torchmetrics, for scores in [0, 1]."""
+    """The exact (unbinned) functions of torchmetrics, for :func:`unit_scores`."""
     fpr, tpr, _ = classification.binary_roc(score, label)
     return (
         float(fpr[torch.searchsorted(tpr, 0.95)]),

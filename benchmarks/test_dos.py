@@ -11,32 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.utils.benchmark
-from clustering import QUICK, directions, features, measure, median, shapes, sklearn_kmeans
+from clustering import QUICK, features, measure, median, shapes
+from peers import official_dos
 from torch import Tensor, nn
 
 from oodkernels import dos_select
 
 SELECT = 16 if QUICK else 64
-
-
-def official(x: Tensor, prob: Tensor, k: int, limit: int | None) -> np.ndarray:
-    """The selection step of Jiang et al.'s code; prob = p(C + 1 | x)."""
-    labels = sklearn_kmeans(directions(x).numpy(), k, 5, limit).labels_
-    weight = prob.numpy()
-    chosen: list[int] = []
-    m = 1 if k > SELECT else SELECT // k
-    for c in range(min(k, SELECT)):
-        members = np.flatnonzero(labels == c)
-        if len(members) > m:
-            members = members[np.argsort(weight[members])[:m]]
-        chosen.extend(members.tolist())
-    others = np.setdiff1d(np.arange(len(x)), chosen)
-    fill = np.random.default_rng(0).choice(others, SELECT - len(chosen), replace=False)
-    return np.concatenate([chosen, fill]).astype(np.int64)
 
 
 @pytest.mark.parametrize("peer", ["oodkernels", "official", "official, 1 thread"])
@@ -48,7 +32,7 @@ def test_selection(benchmark: Any, shape: tuple[int, int, int], peer: str) -> No
     limit = 1 if "1 thread" in peer else None
     calls = {
         "oodkernels": lambda: dos_select(x, -prob, k, SELECT),
-        "official": lambda: official(x, prob, k, limit),
+        "official": lambda: official_dos(x, prob, k, SELECT, limit),
     }
     measure(benchmark, calls[peer.split(",")[0]], peer=peer)
 

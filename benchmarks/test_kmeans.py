@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from clustering import (
+    ITERATIONS,
     QUICK,
     directions,
     faiss_kmeans,
@@ -34,7 +35,6 @@ from clustering import (
 from oodkernels import kmeans, kmeans_init
 from oodkernels.ops import kmeans as lloyd
 
-ITERATIONS = 10
 SHAPES = (
     (384, 342, 64),
     (384, 256, 64),

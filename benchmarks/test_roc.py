@@ -13,7 +13,7 @@ import numpy as np
 import peers
 import pytest
 import torch
-from shapes import ROC_SIZES
+from shapes import ROC_SIZES, roc_scores
 from torch import Tensor
 
 from oodkernels.metrics import ood_metrics
@@ -26,13 +26,6 @@ dtypes = pytest.mark.parametrize(
 )
 
 SLOW = 5 * 10**6  # peers that take seconds a run beyond this size run once
-
-
-def scores_of(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Half ID, half OOD."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(size - size // 2, generator=generator) + 1.5
-    return x.to(dtype), torch.randn(size // 2, generator=generator).to(dtype)
 
 
 @pytest.fixture(params=["1", "all"])
@@ -50,35 +43,33 @@ def peer(name: str, x: Tensor, y: Tensor) -> Callable[[], Any]:
         return lambda: peers.numpy_roc(x.numpy(), y.numpy())
     if name == "torch":
         return lambda: peers.torch_roc(x, y)
-    both = torch.cat([x, y])
     if name == "torchmetrics":
         classification = pytest.importorskip("torchmetrics.functional.classification")
-        label = torch.cat([torch.ones(len(x)), torch.zeros(len(y))]).long()
-        # Into [0, 1], lest a sigmoid be applied.
-        unit = (both - both.min()) / (both.max() - both.min())
+        unit, label = peers.unit_scores(x, y)
         return lambda: peers.torchmetrics_roc(classification, unit, label)
     metrics = peers.pytorch_ood("metrics")
     label = torch.cat([torch.zeros(len(x)), -torch.ones(len(y))]).long()
-    return lambda: peers.pytorch_ood_roc(metrics, -both, label)
+    outlier = -torch.cat([x, y])
+    return lambda: peers.pytorch_ood_roc(metrics, outlier, label)
 
 
 @dtypes
 @sizes
 def test_roc_metrics(size: int, dtype: torch.dtype, threads: None, measure: Any) -> None:
-    x, y = scores_of(size, dtype)
+    x, y = roc_scores(size, dtype)
     measure(lambda: roc_metrics(x, y), scores=size)
 
 
 @sizes
 def test_ood_metrics(size: int, threads: None, measure: Any) -> None:
-    x, y = scores_of(size)
+    x, y = roc_scores(size)
     measure(lambda: ood_metrics(x, y), scores=size)
 
 
 @sizes
 def test_ten_sets(size: int, threads: None, measure: Any) -> None:
     """Ten OOD sets of a tenth of the OOD scores each: the ID side is sorted once."""
-    x, y = scores_of(size)
+    x, y = roc_scores(size)
     sets = {str(i): part for i, part in enumerate(y.chunk(10))}
     measure(lambda: ood_metrics(x, sets), scores=size)
 
@@ -86,7 +77,7 @@ def test_ten_sets(size: int, threads: None, measure: Any) -> None:
 @pytest.mark.parametrize("name", ["sklearn", "torchmetrics", "pytorch-ood", "numpy", "torch"])
 @sizes
 def test_peers(size: int, name: str, threads: None, benchmark: Any) -> None:
-    x, y = scores_of(size)
+    x, y = roc_scores(size)
     fn = peer(name, x, y)
     fpr, auroc = fn()[:2]
     expected = ood_metrics(x, y)
@@ -105,7 +96,7 @@ def test_peers(size: int, name: str, threads: None, benchmark: Any) -> None:
 @dtypes
 @sizes
 def test_sort(size: int, dtype: torch.dtype, name: str, threads: None, measure: Any) -> None:
-    x, _ = scores_of(2 * size, dtype)
+    x, _ = roc_scores(2 * size, dtype)
     if name == "np.sort" and dtype == torch.bfloat16:
         pytest.skip("NumPy has no bfloat16")
     run: dict[str, Callable[[], Any]] = {

@@ -26,6 +26,7 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/errors.cpp
   csrc/cuda/mos.cu
   csrc/cuda/logits.cu
+  csrc/cuda/outlier.cu
   csrc/cuda/histogram.cu
   csrc/cuda/roc.cu)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " _architectures)

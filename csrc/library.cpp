@@ -27,6 +27,23 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
 
+  // Cross entropy of ID samples, uniform cross entropy where target is -1, and logsumexp: made of
+  // the two below; `stats` is (..., 2), see ops/outlier.h.
+  m.def(
+      "outlier_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor logsumexp)");
+  m.def(
+      "_outlier_cross_entropy(Tensor logits, Tensor target) -> "
+      "(Tensor loss, Tensor logsumexp, Tensor stats)");
+  m.def(
+      "_outlier_cross_entropy_backward(Tensor grad_loss, Tensor grad_logsumexp, Tensor logits, "
+      "Tensor target, Tensor stats) -> Tensor");
+
+  // On CPU its weighted sum or mean with the gradient, in one read of the logits; `absent`: the
+  // target of OOD samples is the last column.
+  m.def(
+      "_outlier_loss(Tensor logits, Tensor target, float weight, bool absent, bool mean) -> "
+      "(Tensor loss, Tensor grad)");
+
   // Exact ROC figures, fields: oodkernels/ops/roc.py.
   m.def("roc_metrics(Tensor id_scores, Tensor ood_scores, float tpr=0.95) -> Tensor");
 

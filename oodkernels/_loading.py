@@ -122,6 +122,14 @@ class Batches:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
 
+    def samples_of(self, epoch: int) -> Tensor:
+        """Indices of the samples that the sampler gives in an epoch, in ascending order, once."""
+        order = self.order(epoch)
+        flat = {
+            i for batch in order for i in (batch if isinstance(batch, (list, tuple)) else [batch])
+        }
+        return torch.tensor(sorted(flat))
+
     def read(self, numbers: Iterable[int], skip: int = 0) -> Iterator[Batch]:
         """Batches of these numbers, one after the other; number ``per_epoch`` starts epoch 1.
 

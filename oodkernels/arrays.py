@@ -42,7 +42,8 @@ ROLES = {
 }
 """What an array can be, and the names under which it is found in a file."""
 
-_DIMENSIONS = {"logits": 2, "features": 2, "scores": 1, "labels": 1}
+_DIMENSIONS = {"logits": 2, "features": 2}
+"""Of arrays that have more than one."""
 _NUMBERED = re.compile(r"(.*?)[_.\-]?(\d+)")
 _LONE = ""
 
@@ -87,7 +88,7 @@ class Samples:
     Attributes:
         name: Where it comes from, for messages.
         arrays: Role (see :data:`ROLES`) -> array: logits (N, C), features (N, d), scores (N,),
-            labels (N,).
+            labels (N,). Any other name is that of a score.
     """
 
     name: str
@@ -155,8 +156,9 @@ def open_samples(
 
     Arrays are found by their names, see :data:`ROLES`; a table's columns ``logits_0``,
     ``logits_1``, ... make one array. A file with a single array of another name, or of none, is
-    taken for logits if it has two dimensions and for scores if it has one. In a folder, as
-    ``oodk extract`` writes it, the files' names count.
+    taken for logits if it has two dimensions and for scores if it has one; several of one dimension
+    are as many scores, as ``oodk score`` writes them. In a folder, as ``oodk extract`` writes it,
+    the files' names count.
 
     Args:
         path: ``.npy``, ``.npz``, ``.pt``, ``.safetensors``, ``.csv``, ``.parquet``, or a folder.
@@ -187,6 +189,12 @@ def open_samples(
     if not chosen and len(found) == 1:
         (lone,) = found.values()
         chosen[kind or ("logits" if len(lone.shape) == 2 else "scores")] = lone
+    elif not chosen.keys() - {"labels"} and kind in (None, "scores"):
+        chosen |= {
+            name: array
+            for name, array in found.items()
+            if len(array.shape) == 1 and array.dtype.is_floating_point
+        }
     if labels is not None:
         chosen["labels"] = open_samples(labels, kind="labels")["labels"]
     if not chosen.keys() - {"labels"} and not (kind == "labels" and chosen):
@@ -285,7 +293,7 @@ def save_arrays(path: PathLike, arrays: Mapping[str, Tensor]) -> None:
 
 
 def _checked(role: str, array: Array) -> Array:
-    wanted, shape = _DIMENSIONS[role], array.shape
+    wanted, shape = _DIMENSIONS.get(role, 1), array.shape
     if wanted == 1 and len(shape) == 2 and shape[1] == 1:
         shape = shape[:1]
     if len(shape) != wanted:
@@ -304,7 +312,7 @@ def _checked(role: str, array: Array) -> Array:
 
 
 def _as_role(role: str, chunk: Tensor) -> Tensor:
-    if _DIMENSIONS[role] == 1:
+    if _DIMENSIONS.get(role, 1) == 1:
         chunk = chunk.reshape(len(chunk))
     if role == "labels":
         return chunk.long()
@@ -506,18 +514,20 @@ def _table(columns: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
 
 
 def _csv(path: Path) -> dict[str, Array]:
+    """Types are those of the first thousand lines: integers where there are no others."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
-        second = file.readline()
-    delimiter = max(",;\t", key=first.count)
-    cells = next(csv.reader([first], delimiter=delimiter), [])
-    if not cells:
+        head = list(itertools.islice(file, 1000))
+    delimiter = max(",;\t", key=head[0].count) if head else ","
+    rows = list(csv.reader(head, delimiter=delimiter))
+    if not rows or not rows[0]:
         raise _FileError(f"{path} is empty")
+    cells = rows[0]
     has_header = not all(map(_is_number, cells))
-    row = next(csv.reader([second], delimiter=delimiter), []) if has_header else cells
-    if has_header and len(row) != len(cells):
+    rows = rows[has_header:]
+    if not rows or len(rows[0]) != len(cells):
         raise _FileError(f"{path} must have as many cells in the first row as in its header")
-    integer = [re.fullmatch(r"\s*[+-]?\d+\s*", cell) is not None for cell in row]
+    columns = zip(*(row for row in rows if len(row) == len(cells)), strict=True)
+    integer = [all(re.fullmatch(r"\s*[+-]?\d+\s*", cell) for cell in c) for c in columns]
     if not has_header:
         dtype = torch.int64 if len(cells) == 1 and integer[0] else torch.float64
         return {_LONE: _csv_array(path, _LONE, list(range(len(cells))), dtype, 0, delimiter)}
@@ -525,7 +535,7 @@ def _csv(path: Path) -> dict[str, Array]:
     types = {
         name: torch.int64 if integer[i] else torch.float64
         for name, i in place.items()
-        if _is_number(row[i])
+        if _is_number(rows[0][i])
     }
     found = {}
     for name, names in _table(types).items():

@@ -1,6 +1,6 @@
 """Evaluation of detectors: every score of every data set in one pass, and what came of it.
 
-Needs the extra ``metrics`` where scores are streamed or reliability is asked for.
+Needs the extra ``metrics`` where scores are streamed or the ID set has labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from oodkernels import tables
 from oodkernels._extension import build_info
 from oodkernels._files import write_text
-from oodkernels.arrays import ROLES, Samples
+from oodkernels.arrays import Samples
 from oodkernels.detectors import DETECTORS, AbsentClass, OODDetector
 from oodkernels.detectors.base import Batch, _score_all
 from oodkernels.detectors.model import Model, run
@@ -57,7 +57,7 @@ class Levels(NamedTuple):
     n_ood: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """Scores of one detector on every test set.
 
@@ -111,7 +111,7 @@ class Method:
         return Levels(values, n_id, np.bincount(place[len(inside) :], minlength=len(values)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamedMethod:
     """What a metric of fixed size knows of one detector's scores; reads like :class:`Method`.
 
@@ -198,7 +198,7 @@ class Sweep:
     y: str = "FPR95"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What :func:`evaluate` found; prints the table of results.
 
@@ -409,8 +409,8 @@ def evaluate(
             accuracy and reliability.
         ood_loaders: OOD set -> the same; labels are not looked at.
         detectors: Detectors by name, or in a list: fitted ones where fitting is needed, or keys of
-            ``DETECTORS``. By default MSP, max logit and energy. Scores that batches hold under
-            "scores" are one more, named "score".
+            ``DETECTORS``. By default MSP, max logit and energy. Scores that batches hold, under
+            any other name than "logits", "features" and "labels", come beside them.
         groups: Of a MOS head; by default those of the first detector that has them.
         model_name: Name of the model in the table.
         memory: Size of the metrics' state for each detector, as in "16MiB": see
@@ -426,6 +426,7 @@ def evaluate(
             (with set, sample and where the NaN comes from), a label is no class id, or a detector
             is unknown, not fitted, or needs what the batches do not have.
         TypeError: A batch is none of the above.
+        ImportError: torchmetrics is needed and missing.
     """
     if id_loader is None or ood_loaders is None:
         return _of_scores(model_or_scores, model_name, convention)
@@ -541,17 +542,22 @@ def _to_numpy(scores: Any) -> Array:
     return np.asarray(scores).reshape(-1)
 
 
-class Part(NamedTuple):
-    """A batch of a data set."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A batch of a data set.
+
+    Attributes:
+        batch: As detectors read it.
+        labels: (N,) class ids.
+        scores: Name -> (N,) scores that were there already.
+    """
 
     batch: Batch
-    scores: Tensor | None = None
-    """(N,) scores that were there already."""
     labels: Tensor | None = None
-    """(N,) class ids."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.batch if self.scores is None else self.scores)
+        return len(next(iter(self.scores.values()), self.batch))
 
 
 def read_parts(
@@ -570,11 +576,13 @@ def read_parts(
     for item in [data] if isinstance(data, Tensor) else data:
         x, labels = item, None
         if isinstance(item, Mapping):
-            logits, features, scores, labels = (item.get(role) for role in ROLES)
-            if model is None and any(t is not None for t in (logits, features, scores)):
-                yield Part(Batch(logits=logits, features=features), scores, labels)
+            scores = dict(item)
+            logits, x, labels = (scores.pop(key, None) for key in ("logits", "features", "labels"))
+            if model is None and (scores or logits is not None or x is not None):
+                if "scores" in scores:
+                    scores[GIVEN] = scores.pop("scores")
+                yield Part(Batch(logits=logits, features=x), labels, scores)
                 continue
-            x = features
         elif isinstance(item, (tuple, list)) and len(item) >= 2:
             x, labels = item[:2]
         if not isinstance(x, Tensor):
@@ -584,13 +592,11 @@ def read_parts(
                 + f", got {type(item).__name__}"
             )
         if model is None:
-            yield Part(Batch(logits=x), labels=labels)
+            yield Part(Batch(logits=x), labels)
             continue
         with torch.no_grad():
             found = run(model, x, layers)
-        yield Part(
-            Batch(x, found.logits, found.features, found.layers, found.confidence), labels=labels
-        )
+        yield Part(Batch(x, found.logits, found.features, found.layers, found.confidence), labels)
 
 
 def score_part(
@@ -608,8 +614,7 @@ def score_part(
         ValueError: A score is NaN; the message says of which sample, and where it comes from.
     """
     scores = _score_all("evaluate", detectors, part.batch, None) if detectors else {}
-    if part.scores is not None:
-        scores[GIVEN] = part.scores
+    scores |= part.scores
     for name, values in scores.items():
         nan = values.isnan()
         if bool(nan.any()):
@@ -623,8 +628,8 @@ def _source_of_nan(part: Part, row: int, score: str) -> str:
         tensor = getattr(part.batch, kind)
         if tensor is not None and bool((nan := tensor[row].isnan()).any()):
             return f"{kind} must not be NaN, got NaN in column {int(nan.nonzero()[0])}"
-    if score == GIVEN:
-        return "scores must not be NaN, got NaN"
+    if score in part.scores:
+        return f"{score} must not be NaN, got NaN"
     return f"{score} gives NaN"
 
 
@@ -683,7 +688,7 @@ class _Run:
             "features" in d.needs for d in (self.detectors or {}).values()
         )
         roles = [role for role in samples.arrays if role != "features" or used]
-        return samples.only(*roles) if {"logits", "scores"} & set(roles) else samples
+        return samples.only(*roles) if set(roles) - {"labels"} else samples
 
     def _keep(self, score: str, name: str, values: Tensor) -> None:
         if self.memory is None:

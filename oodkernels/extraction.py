@@ -10,6 +10,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -36,8 +37,10 @@ Transform: TypeAlias = Callable[[Any], Tensor]
 __all__ = [
     "ImageFiles",
     "Plan",
+    "RandomCrop",
     "Shards",
     "ToTensor",
+    "augmented",
     "extract_images",
     "is_extracted",
     "load_model",
@@ -87,9 +90,48 @@ class ToTensor:
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         image = image.crop((left, top, left + self.size, top + self.size))
+        return self._normalised(image)
+
+    def _normalised(self, image: Any) -> Tensor:
         pixels = torch.from_numpy(np.asarray(image, np.float32) / 255)
         normal = (pixels - torch.tensor(self.mean)) / torch.tensor(self.std)
         return normal.permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class RandomCrop(ToTensor):
+    """A random part of the image, mirrored half the time, instead of its centre: for training.
+
+    Its share of the area and its ratio of sides are uniform, the latter on a logarithmic scale
+    (Szegedy et al., Going Deeper with Convolutions, CVPR 2015). Random numbers are torch's.
+
+    Attributes:
+        scale: Least and largest share of the area.
+        ratio: Least and largest ratio of width to height.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __call__(self, image: Any) -> Tensor:
+        """(3, size, size) float32."""
+        from PIL import Image
+
+        image = image.convert("RGB")
+        area = image.width * image.height * _uniform(*self.scale)
+        root = math.exp(_uniform(*map(math.log, self.ratio)) / 2)
+        width = max(1, min(image.width, round(math.sqrt(area) * root)))
+        height = max(1, min(image.height, round(math.sqrt(area) / root)))
+        left, top = _uniform(0, image.width - width), _uniform(0, image.height - height)
+        box = (left, top, left + width, top + height)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        if _uniform(0, 1) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._normalised(image)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
 
 
 class ImageFiles(Dataset[Sample]):
@@ -297,6 +339,23 @@ def load_model(
     if weights is not None:
         _load_weights(model, Path(weights))
     return model.eval(), transform
+
+
+def augmented(model: nn.Module, transform: Transform) -> Transform:
+    """How a model wants its images in training, if it has ``transform`` otherwise.
+
+    Raises:
+        ValueError: That is neither a :class:`ToTensor` nor timm's.
+    """
+    if isinstance(transform, ToTensor):
+        return RandomCrop(transform.size, transform.crop, transform.mean, transform.std)
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError("augmented: the model has a transform of its own, which has to do that")
+    import timm.data
+
+    wanted = timm.data.resolve_model_data_config(model)
+    made: Transform = timm.data.create_transform(**wanted, is_training=True)
+    return made
 
 
 def _callable(spec: str) -> Callable[[], Any]:

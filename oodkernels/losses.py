@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from oodkernels.nn import MOSLoss
 from oodkernels.ops._common import accumulate_type, check_floating
-from oodkernels.ops.outlier import OOD, outlier_cross_entropy
+from oodkernels.ops.outlier import OOD, outlier_cross_entropy, outlier_loss
 
 __all__ = [
     "AbsentClassLoss",
@@ -64,9 +64,7 @@ def outlier_exposure_loss(
         TypeError: ``logits`` is not of a type above, or ``target`` not int64.
     """
     _check_reduction("outlier_exposure_loss", reduction)
-    each = outlier_cross_entropy(logits, target).loss
-    is_ood = target == OOD
-    return _reduce(torch.where(is_ood, weight * each, each), is_ood, reduction)
+    return _outlier_loss(logits, target, weight, False, reduction)
 
 
 def energy_bounded_loss(
@@ -132,10 +130,7 @@ def absent_class_loss(
     """
     _check_reduction("absent_class_loss", reduction)
     check_floating("absent_class_loss", "logits", logits)
-    absent = logits.shape[-1] - 1
-    is_ood = (target == OOD) | (target == absent)
-    each = outlier_cross_entropy(logits, torch.where(is_ood, absent, target)).loss
-    return _reduce(torch.where(is_ood, beta * each, each), is_ood, reduction)
+    return _outlier_loss(logits, target, beta, True, reduction)
 
 
 def confidence_loss(
@@ -194,7 +189,7 @@ def _confidence_terms(
             f"confidence_loss: hints must have the shape of target, {tuple(target.shape)}, got "
             f"{tuple(hints.shape)}"
         )
-    k = confidence_logits.to(accumulate_type(confidence_logits.dtype)).view(target.shape)
+    k = confidence_logits.to(accumulate_type(confidence_logits.dtype)).reshape(target.shape)
     log_c, log_doubt = F.logsigmoid(k), F.logsigmoid(-k)
     nll = torch.where(hints, -torch.logaddexp(log_c - each, log_doubt), each)
     is_ood = target == OOD
@@ -230,7 +225,7 @@ def joint_gan_loss(
 
 
 def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
-    """The discriminator's loss of a joint GAN: binary cross entropy on real and on generated samples.
+    """The discriminator's loss of a joint GAN (Lee et al., ICLR 2018): binary cross entropy.
 
     Args:
         real: The discriminator's logits of ID samples, any shape; larger = more real.
@@ -392,14 +387,14 @@ class ConfidenceLoss(nn.Module):
         """The loss; arguments as for :func:`confidence_loss`."""
         nll, cost = _confidence_terms(logits, confidence_logits, target, hints)
         is_ood = target == OOD
-        # A copy, because the backward needs the weight that was used.
-        loss = _reduce(nll + self.weight.clone() * cost, is_ood, self.reduction)
+        loss = _reduce(nll + self.weight * cost, is_ood, self.reduction)
         if self.training:
             with torch.no_grad():
                 factor = torch.where(
                     _reduce(cost, is_ood, "mean") < self.budget, 1 / 1.01, 1 / 0.99
                 )
-                self.weight.mul_(torch.where(is_ood.all(), 1, factor))
+                # Not in place: the backward needs the weight that was used.
+                self.weight = self.weight * torch.where(is_ood.all(), 1, factor)
         return loss
 
     def extra_repr(self) -> str:
@@ -445,8 +440,8 @@ class JointGANLoss(nn.Module):
 class Generator(nn.Module):
     """A small DCGAN generator (Radford et al., ICLR 2016): noise to square images in [0, 1].
 
-    Transposed convolutions double the side, from the least side >= 4 that ``size`` is a power of
-    two times; what a classifier wants normalised is normalised after it.
+    Transposed convolutions double the side, from 4 to 7 where ``size`` is a power of two times
+    that, any ``size`` being possible. Normalise the images after it as your data are.
 
     Args:
         size: Side of the images, in pixels.
@@ -522,6 +517,23 @@ class Discriminator(nn.Module):
         return logits.flatten()
 
 
+def _outlier_loss(
+    logits: Tensor, target: Tensor, weight: float, absent: bool, reduction: str
+) -> Tensor:
+    """Cross entropy, ``weight`` times it on OOD samples: to the absent class or to uniform."""
+    if reduction != "none":
+        loss = outlier_loss(logits, target, weight, absent, reduction == "mean")
+        if loss is not None:
+            return loss
+    is_ood = target == OOD
+    if absent:
+        last = logits.shape[-1] - 1
+        is_ood = is_ood | (target == last)
+        target = torch.where(is_ood, last, target)
+    each = outlier_cross_entropy(logits, target).loss
+    return _reduce(torch.where(is_ood, weight * each, each), is_ood, reduction)
+
+
 def _reduce(each: Tensor, is_ood: Tensor, reduction: str) -> Tensor:
     """``each``, its sum, or the sum of its means over ID and over OOD samples."""
     if reduction == "none":
@@ -543,16 +555,16 @@ def _check_reduction(where: str, reduction: str) -> None:
 
 
 def _check_temperature(where: str, temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{where}: temperature must be positive and finite, got {temperature}")
 
 
 def _pyramid(where: str, size: int) -> tuple[int, int]:
-    """The least side >= 4 that ``size`` is 2^n times, and n."""
+    """The least side that ``size`` is 2^n times, 4 or more if n > 0, and n."""
     if size < 1:
         raise ValueError(f"{where}: size must be at least 1 pixel, got {size}")
     n = 0
-    while size % 2 == 0 and size > 4:
+    while size % 2 == 0 and size >= 8:
         size //= 2
         n += 1
     return size, n

@@ -492,8 +492,8 @@ def _matrix(where: str, name: str, value: Candidates | None) -> Tensor | None:
 
 
 def _check_finite(where: str, name: str, per_row: Tensor) -> None:
-    bad = ~per_row.isfinite()
-    if bad.any():
+    if not per_row.isfinite().all():
+        bad = ~per_row.isfinite()
         raise ValueError(
             f"{where}: {name} must be finite, got {int(bad.sum())} rows that are not, the first "
             f"at index {int(bad.nonzero()[0])}"

@@ -133,7 +133,7 @@ class Objective(nn.Module):
 
 
 class SoftmaxObjective(Objective):
-    """Cross entropy (Hendrycks & Gimpel, ICLR 2017, train nothing else).
+    """Cross entropy: what MSP, max logit, energy, ODIN and most other scores are read from.
 
     Args:
         mixup: Alpha of mixup's Beta(alpha, alpha), one draw a batch (Zhang et al., ICLR 2018); 0:
@@ -229,7 +229,7 @@ class OutlierObjective(Objective):
         """Features and logits of the model in evaluation mode, as far as the miner needs them."""
         needs = frozenset[str]() if self.miner is None else self.miner.needs
         found = extract(model, x)
-        # Autocast keeps the weights it converted, without their graph, for the forward to come.
+        # Or autocast may keep weights it converted, without their graph, for the forward to come.
         torch.clear_autocast_cache()
         if "features" in needs and found.features is None:
             raise ValueError(

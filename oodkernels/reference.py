@@ -77,7 +77,7 @@ def mos_loss(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int =
 
 
 def outlier_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy to the target's class, to the uniform distribution where it is -1; logsumexp."""
+    """Cross entropy to the class, to the uniform distribution where target is -1; logsumexp."""
     z = _accumulated(logits)
     log_p = z.log_softmax(-1)
     classified = log_p.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)

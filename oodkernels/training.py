@@ -34,7 +34,13 @@ from torch.utils.data import (
 
 from oodkernels._files import replacing, write_text
 from oodkernels._loading import Batch, Batches, rng_state, seeded, set_rng_state
-from oodkernels.objectives import Context, Objective, PoolObjective, make_objective
+from oodkernels.objectives import (
+    OBJECTIVES,
+    Context,
+    Objective,
+    PoolObjective,
+    make_objective,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -251,8 +257,10 @@ class Trainer:
         self.model = model
         config = config or TrainConfig()
         if isinstance(objective, Objective):
-            # Whatever the configuration says; no name by which it could be made again.
-            config = replace(config, objective=type(objective).__name__, options={})
+            # Whatever the configuration says.
+            kind = type(objective)
+            names = [name for name, made in OBJECTIVES.items() if made is kind]
+            config = replace(config, objective=(names or [kind.__name__])[0], options={})
         else:
             config = replace(config, objective=objective or config.objective)
             objective = make_objective(config.objective, config.options)
@@ -414,6 +422,8 @@ class _Run:
             if checkpoint is not None:
                 self._restore(checkpoint)
             self.loggers = [*trainer._loggers, *self._tensorboard()]
+            for logger in self.loggers:
+                stack.callback(logger.finalize, "finished")
             interrupted = stack.enter_context(_sigint())
             show = stack.enter_context(self._bar())
             self._loop(interrupted, show)
@@ -580,7 +590,8 @@ class _Run:
                 f"Trainer.fit: the {source.name} loader must give tensors x or (x, y, ...), got "
                 f"{type(data).__name__}"
             )
-        return self.fabric.to_device((x, y))
+        x, y = self.fabric.to_device((x, y))
+        return self.fabric.strategy.precision.convert_input(x), y
 
     def _labels(self, y: Any, source: Batches) -> Tensor:
         if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1:
@@ -598,16 +609,15 @@ class _Run:
         objective, source = self.objective, self.outliers
         assert isinstance(objective, PoolObjective)
         assert source is not None
-        n_train = len(self.train.loader.dataset)  # type: ignore[arg-type]
-        pool = torch.arange(len(source.loader.dataset))  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(self.config.seed + epoch)
+        pool, train = source.samples_of(epoch), self.train.samples_of(epoch)
         if objective.candidates is not None:
+            generator = torch.Generator().manual_seed(self.config.seed + epoch)
             pool = pool[torch.randperm(len(pool), generator=generator)[: objective.candidates]]
         samples, features, logits = self._outputs(objective, source, pool)
         trained = None
         if objective.reads_training_data:
-            trained = self._outputs(objective, self.train, torch.arange(n_train))[1]
-        n = round(objective.per_sample * n_train)
+            trained = self._outputs(objective, self.train, train)[1]
+        n = max(round(objective.per_sample * len(train)), 1)
         objective.mine(samples, features, logits, trained, n)
 
     def _outputs(
@@ -645,18 +655,14 @@ class _Run:
         training = model.training
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
-        own = range(source.per_epoch)[self.rank :: 1 if source.iterable else self.world]
-        if source.iterable:
-            own = range(source.per_epoch)
-        for batch in source.read(own):
+        own = range(source.per_epoch)
+        for batch in source.read(own if source.iterable else own[self.rank :: self.world]):
             x, y = self._unpack(batch, source)
             y = self._labels(y, source)
             with self.fabric.autocast():
                 loss, labels = self.objective.validate(model, x, y)
-            right = (labels == y).sum()
-            sums += torch.stack(
-                [loss.double() * len(y), right.double(), y.new_tensor(len(y))]
-            ).cpu()
+            right = (labels == y).sum().item()
+            sums += torch.tensor([loss.item() * len(y), right, len(y)], dtype=sums.dtype)
         model.train(training)
         loss_sum, right_sum, n = self._sum(sums).tolist()
         return {"val_loss": loss_sum / n, "val_accuracy": right_sum / n}
@@ -734,18 +740,18 @@ class _Run:
                 for left in last.parent.glob(".*.tmp"):
                     left.unlink(missing_ok=True)
         self.fabric.barrier()
-        if isinstance(resume, bool):
-            there = last is not None and last.exists()
-            if resume and last is None:
-                raise ValueError("Trainer.fit: resume=True must have a folder, got None")
-            if there and not resume:
+        path = Path(resume) if not isinstance(resume, bool) else last if resume else None
+        if resume and path is None:
+            raise ValueError("Trainer.fit: resume=True must have a folder, got None")
+        if last is not None and last.exists():
+            if path is None or path.parent.resolve() != last.parent.resolve():
                 raise ValueError(
                     f"Trainer.fit: {self.trainer.folder} holds a run: go on with it by "
                     "resume=True, or give another folder"
                 )
-            checkpoint = load_checkpoint(last) if there and last is not None else None
-        else:
-            checkpoint = load_checkpoint(resume)
+        elif resume is True:
+            path = None
+        checkpoint = None if path is None else load_checkpoint(path)
         if checkpoint is not None:
             self._check(checkpoint)
         config = self._path("train.toml")

@@ -228,6 +228,34 @@ def logit_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return [(0.0, 2e-6), (0.0, 0.0), (2e-6, 2e-6), (1e-5, 4e-6), (0.0, 0.0)][output]
 
 
+def outlier_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in logit_samples(device, dtype):
+        if len(sample.args) == 1 and not sample.kwargs:
+            (z,) = sample.args
+            random = torch.Generator().manual_seed(1)
+            target = torch.randint(-1, z.shape[-1], z.shape[:-1], generator=random)
+            if target.numel() > 2:
+                target.view(-1)[::3] = -1
+                target.view(-1)[-1] = z.shape[-1] - 1
+            yield Sample((z, target.to(device)), name=sample.name)
+
+
+def outlier_refused(device: str) -> Iterator[Refused]:
+    z = torch.randn(4, 6, device=device)
+    t = torch.tensor([-1, 0, 5, -1], device=device)
+    yield Refused((z.long(), t), TypeError, "logits must be float64")
+    yield Refused((z[0, 0], t[0]), ValueError, "at least one dimension")
+    yield Refused((z[:, :0], t), ValueError, r"at least one class, got shape \(4, 0\)")
+    yield Refused((z, t.int()), TypeError, "target must be int64")
+    yield Refused((z, t[:3]), ValueError, r"target must have shape .* got \(3,\)")
+    yield Refused((z, t[None]), ValueError, "target must have shape")
+    yield Refused((z, t + 1), ValueError, r"in 0..5 or OOD = -1, got 6 in row 2", contents=True)
+    yield Refused((z, t - 1), ValueError, "got -2 in row 0", contents=True)
+    yield Refused((z, t * 0 - 100), ValueError, "got -100 in row 0", contents=True)
+    if device != "cpu":
+        yield Refused((z, t.cpu()), ValueError, "target must be on the device of logits")
+
+
 def points_of(*shape: int, k: int = 5, device: str, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Clusters far apart, of points in directions far apart."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
@@ -449,6 +477,15 @@ OPS = [
         logit_samples,
         logit_refused,
         logit_tolerance,
+    ),
+    Op(
+        "outlier_cross_entropy",
+        reference.outlier_cross_entropy,
+        outlier_samples,
+        outlier_refused,
+        log_tolerance,
+        rowwise=(0, 1),
+        differentiable=True,
     ),
     Op(
         "kmeans_init",

@@ -299,6 +299,20 @@ def test_eval_of_scores_in_columns_streamed(tmp_path: Path) -> None:
     assert "has no column 'msp', only energy" in plain(found)
 
 
+def test_scores_of_one_command_are_evaluated_by_another(
+    data: dict[str, Path], tmp_path: Path
+) -> None:
+    detectors = ("-d", "msp", "-d", "energy")
+    for name in ("id", "far"):
+        out = tmp_path / f"{name}.csv"
+        assert oodk("score", "--data", data[name], *detectors, "--out", out).exit_code == 0
+    found = oodk("eval", "--id", tmp_path / "id.csv", "--ood", tmp_path / "far.csv", "--json")
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)["results"]
+    given = ("eval", "--id", data["id"], "--ood", data["far"], *detectors, "--json")
+    assert rows == json.loads(oodk(*given).stdout)["results"]
+
+
 def test_eval_draws_a_sweep(data: dict[str, Path], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.csv"
     sweep.write_text("x,method,value\n100,msp,0.4\n1000,msp,0.6\n")

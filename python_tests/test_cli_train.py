@@ -19,6 +19,7 @@ from oodkernels import Groups, mos_predict
 from oodkernels.detectors import OODDetector
 from oodkernels.extraction import ToTensor, load_model
 from oodkernels.heads import Head
+from oodkernels.training import load_checkpoint
 
 C, D = 6, 5
 OUTLIERS = ("oe", "energy", "absent-class", "dos", "ntom", "poem")
@@ -94,7 +95,10 @@ def test_every_objective_trains_a_head_that_can_be_evaluated(
     given = ("--head", out / "head.safetensors", "--id", data["val"], "-d", detector)
     found = oodk("eval", *given, "--ood", data["outliers"], "--json")
     assert found.exit_code == 0, found.output
+    np.save(tmp_path / "bare.npy", np.load(data["outliers"])["features"])
+    bare = oodk("eval", *given, "--ood", f"outliers={tmp_path / 'bare.npy'}", "--json")
     (row, _) = json.loads(found.stdout)["results"]
+    assert json.loads(bare.stdout)["results"][0] == row
     assert row["id_accuracy"] == (answers.numpy() == val["labels"]).mean()
     assert 0 <= row["auroc"] <= 1
 
@@ -175,15 +179,22 @@ def test_a_model_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obje
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
     given = ("--model", "image_models:make", "--data", "images", "--size", 8, "--out", "run")
     given = (*given, "--objective", objective, "--epochs", 3, "--batch-size", 8)
-    found = oodk("train", *given, "--accelerator", "cpu", "--quiet")
+    more = {"softmax": ("--augment",), "abnormality": ("--val", "images")}.get(objective, ())
+    found = oodk("train", *given, *more, "--accelerator", "cpu", "--quiet")
     assert found.exit_code == 0, found.output
     state = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert not torch.equal(state["3.weight"], torch.zeros(2, 16))
-    if objective == "abnormality":
+    if objective == "abnormality":  # the last epoch's: the best one's may be of the first phase
+        last = load_checkpoint("run/last.pt")["model"]
+        assert all(torch.equal(state[name], last[name]) for name in state)
         model, _ = load_model("image_models:make", "run/model.pt")
         detector = OODDetector.load(tmp_path / "run" / "abnormality.safetensors", model)
         x = ToTensor(8)(Image.open("images/dark/0.png"))[None]
         assert detector.score(x).isfinite().all()
+    flat = ("--model", "image_models:make", "--data", "images/dark", "--out", "x", "--size", 8)
+    found = oodk("train", *flat)
+    assert found.exit_code == 1
+    assert "images/dark: images must have labels" in plain(found)
     given = ("--model", "image_models:make", "--weights", "run/model.pt", "--size", 8)
     found = oodk("extract", *given, "--data", "images", "--out", "features")
     assert found.exit_code == 0, found.output

@@ -35,6 +35,7 @@ FLAGS = [
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum DType has them
 POISON = 0xFF
+PROGRAMS = {name: name for name in ("mos", "outlier", "roc", "histogram")} | {"logit": "logits"}
 ORDERS = 3
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
@@ -43,7 +44,11 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COM
 class Emulator:
     """The compiled programs, and a place for their files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        names: Iterable[str] = ("mos", "logits", "roc", "histogram", "faults"),
+    ) -> None:
         self.directory = directory
 
         def build(name: str) -> None:
@@ -52,13 +57,12 @@ class Emulator:
             subprocess.run([COMPILER, *FLAGS, *include, *files], check=True)
 
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(build, ("mos", "logits", "roc", "histogram", "faults")))
+            list(pool.map(build, names))
 
     def start(
         self, kernel: str, inputs: dict[str, Tensor], **values: Any
     ) -> subprocess.CompletedProcess[str]:
-        programs = {"mos": "mos", "logit": "logits", "roc": "roc", "histogram": "histogram"}
-        program = programs.get(kernel.split("_")[0], "faults")
+        program = PROGRAMS.get(kernel.split("_")[0], "faults")
         for file in self.directory.glob("*.out"):
             file.unlink()
         for name, x in inputs.items():

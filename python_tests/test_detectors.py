@@ -12,7 +12,7 @@ from pytorch_ood_package import pytorch_ood
 from torch import nn
 
 import oodkernels
-from oodkernels import Groups, MOSHead, MOSLoss, ood_metrics
+from oodkernels import Groups, MOSHead, ood_metrics
 from oodkernels.detectors import (
     DETECTORS,
     MOS,
@@ -1018,45 +1018,35 @@ def trained():
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
     from oodkernels import data
-    from oodkernels.training import Recipe, SmallConvNet, reproducible, train, zero_linear
+
+    pytest.importorskip("lightning_fabric")
+    from oodkernels.models import ConfidenceHead, SmallConvNet, zero_linear
+    from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
 
     digits = data.digits()
     sets = {"digits": digits.test_images, **data.ood_sets()}
     outliers = sets.pop("textures")
     groups = Groups.random(10, 3)
 
-    class TwoHeads(SmallConvNet):
-        def forward(self, images):
-            z = super().forward(images)
-            return z[:, :10], z[:, 10:]
-
-    def confidence_loss(outputs, labels):
-        """DeVries & Taylor's, with hints for half of the samples."""
-        z, c = outputs[0], outputs[1].sigmoid().clamp(min=1e-12)
-        given = torch.where(torch.rand(len(c), 1) < 0.5, c, 1)
-        p = given * z.softmax(1) + (1 - given) * nn.functional.one_hot(labels, 10)
-        return nn.functional.nll_loss(p.clamp(min=1e-12).log(), labels) - 0.1 * c.log().mean()
-
-    def fit(net, columns, loss, images, labels):
+    def fit(objective, head, images, labels):
+        loader = tensor_loader(images, labels, batch_size=64, shuffle=True, drop_last=True)
         with reproducible(0):
-            model = net(columns)
-            train(model, loss, images, labels, Recipe(epochs=4))
+            model = SmallConvNet(head)
+            Trainer(model, objective, TrainConfig(epochs=4, accelerator="cpu")).fit(loader)
         return model
 
     images, labels = digits.train_images, digits.train_labels
     absent = torch.full((len(outliers),), 10)
-    cross_entropy = nn.CrossEntropyLoss()
     models = {
-        "flat": fit(SmallConvNet, lambda d: zero_linear(d, 10), cross_entropy, images, labels),
-        "mos": fit(SmallConvNet, lambda d: MOSHead(d, groups), MOSLoss(groups), images, labels),
+        "flat": fit("softmax", lambda d: zero_linear(d, 10), images, labels),
+        "mos": fit("mos", lambda d: MOSHead(d, groups), images, labels),
         "absent": fit(
-            SmallConvNet,
+            "softmax",
             lambda d: zero_linear(d, 11),
-            cross_entropy,
             torch.cat([images, outliers]),
             torch.cat([labels, absent]),
         ),
-        "confidence": fit(TwoHeads, lambda d: zero_linear(d, 11), confidence_loss, images, labels),
+        "confidence": fit("confidence", lambda d: ConfidenceHead(d, 10), images, labels),
     }
     return models, groups, sets, digits.test_labels
 

@@ -383,7 +383,7 @@ def test_nan_is_refused_with_its_place(
 def test_nan_in_a_file_names_the_file(tmp_path: Path) -> None:
     np.save(tmp_path / "id.npy", np.array([0.5, 1, np.nan, np.nan]))
     samples = open_samples(tmp_path / "id.npy")
-    with pytest.raises(ValueError, match=r"id\.npy: sample 2: scores must not be NaN"):
+    with pytest.raises(ValueError, match=r"id\.npy: sample 2: score must not be NaN"):
         evaluate(None, samples, {"x": samples})
 
 

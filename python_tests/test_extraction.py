@@ -25,8 +25,10 @@ from oodkernels.cli import app
 from oodkernels.extraction import (
     ImageFiles,
     Plan,
+    RandomCrop,
     Shards,
     ToTensor,
+    augmented,
     extract_images,
     load_model,
     open_images,
@@ -307,3 +309,33 @@ def test_to_tensor_is_resize_crop_normalise() -> None:
     centre = np.asarray(resized, np.float64)[1:15, 5:19] / 255
     np.testing.assert_allclose(found.numpy(), (centre.transpose(2, 0, 1) - 0.5) / 0.25, atol=1e-5)
     assert ToTensor(size=32)(Image.new("L", (5, 3))).shape == (3, 32, 32)
+
+
+def test_random_crops_are_parts_of_the_image_and_torchs_random_numbers() -> None:
+    grey = np.linspace(0, 255, 40 * 60).reshape(40, 60).astype(np.uint8)
+    image = Image.fromarray(grey, "L")
+    crop = RandomCrop(8, mean=(0.0,) * 3, std=(1.0,) * 3)
+    torch.manual_seed(0)
+    found = torch.stack([crop(image) for _ in range(200)])
+    assert found.shape == (200, 3, 8, 8)
+    assert found.min() >= 0
+    assert found.max() <= 1
+    rows = found[:, 0].mean(2)
+    assert (rows.diff(dim=1) > 0).all()  # never upside down
+    mirrored = found[:, 0, 0, -1] < found[:, 0, 0, 0]
+    assert 60 < mirrored.sum() < 140
+    height = rows[:, -1] - rows[:, 0]
+    assert height.max() / height.min() > 2
+    torch.manual_seed(0)
+    assert torch.equal(found[0], crop(image))
+    whole = RandomCrop(8, mean=(0.0,) * 3, std=(1.0,) * 3, scale=(1, 1), ratio=(1.5, 1.5))(image)
+    exact = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), np.float32) / 255
+    either = [exact, exact[:, ::-1]]
+    assert any(np.allclose(whole[0], x, atol=1e-6) for x in either)
+
+
+def test_what_is_augmented() -> None:
+    model = torch.nn.Linear(1, 1)
+    assert augmented(model, ToTensor(9, std=(1, 1, 1))) == RandomCrop(9, std=(1, 1, 1))
+    with pytest.raises(ValueError, match="has a transform of its own"):
+        augmented(model, lambda image: torch.zeros(1))

@@ -203,6 +203,15 @@ def test_dos_covers_clusters_more_evenly_than_greedy() -> None:
     assert kind[diverse].bincount(minlength=8).tolist() == [5] * 8
 
 
+def test_ties_go_to_the_lowest_index() -> None:
+    logits = torch.zeros(600, 3)
+    logits[::3, -1] = 1.0
+    easy, hard = [i for i in range(600) if i % 3 == 0], [i for i in range(600) if i % 3]
+    assert NTOMMiner(0.0).select(None, logits, 550).tolist() == (hard + easy)[:550]
+    assert NTOMMiner(0.5).select(None, logits, 200).tolist() == (hard + easy)[300:500]
+    assert POEMMiner().select(torch.ones(600, 3), None, 70).tolist() == list(range(70))
+
+
 def test_hard_scores_never_saturate() -> None:
     """1 - p and p are both constant here in float32; the order is still that of the logits."""
     for offset in (-60.0, 60.0):

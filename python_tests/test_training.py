@@ -25,21 +25,23 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
 pytest.importorskip("lightning_fabric")
 
-from training_runs import CASES, CLASSES, WIDTH, blobs, make_model, make_outliers
+from training_runs import CASES, CLASSES, blobs, make_model, make_outliers
 
-from oodkernels import Groups, MOSHead, dos_select
+from oodkernels import Groups, MOSHead
 from oodkernels._loading import Batches
 from oodkernels.losses import Discriminator, Generator
+from oodkernels.mining import DOSMiner
 from oodkernels.objectives import (
     OBJECTIVES,
     AbnormalityObjective,
-    OutlierObjective,
+    SoftmaxObjective,
     SyntheticObjective,
     make_objective,
 )
@@ -213,10 +215,8 @@ def test_dos_selects_as_the_paper_and_runs_the_model_once_in_training_mode() -> 
 
     model = Spy()
     objective = OBJECTIVES["dos"](seed=4)
-    assert isinstance(objective, OutlierObjective)
-    assert objective.miner is not None
     loss, _ = objective.step(model, x, y, candidates, None)  # type: ignore[arg-type]
-    (mining, training), seed = calls, objective.miner
+    mining, training = calls
     assert mining[:2] == (False, False)
     assert torch.equal(mining[2], candidates)
     assert training[:2] == (True, True)
@@ -225,12 +225,13 @@ def test_dos_selects_as_the_paper_and_runs_the_model_once_in_training_mode() -> 
     body = model.body.eval()
     with torch.no_grad():
         features, logits = body[:-1](candidates), body(candidates)
-    del seed
-    again = OBJECTIVES["dos"](seed=4)
-    rows = again.miner.select(features, logits, 8)  # type: ignore[union-attr]
+    miner = DOSMiner(seed=4)
+    rows = miner.select(features, logits, 8)
     assert torch.equal(training[2][8:], candidates[rows])
     hardest = -logits.softmax(1)[:, -1]
-    clusters = again.miner.last.labels  # type: ignore[union-attr]
+    assert miner.last is not None
+    clusters = miner.last.labels
+    assert clusters is not None
     for row in rows[: int(clusters.unique().numel())].tolist():
         assert hardest[row] == hardest[clusters == clusters[row]].max()
 
@@ -354,16 +355,44 @@ def test_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
     assert torch.equal(weights(loaded), weights(model))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)]
+)
+def test_true_precisions_reach_validation_and_mining(precision: Any, dtype: torch.dtype) -> None:
+    model = make_model("ntom")
+    trainer = Trainer(model, "ntom", config(precision=precision))
+    result = trainer.fit(loader(), outlier_loader(), loader())
+    assert weights(model).dtype == dtype
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert math.isfinite(result.history[-1]["val_loss"])
+
+
+def test_pool_and_training_data_are_those_of_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(make_model("poem"), "poem", config(epochs=1))
+    seen: list[Any] = []
+    monkeypatch.setattr(trainer.objective, "mine", lambda *args: seen.extend(args))
+    trainer.objective.pool = torch.arange(4)  # type: ignore[assignment]
+    ids = DataLoader(TensorDataset(*blobs(100)), 8, sampler=SubsetRandomSampler(range(5, 45)))
+    pool = DataLoader(make_outliers(), 8, sampler=SubsetRandomSampler(range(100, 160)))
+    trainer.fit(ids, pool)
+    assert torch.equal(seen[0], torch.arange(100, 160))
+    assert len(seen[1]) == 60
+    body = make_model("poem")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(seen[3], body(blobs(100)[0][5:45]))
+    assert seen[4] == 40
+
+
 @pytest.mark.parametrize("name", ["softmax", "dos", "synthetic"])
 def test_bfloat16(name: str) -> None:
-    how = config(objective=name, precision="bf16-mixed", epochs=5, log_every=99)
+    how = config(objective=name, precision="bf16-mixed", epochs=5, weight_decay=0)
     model = make_model(name)
     dtypes = set()
     layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
     layer.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     trainer = Trainer(model, config=how)
     x, y = blobs(100)
-    before = weights(model)
+    before = [p.clone() for p in model.parameters()]
     if name == "synthetic":
         x = x.view(-1, 1, 4, 4)
     result = trainer.fit(
@@ -371,7 +400,8 @@ def test_bfloat16(name: str) -> None:
     )
     assert dtypes == {torch.bfloat16}
     assert result.history[-1]["loss"] < 0.95 * result.history[0]["loss"]
-    assert bool((weights(model) != before).all())
+    after = model.parameters()
+    assert all(not torch.equal(p, q) for p, q in zip(after, before, strict=True))
 
 
 def test_best_and_last_checkpoints(tmp_path: Path) -> None:
@@ -411,6 +441,7 @@ def test_global_random_numbers_are_left_alone() -> None:
 # --- resuming -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     """SIGKILL between checkpoints and while one is written; SIGINT to a run with workers."""
     done = python("training_runs.py", "kill", str(tmp_path))
@@ -420,6 +451,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     assert all(line.endswith("same") for line in lines), done.stdout
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
     done = python(
         "-m",
@@ -491,6 +523,12 @@ def test_resume_refuses_what_is_not_the_run(tmp_path: Path) -> None:
         Trainer(make_model("softmax"), config=config(), folder=tmp_path).fit(
             loader(200), resume=True
         )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "last.pt").touch()
+    with pytest.raises(ValueError, match="other holds a run: go on with it by"):
+        Trainer(make_model("softmax"), config=config(), folder=tmp_path / "other").fit(
+            loader(), resume=tmp_path / "last.pt"
+        )
     with pytest.raises(ValueError, match="resume=True must have a folder"):
         fit(make_model("softmax"), config(), None, resume=True)
     fit(make_model("softmax"), config(), tmp_path / "new", resume=True)
@@ -500,7 +538,12 @@ def test_more_epochs_than_before(tmp_path: Path) -> None:
     model, straight = make_model("softmax"), make_model("softmax")
     how = config(schedule="constant", epochs=1)
     fit(model, how, tmp_path)
-    trainer = fit(model, replace(how, epochs=3), tmp_path, resume=True)
+    (tmp_path / "new").mkdir()
+    Trainer(model, config=replace(how, epochs=2), folder=tmp_path / "new").fit(
+        loader(), resume=tmp_path / "last.pt"
+    )
+    trainer = Trainer(model, config=replace(how, epochs=3), folder=tmp_path / "new")
+    trainer.fit(loader(), resume=True)
     fit(straight, replace(how, epochs=3))
     assert torch.equal(weights(model), weights(straight))
     again = trainer.fit(loader(), resume=True)  # nothing left to do
@@ -550,11 +593,11 @@ class _BrokenBatches(_Broken):
         return [self[i] for i in rows]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("which", ["training", "outlier", "validation", "__getitems__"])
+@pytest.mark.parametrize(
+    ("which", "workers"),
+    [("training", 0), ("training", 1), ("outlier", 0), ("validation", 0), ("__getitems__", 0)],
+)
 def test_unreadable_sample_is_named(which: str, workers: int) -> None:
-    if workers and which != "training":
-        pytest.skip("once with workers will do")
     trainer = Trainer(make_model("oe"), config=config(objective="oe", epochs=4))
     kind = _BrokenBatches if which == "__getitems__" else _Broken
     broken = DataLoader(kind(), 16, num_workers=workers)
@@ -814,10 +857,11 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert list(tmp_path.glob("tensorboard/events.*"))
 
 
-def test_objective_given_is_the_one_recorded(tmp_path: Path) -> None:
+def test_objective_given_is_the_one_recorded() -> None:
     assert Trainer(make_model("oe"), "oe").config.objective == "oe"
     trainer = Trainer(make_model("oe"), make_objective("oe", {"weight": 2.0}))
     assert trainer.config.objective == "OutlierObjective"
+    assert Trainer(make_model("softmax"), SoftmaxObjective(mixup=1)).config.objective == "softmax"
 
 
 def test_progress_and_loggers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -827,6 +871,9 @@ def test_progress_and_loggers(capsys: pytest.CaptureFixture[str]) -> None:
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
             rows.append((step, metrics["loss"]))
 
+        def finalize(self, status: str) -> None:
+            rows.append((0, 0.0))
+
     trainer = Trainer(
         make_model("softmax"),
         config=config(),
@@ -834,17 +881,5 @@ def test_progress_and_loggers(capsys: pytest.CaptureFixture[str]) -> None:
         loggers=[Logger()],  # type: ignore[list-item]
     )
     result = trainer.fit(loader())
-    assert rows == [(row["step"], row["loss"]) for row in result.history]
+    assert rows == [*((row["step"], row["loss"]) for row in result.history), (0, 0.0)]
     assert "14/14" in capsys.readouterr().err
-
-
-def test_mined_scores_agree_with_dos_select() -> None:
-    features, scores = torch.randn(64, WIDTH), torch.randn(64)
-    logits = torch.cat([torch.zeros(64, CLASSES), -scores[:, None]], 1)
-    objective = OBJECTIVES["dos"](seed=0)
-    assert isinstance(objective, OutlierObjective)
-    assert objective.miner is not None
-    found = objective.miner.select(features, logits, 8)
-    clusters = objective.miner.last
-    assert clusters is not None
-    assert len(found) == len(dos_select(features, scores, 8, 8).indices) == 8

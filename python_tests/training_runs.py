@@ -134,11 +134,13 @@ def kill(folder: Path) -> None:
 
                 os.fsync = die
                 _fit(name, run, resume=False)
-            _fit(name, run, resume=False, kill_at=90 + 55)
+            # In the second epoch; POEM reads all data before each.
+            _fit(name, run, resume=False, kill_at=145 + 180 * (name == "poem"))
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         left = any(path.name.startswith(".") for path in run.iterdir())
         assert killed
+        assert 0 < torch.load(run / "last.pt", weights_only=True)["step"] < 18
         assert left == case.endswith("writing")
         _compare(case, _fit(name, run, resume=True), run, folder)
 

@@ -44,7 +44,7 @@ template <typename F>
 void for_score_rows(const Rows& scores, const F& f) {
   const char* from = (const char*)scores.tensor.const_data_ptr();
   const int64_t bytes = scores.stride * scores.tensor.element_size();
-  torch::stable::parallel_for(0, scores.count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, scores.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       if (scores.dtype == DType::f64)
         f(b, ranked<double>(from + b * bytes, scores.dtype, scores.width));

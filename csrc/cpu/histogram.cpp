@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "cpu/histogram_kernel.h"
+#include "cpu/parallel.h"
 
 namespace oodk {
 namespace {
@@ -44,13 +45,13 @@ void count_threaded(const HistogramKernels& kernels, const HistogramInput& in, i
     int64_t threads, int64_t* counts) {
   const int64_t width = in.width(), size = in.n_rows * width, part = (n + threads - 1) / threads;
   std::vector<std::unique_ptr<uint32_t[]>> own(threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       own[t] = std::make_unique<uint32_t[]>(size);
       kernels.count_private(in, std::min(n, t * part), std::min(n, (t + 1) * part), own[t].get());
     }
   });
-  torch::stable::parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
+  parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t t = 0; t < threads; ++t) {
       const uint32_t* from = own[t].get();
       for (int64_t i = begin; i < end; ++i)

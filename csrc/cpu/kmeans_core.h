@@ -26,8 +26,8 @@
 
 #include "cpu/kmeans_kernel.h"
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "ops/philox.h"
-#include "stable.h"
 
 namespace oodk {
 
@@ -48,7 +48,7 @@ template <typename F>
 void parallel(int64_t n, double work, const F& f) {
   constexpr double least = 1 << 18;
   const int64_t grain = std::max<int64_t>(1, int64_t(least / std::max(work, 1.0)));
-  torch::stable::parallel_for(0, n, grain, f);
+  parallel_for(0, n, grain, f);
 }
 
 // Centroids as `assign` takes them.

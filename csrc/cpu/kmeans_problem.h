@@ -25,7 +25,7 @@ void for_problems(const Problems& p, bool normalize, const F& f) {
         f(b, PointSet<float>(p.problem(b), p.x.dtype, p.n, p.d, p.x.stride, normalize));
   };
   if (p.batch >= int64_t(torch::stable::get_num_threads()))
-    torch::stable::parallel_for(0, p.batch, 1, solve);
+    parallel_for(0, p.batch, 1, solve);
   else
     solve(0, p.batch);
 }

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cpu/memory.h"
+#include "cpu/gradient.h"
 #include "cpu/mos_kernel.h"
 #include "cpu/parallel.h"
 
@@ -72,7 +72,7 @@ struct Target {
       : tensor(checked_target(op, target, call.args)),
         group_of(call.rows.width - call.rows.groups),
         labels{tensor.const_data_ptr<int64_t>(), group_of.data(), ignore_index} {
-    check_target_contents(op, tensor, int64_t(group_of.size()), ignore_index);
+    check_target_contents(op, tensor, int64_t(group_of.size()), "ignore_index", ignore_index);
     for (int64_t k = 0; k < call.rows.groups; ++k)
       std::fill(group_of.begin() + (call.offsets[k] - k),
           group_of.begin() + (call.offsets[k + 1] - (k + 1)), k);
@@ -94,13 +94,6 @@ std::tuple<Tensor, Tensor> mos_loss(
   return {loss, stats};
 }
 
-Tensor new_gradient(const Call& call) {
-  Tensor grad = empty(sizes_of(call.args.logits.tensor), call.args.logits.tensor.scalar_type(),
-      call.args.logits.tensor);
-  advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * grad.element_size());
-  return grad;
-}
-
 Tensor mos_log_others_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& groups, const Tensor& stats) {
   const char* op = "_mos_log_others_backward";
@@ -109,7 +102,7 @@ Tensor mos_log_others_backward(
   const Tensor g = checked_like(op, "grad", grad, with(call.args.batch_sizes, {k}), call.args);
   const Tensor st =
       checked_like(op, "stats", stats, with(call.args.batch_sizes, {k, 2}), call.args);
-  Tensor out = new_gradient(call);
+  Tensor out = new_gradient(call.args.logits.tensor);
   const void *gp = g.const_data_ptr(), *sp = st.const_data_ptr();
   void* to = out.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {
@@ -126,7 +119,7 @@ Tensor mos_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor&
   const Tensor g = checked_like(op, "grad", grad, call.args.batch_sizes, call.args);
   const Tensor st = checked_like(
       op, "stats", stats, with(call.args.batch_sizes, {call.args.n_groups, 2}), call.args);
-  Tensor out = new_gradient(call);
+  Tensor out = new_gradient(call.args.logits.tensor);
   const void *gp = g.const_data_ptr(), *sp = st.const_data_ptr();
   void* to = out.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {

@@ -11,6 +11,7 @@
 #include "cpu/mos_kernel.h"
 
 #include "cpu/simd.h"
+#include "cpu/softmax_gradient.h"
 
 namespace oodk {
 namespace OODK_CPU_NS {
@@ -289,29 +290,6 @@ void loss(const MosRows& in, int64_t begin, int64_t end, const MosTarget& target
   });
 }
 
-// to = scale e^(z - m) for a group's n columns, with `room` >= n columns left in the row. Whole
-// vectors may spill into the columns of later groups, which are written after it.
-template <typename S, typename T = acc_t<S>>
-OODK_INLINE void scaled_softmax(const S* z, int64_t n, int64_t room, T m, T scale, S* to) {
-  constexpr int L = lanes<T>;
-  const vec<T> shifted = splat(m), factor = splat(scale);
-  int64_t i = 0;
-  for (; i < n && i + L <= room; i += L)
-    store(to + i, exp(load(z + i) - shifted) * factor);
-  if (i < n)
-    store_first(to + i, int(n - i), exp(load_first(z + i, int(n - i), m) - shifted) * factor);
-}
-
-// Adds `onehot` to column `at`, which holds scale e^(z - m): once more from its logit where the
-// stored value is rounded to half precision.
-template <typename S, typename T = acc_t<S>>
-OODK_INLINE void add_onehot(const S* z, T m, T scale, T onehot, S* at) {
-  if constexpr (sizeof(S) == sizeof(T))
-    *at += onehot;
-  else
-    narrow(scale * std::exp(widen(*z) - m) + onehot, at);
-}
-
 void log_others_backward(const MosRows& in, int64_t begin, int64_t end, const void* grad,
     const void* stats, void* grad_logits) {
   dispatch(in.dtype, [&](auto s) {
@@ -325,7 +303,7 @@ void log_others_backward(const MosRows& in, int64_t begin, int64_t end, const vo
         const T* st = (const T*)stats + (r * in.groups + k) * 2;
         const int64_t at = in.offsets[k];
         const T m = st[0], scale = -g / st[1];
-        scaled_softmax(row + at, in.offsets[k + 1] - at, in.width - at, m, scale, to + at);
+        scaled_softmax(row + at, in.offsets[k + 1] - at, in.width - at, m, scale, T(0), to + at);
         add_onehot(row + at, m, scale, g, to + at);
       }
     }
@@ -350,7 +328,7 @@ void loss_backward(const MosRows& in, int64_t begin, int64_t end, const MosTarge
         const T* st = (const T*)stats + (r * in.groups + k) * 2;
         const int64_t at = in.offsets[k];
         const T m = st[0], scale = g / st[1];
-        scaled_softmax(row + at, in.offsets[k + 1] - at, in.width - at, m, scale, to + at);
+        scaled_softmax(row + at, in.offsets[k + 1] - at, in.width - at, m, scale, T(0), to + at);
         const int64_t target = k == holder ? column : at;
         add_onehot(row + target, m, scale, -g, to + target);
       }

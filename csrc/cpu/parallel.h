@@ -5,7 +5,31 @@
 
 #include "stable.h"
 
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
+
 namespace oodk {
+
+// f(begin, end) over parts of [begin, end) of at least `grain` items, on torch's threads.
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+#ifdef __SANITIZE_THREAD__
+  // ThreadSanitizer does not see through libgomp: it is told that all before happens before f, and
+  // f before all after. Static, lest a thread read anything before it has been told.
+  static char forked, joined;
+  const auto task = [&](int64_t b, int64_t e) {
+    __tsan_acquire(&forked);
+    f(b, e);
+    __tsan_release(&joined);
+  };
+  __tsan_release(&forked);
+  torch::stable::parallel_for(begin, end, grain, task);
+  __tsan_acquire(&joined);
+#else
+  torch::stable::parallel_for(begin, end, grain, f);
+#endif
+}
 
 // f(begin, end) over `rows` rows of `width` values on torch's threads. Each range starts at a
 // multiple of the widest vector, so that a row's place in its vector, and with it every bit of the
@@ -15,7 +39,7 @@ void for_row_blocks(int64_t rows, int64_t width, const F& f) {
   constexpr int64_t block = 16, least = 1 << 15; // rows; values that are worth a thread
   const int64_t blocks = (rows + block - 1) / block;
   const int64_t grain = std::max<int64_t>(1, least / std::max<int64_t>(1, width * block));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     f(begin * block, std::min(end * block, rows));
   });
 }

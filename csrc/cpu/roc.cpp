@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "cpu/roc_kernel.h"
 
 namespace oodk {
@@ -17,7 +18,7 @@ namespace {
 // f(part) for parts of [0, count), one a thread: part p is [p count / parts, (p + 1) count / parts).
 template <typename F>
 void for_parts(int64_t parts, const F& f) {
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       f(p);
   });
@@ -88,7 +89,7 @@ void sum_chunks(const RocKeys& keys, std::vector<RocSums>& partial) {
   const K* id = (const K*)keys.id.const_data_ptr();
   const K* ood = (const K*)keys.ood.const_data_ptr();
   const RocKernels& kernels = OODK_SELECT_KERNELS(roc_kernels);
-  torch::stable::parallel_for(0, int64_t(partial.size()), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, int64_t(partial.size()), 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const RocChunk chunk = chunk_at(id, keys.n, ood, keys.m, c, kRocChunk);
       kernels.sums(id, keys.n, ood, keys.m, keys.width, chunk.begin, chunk.end, &partial[c]);

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -54,11 +55,14 @@ template <typename T>
 struct Simd {
   typedef T type __attribute__((vector_size(kBytes)));
   typedef int_t<T> mask __attribute__((vector_size(kBytes))); // all ones where true
+  typedef std::make_unsigned_t<int_t<T>> bits __attribute__((vector_size(kBytes)));
 };
 template <typename T>
 using vec = typename Simd<T>::type; // T = float or double
 template <typename T>
 using ivec = typename Simd<T>::mask;
+template <typename T>
+using uvec = typename Simd<T>::bits; // may overflow
 
 template <typename T>
 constexpr int lanes = kBytes / int(sizeof(T));
@@ -297,8 +301,8 @@ OODK_INLINE vec<float> exp(vec<float> x) {
   const __mmask16 kept = _mm512_cmp_ps_mask(x, splat(-87.33654f), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(kept, p, n);
 #else
-  const ivec<float> bits = (ivec<float>)t << 23; // the low bits of t are n
-  const vec<float> scale = (vec<float>)(bits + (127 << 23));
+  const uvec<float> bits = (uvec<float>)t << 23; // the low bits of t are n
+  const vec<float> scale = (vec<float>)(bits + (127u << 23));
   return x < -87.33654f ? vec<float>{} : p * scale;
 #endif
 }
@@ -323,8 +327,8 @@ OODK_INLINE vec<double> exp(vec<double> x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  const ivec<double> bits = (ivec<double>)t << 52;
-  const vec<double> scale = (vec<double>)(bits + (int64_t(1023) << 52));
+  const uvec<double> bits = (uvec<double>)t << 52;
+  const vec<double> scale = (vec<double>)(bits + (uint64_t(1023) << 52));
   return x < -708.39641853226408 ? vec<double>{} : p * scale;
 }
 

@@ -34,7 +34,8 @@ struct Call {
   Tensor target(const char* op, const Tensor& target, int64_t ignore_index) const {
     Tensor t = checked_target(op, target, args);
     if (cuda::validate())
-      check_target_contents(op, t, args.logits.width - args.n_groups, ignore_index);
+      check_target_contents(
+          op, t, args.logits.width - args.n_groups, "ignore_index", ignore_index);
     return t;
   }
   Tensor new_gradient() const {

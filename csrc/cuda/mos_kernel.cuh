@@ -10,14 +10,15 @@
 // scan over the row's workers.
 // Memory: each logit read once, the outputs written once.
 //
-// Backward. A thread takes one unit of the gradient after the other: dL/dz = scale e^(z - m) +
-// onehot, with the statistics that the forward op saved.
+// Backward. A thread takes one unit of the gradient after the other (gradient.cuh): dL/dz =
+// scale e^(z - m) + onehot, with the statistics that the forward op saved.
 // Memory: one read of the logits, one write of the gradient.
 //
 // A grouping that is not valid (see Grouping) makes every result NaN, and labels and groups 0.
 #pragma once
 
 #include "cuda/common.cuh"
+#include "cuda/gradient.cuh"
 #include "cuda/rows.cuh"
 
 namespace oodk::cuda {
@@ -228,12 +229,6 @@ struct MosPredict {
     score[row] = log_odds[row] = prob[row] = kNaN<T>;
     label[row] = group[row] = 0;
   }
-};
-
-// One (m, total) for each row and group, for the backward ops.
-template <typename T>
-struct alignas(2 * sizeof(T)) Stats {
-  T m, total;
 };
 
 template <typename S>
@@ -467,10 +462,6 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
 
 // --- backward -----------------------------------------------------------------------------------
 
-constexpr int kBackwardThreads = 256;
-template <typename S>
-constexpr int kBackwardBlocks = sizeof(S) == sizeof(double) ? 3 : 4; // on a multiprocessor
-
 // Of one group in one row: dL/dz = scale e^(z - m), plus onehot in one column.
 template <typename T>
 struct Slope {
@@ -527,101 +518,47 @@ struct MosLossBackward {
   }
 };
 
-// The logits at the columns [column, column + V) of a row, as far as it has them. The columns are a
-// unit of the gradient, which need not be a unit of the logits.
-template <typename S>
-__device__ inline uint4 load(const Rows<S>& z, int64_t row, int column) {
-  constexpr int V = kPerUnit<S>;
-  const S* const from = z[row] + column;
-  if (column >= 0 && column + V <= z.width && skew(from) == 0)
-    return __ldg((const uint4*)from);
-  S x[V];
-#pragma unroll
-  for (int e = 0; e < V; ++e)
-    x[e] = column + e >= 0 && column + e < z.width ? from[e] : S{};
-  uint4 unit;
-  memcpy(&unit, x, sizeof(unit));
-  return unit;
-}
-
-template <typename S>
-__device__ inline void store(const acc_t<S> (&y)[kPerUnit<S>], int column, int width, S* to) {
-  constexpr int V = kPerUnit<S>;
-  if (column >= 0 && column + V <= width) {
-    *(uint4*)(to + column) = pack<S>(y);
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < V; ++e)
-    if (column + e >= 0 && column + e < width)
-      to[column + e] = narrow<S>(y[e]);
-}
-
-// A thread stays with one unit of the row, of which there are `units` at most, and with it in the
-// same group but for the shift of rows that start within a unit.
+// A thread stays in the same group but for the shift of rows that start within a unit.
 template <typename S, typename Op>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
     mos_backward(Rows<S> z, Grouping groups, int units, Op op, S* grad_logits) {
   using T = acc_t<S>;
   constexpr int V = kPerUnit<S>;
   const bool valid = __syncthreads_and(groups.valid_share());
-  const unsigned thread = blockIdx.x * kBackwardThreads + threadIdx.x;
-  const unsigned rows_at_once = gridDim.x * kBackwardThreads / units;
-  int64_t r = thread / units;
-  if (r >= rows_at_once || r >= z.count)
-    return;
-  const auto column_in = [&](int64_t row) {
-    return int(thread % units) * V - skew(grad_logits + row * z.width);
-  };
-  int column = column_in(r);
-  int k = valid ? groups.holding(max(column, 0)) : 0;
-  uint4 logits = load(z, r, column);
-  while (true) {
-    const int64_t next_r = r + rows_at_once;
-    const int next_column = column_in(next_r);
-    uint4 next_logits{}; // on their way while these are worked on
-    if (next_r < z.count)
-      next_logits = load(z, next_r, next_column);
-
-    T x[V], y[V];
-    unpack<S>(logits, x);
+  int k = -1;
+  write_gradient(z, units, grad_logits, [&](int64_t r, int column, const T(&x)[V], T(&y)[V]) {
 #pragma unroll
     for (int e = 0; e < V; ++e)
       y[e] = valid ? T(0) : kNaN<T>;
     const auto row = op.row(r, groups);
     const int end = min(column + V, z.width);
     int from = max(column, 0);
-    if (valid && !row.ignored && from < end) {
-      while (groups[k] > from)
-        --k;
-      while (groups[k + 1] <= from)
-        ++k;
-      for (int j = k; from < end; ++j) {
-        const int to = min(groups[j + 1], end);
-        const Slope<T> slope = row.slope(groups, j);
-        T value[V];
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          value[e] = slope.scale * exp_fast(x[e] - slope.m);
-        if (slope.column >= column && slope.column < end)
-#pragma unroll
-          for (int e = 0; e < V; ++e)
-            value[e] += column + e == slope.column ? slope.onehot : T(0);
-        const unsigned inside = columns(from - column, to - column);
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          y[e] = inside >> e & 1 ? value[e] : y[e];
-        from = to;
-      }
-    }
-    store(y, column, z.width, grad_logits + r * z.width);
-
-    if (next_r >= z.count)
+    if (!valid || row.ignored || from >= end)
       return;
-    r = next_r;
-    column = next_column;
-    logits = next_logits;
-  }
+    if (k < 0)
+      k = groups.holding(from);
+    while (groups[k] > from)
+      --k;
+    while (groups[k + 1] <= from)
+      ++k;
+    for (int j = k; from < end; ++j) {
+      const int to = min(groups[j + 1], end);
+      const Slope<T> slope = row.slope(groups, j);
+      T value[V];
+#pragma unroll
+      for (int e = 0; e < V; ++e)
+        value[e] = slope.scale * exp_fast(x[e] - slope.m);
+      if (slope.column >= column && slope.column < end)
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          value[e] += column + e == slope.column ? slope.onehot : T(0);
+      const unsigned inside = columns(from - column, to - column);
+#pragma unroll
+      for (int e = 0; e < V; ++e)
+        y[e] = inside >> e & 1 ? value[e] : y[e];
+      from = to;
+    }
+  });
 }
 
 // --- host ---------------------------------------------------------------------------------------
@@ -648,16 +585,10 @@ void launch_forward(const MosInput& in, Op op) {
 
 template <typename S, typename Op>
 void launch_backward(const MosInput& in, Op op, void* grad_logits) {
-  constexpr int V = kPerUnit<S>;
-  const Device device = Device::current();
-  const bool aligned = uintptr_t(grad_logits) % sizeof(uint4) == 0 && in.width % V == 0;
-  const int units = int((in.width + (aligned ? 0 : 2 * V - 2)) / V);
-  const auto blocks = [&](int64_t rows) {
-    return (rows * units + kBackwardThreads - 1) / kBackwardThreads;
-  };
-  launch(mos_backward<S, Op>,
-      std::max(blocks(1), std::min<int64_t>(blocks(in.rows), device.processors * 16)),
-      kBackwardThreads, 0, in.stream, rows_of<S>(in), grouping(in), units, op, (S*)grad_logits);
+  const Rows<S> z = rows_of<S>(in);
+  const GradientGrid grid(z, grad_logits);
+  launch(mos_backward<S, Op>, grid.blocks, kBackwardThreads, 0, in.stream, z, grouping(in),
+      grid.units, op, (S*)grad_logits);
 }
 
 // The outputs are T (rows,) or T (rows, groups), T double for float64 logits and else float; the

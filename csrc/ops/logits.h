@@ -1,7 +1,7 @@
 // Contract of logit_scores (schema: library.cpp), shared by the CPU and the CUDA backend.
 #pragma once
 
-#include "stable.h"
+#include "ops/rows.h"
 
 #include <cmath>
 
@@ -12,18 +12,14 @@ struct LogitScores {
 };
 
 inline Rows logit_args(const char* op, const Tensor& logits, double temperature) {
-  Rows rows = as_rows(op, "logits", logits);
-  OODK_CHECK_VALUE(rows.width >= 1, op, ": logits must have at least one class, got shape ",
-      shape_of(logits));
+  Rows rows = class_rows(op, logits);
   OODK_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), op,
       ": temperature must be positive and finite, got ", temperature);
   return rows;
 }
 
 inline LogitScores new_logit_scores(const Tensor& logits, DType dtype) {
-  auto sizes = sizes_of(logits);
-  sizes.pop_back();
-  const auto rows = [&](ScalarType type) { return empty(sizes, type, logits); };
+  const auto rows = [&](ScalarType type) { return empty(batch_sizes_of(logits), type, logits); };
   const ScalarType type = accumulate_type(dtype);
   return {rows(type), rows(type), rows(type), rows(type), rows(ScalarType::Long)};
 }

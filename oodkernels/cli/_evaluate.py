@@ -72,7 +72,7 @@ KindOption: TypeAlias = Annotated[
     Kind | None,
     typer.Option(
         help="What a file with one array without a telling name holds. By default two dimensions "
-        "are logits, one is scores.",
+        "are logits, with --head features, and one is scores.",
     ),
 ]
 ColumnOption: TypeAlias = Annotated[
@@ -177,7 +177,9 @@ def evaluate(
 
         oodk eval --id val.safetensors --ood inat=inat.safetensors --groups groups.json
 
-    Scores from elsewhere, in columns of a table:
+    Scores, such as those of `oodk score`; all columns of the tables, or one:
+
+        oodk eval --id id.csv --ood ood.csv
 
         oodk eval --id id.csv --ood ood.csv --column scores=energy
 
@@ -365,9 +367,9 @@ class _Common:
     ) -> None:
         self.names = list(detector or ())
         self.columns = pairs("--column", column or ())
-        self.kind = None if kind is None else kind.value
         self.train = train
         self.head = None if head is None else _load_head(head)
+        self.kind = kind.value if kind is not None else None if head is None else "features"
         self.groups: Groups | None = None if groups is None else read_groups(groups)
         if self.groups is None and self.head is not None:
             self.groups = self.head.groups
@@ -386,7 +388,7 @@ class _Common:
         names = self.names
         if not names and (self.head is not None or "logits" in samples.arrays):
             names = [*DEFAULT_DETECTORS] if self.groups is None else ["mos", "mos-log-odds"]
-        elif not names and "scores" not in samples.arrays:
+        elif not names and not samples.arrays.keys() - {"features", "labels"}:
             raise typer.BadParameter("is needed for features", param_hint="'--detector'")
         chosen: dict[str, OODDetector | str] = {}
         for name in names:

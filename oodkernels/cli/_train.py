@@ -125,6 +125,9 @@ def train(
     size: Annotated[
         int, typer.Option(min=1, help="Side of images, for a --model without a transform.")
     ] = 224,
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Random crops and flips of the training images.")
+    ] = False,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the samples.  [default: 20]")
     ] = None,
@@ -213,10 +216,10 @@ def train(
     if model is None:
         network, loaders = _on_features(name, given, sizes, found_groups, classes)
     else:
-        count = found_groups.width if found_groups is not None else classes
-        if count is not None and name in _ABSENT:
-            count += 1
-        network, loaders = _on_images(name, model, weights, given, sizes, count, size, workers)
+        columns = None if found_groups is None else found_groups.width
+        network, loaders = _on_images(
+            name, model, weights, given, sizes, columns, classes, size, augment, workers
+        )
     settings = TrainConfig(
         objective=name,
         options={} if name == "mos" else options,
@@ -246,9 +249,10 @@ def train(
     )
     if not trainer.fabric.is_global_zero:
         return
+    best = result.best_path or result.last_path
     if isinstance(trainer.objective, AbnormalityObjective):
         trainer.objective.detector.save(out / "abnormality.safetensors")
-    best = result.best_path or result.last_path
+        best = result.last_path  # the best may be of the first phase, which the detector is not
     assert best is not None
     load_weights(network.cpu(), best)
     path = _save(network, out)
@@ -314,20 +318,39 @@ def _on_images(
     sources: dict[str, str],
     sizes: dict[str, int],
     columns: int | None,
+    classes: int | None,
     size: int,
+    augment: bool,
     workers: int,
 ) -> tuple[nn.Module, dict[str, DataLoader[Any]]]:
     """A model, and loaders of the images it is trained on."""
     from torch.utils.data import DataLoader
 
-    from oodkernels.extraction import Shards, ToTensor, load_model, open_images
+    from oodkernels.extraction import (
+        ImageFiles,
+        Shards,
+        ToTensor,
+        augmented,
+        load_model,
+        open_images,
+    )
 
+    opened = {key: open_images(source) for key, source in sources.items()}
+    for key, images in opened.items():
+        if key != "outliers" and isinstance(images, ImageFiles) and min(images.labels) < 0:
+            raise ValueError(f"{sources[key]}: images must have labels")
+    if classes is None and isinstance(images := opened["train"], ImageFiles):
+        classes = max(images.labels) + 1
+    if columns is None and classes is not None:
+        columns = classes + (name in _ABSENT)
     network, transform = load_model(spec, weights, columns)
-    if name == "synthetic":  # whose generator makes images of values in [0, 1]
-        transform = transform or ToTensor(size, mean=(0, 0, 0), std=(1, 1, 1))
+    if transform is None and name == "synthetic":  # whose generator makes values in [0, 1]
+        transform = ToTensor(size, mean=(0, 0, 0), std=(1, 1, 1))
+    transform = transform or ToTensor(size)
     loaders = {}
-    for key, source in sources.items():
-        images = open_images(source, transform or ToTensor(size))
+    for key, images in opened.items():
+        random = augment and key != "val"
+        images.transform = augmented(network, transform) if random else transform
         loaders[key] = DataLoader(
             images,
             sizes[key],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oodkernels.ops._common import (
     accumulate_type,
-    check_floating,
+    check_classes,
     register_batch_rule,
     register_not_differentiable,
 )
@@ -52,11 +52,7 @@ def logit_scores(logits: Tensor, temperature: float = 1.0) -> LogitScores:
 
 @torch.library.register_fake("oodk::logit_scores")
 def _(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, ...]:
-    check_floating("logit_scores", "logits", logits)
-    if logits.shape[-1] < 1:
-        raise ValueError(
-            f"logit_scores: logits must have at least one class, got shape {tuple(logits.shape)}"
-        )
+    check_classes("logit_scores", logits)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
             f"logit_scores: temperature must be positive and finite, got {temperature}"

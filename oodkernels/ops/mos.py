@@ -17,6 +17,7 @@ from oodkernels.groups import Groups, as_offsets
 from oodkernels.ops._common import (
     accumulate_type,
     check_floating,
+    check_target,
     register_batch_rule,
     register_not_differentiable,
 )
@@ -154,20 +155,6 @@ def _check(op: str, logits: Tensor, groups: Tensor) -> None:
         )
 
 
-def _check_target(op: str, logits: Tensor, target: Tensor) -> None:
-    if target.dtype != torch.int64:
-        raise TypeError(f"{op}: target must be int64, got {target.dtype}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{op}: target must have shape logits.shape[:-1], one class a row, got "
-            f"{tuple(target.shape)} for logits {tuple(logits.shape)}"
-        )
-    if target.device != logits.device:
-        raise ValueError(
-            f"{op}: target must be on the device of logits, {logits.device}, got {target.device}"
-        )
-
-
 def _rows(logits: Tensor, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or accumulate_type(logits.dtype)
     return logits.new_empty((*logits.shape[:-1], *tail), dtype=dtype)
@@ -197,7 +184,7 @@ def _(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("oodk::_mos_loss")
 def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     _check("mos_loss", logits, groups)
-    _check_target("mos_loss", logits, target)
+    check_target("mos_loss", logits, target)
     return _rows(logits), _rows(logits, groups.shape[0] - 1, 2)
 
 

@@ -1,12 +1,19 @@
-"""Cross entropy of ID samples, uniform cross entropy of OOD samples, from one read of the logits."""
+"""Cross entropy of ID samples, uniform cross entropy of OOD samples, in one read of the logits."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from oodkernels import reference
+from oodkernels.ops._common import (
+    accumulate_type,
+    check_classes,
+    check_target,
+    register_batch_rule,
+)
 
 OOD = -1
 """The target of OOD samples."""
@@ -40,4 +47,99 @@ def outlier_cross_entropy(logits: Tensor, target: Tensor) -> OutlierCrossEntropy
             row's loss is NaN unless ``OODK_VALIDATE=1``), or there are no classes.
         TypeError: ``logits`` is not of a floating-point type above, or ``target`` not int64.
     """
-    return OutlierCrossEntropy(*reference.outlier_cross_entropy(logits, target))
+    return OutlierCrossEntropy(*torch.ops.oodk.outlier_cross_entropy(logits, target))
+
+
+def outlier_loss(
+    logits: Tensor, target: Tensor, weight: float, absent: bool, mean: bool
+) -> Tensor | None:
+    """Weighted sum of all rows' cross entropies, its gradient computed in the same read of them.
+
+    Args:
+        logits: (..., C), as for :func:`outlier_cross_entropy`.
+        target: (...,) int64, classes 0..C-1, or -1.
+        weight: Of OOD samples.
+        absent: The target of OOD samples is the last column, and all that have it are OOD; else
+            it is the uniform distribution.
+        mean: The mean of the ID samples plus that of the OOD samples, not the sum.
+
+    Returns:
+        A scalar; None where this does not pay or lose accuracy: without gradient, on CUDA, and for
+        float16, whose users scale a loss lest its gradient underflow, which must come first.
+    """
+    if (
+        logits.is_cpu
+        and logits.dtype != torch.float16
+        and logits.requires_grad
+        and torch.is_grad_enabled()
+    ):
+        return _Loss.apply(logits, target, weight, absent, mean)  # type: ignore[no-untyped-call]
+    return None
+
+
+@torch.library.register_fake("oodk::_outlier_cross_entropy")
+def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_classes("outlier_cross_entropy", logits)
+    check_target("outlier_cross_entropy", logits, target)
+    loss = logits.new_empty(target.shape, dtype=accumulate_type(logits.dtype))
+    return loss, torch.empty_like(loss), loss.new_empty((*target.shape, 2))
+
+
+@torch.library.register_fake("oodk::_outlier_cross_entropy_backward")
+def _(
+    grad_loss: Tensor, grad_logsumexp: Tensor, logits: Tensor, target: Tensor, stats: Tensor
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logsumexp, stats = torch.ops.oodk._outlier_cross_entropy(logits, target)
+        ctx.save_for_backward(logits, target, stats)
+        return loss, logsumexp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor, None]:
+        backward = torch.ops.oodk._outlier_cross_entropy_backward
+        return backward(grad_loss, grad_logsumexp, *ctx.saved_tensors), None
+
+
+@torch.library.register_fake("oodk::_outlier_loss")
+def _(
+    logits: Tensor, target: Tensor, weight: float, absent: bool, mean: bool
+) -> tuple[Tensor, Tensor]:
+    check_classes("outlier_cross_entropy", logits)
+    check_target("outlier_cross_entropy", logits, target)
+    loss = logits.new_empty((), dtype=accumulate_type(logits.dtype))
+    return loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: float, absent: bool, mean: bool
+    ) -> Tensor:
+        loss, grad = torch.ops.oodk._outlier_loss(logits, target, weight, absent, mean)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        # Most losses are not scaled, and a value on the CPU costs nothing to look at.
+        if torch.compiler.is_compiling() or type(scale) is not Tensor or scale.item() != 1:
+            grad = grad * scale
+        return grad, None, None, None, None
+
+
+@torch.library.impl("oodk::outlier_cross_entropy", "CompositeImplicitAutograd")
+def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return _Function.apply(logits, target)  # type: ignore[no-untyped-call]
+
+
+register_batch_rule("outlier_cross_entropy", batched=(0, 1))
+register_batch_rule("_outlier_cross_entropy", batched=(0, 1))
+register_batch_rule("_outlier_cross_entropy_backward", batched=(0, 1, 2, 3, 4))

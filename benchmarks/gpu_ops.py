@@ -1,0 +1,757 @@
+"""The rows that benchmarks.gpu measures: every op at the shapes that matter, beside its peers.
+
+    python benchmarks/gpu_ops.py bench --group mos --out FILE [--device cpu]   # times
+    python benchmarks/gpu_ops.py graphs --out FILE     # each op captured in a graph and replayed
+    python benchmarks/gpu_ops.py samples               # few and small calls, for compute-sanitizer
+
+A call is timed with CUDA events, again and again over as many sets of inputs as exceed the L2
+cache four times, and the median taken. Rates are shares of a copy (bytes read and written) and of a
+float32 matrix product, measured in the same process just before. FILE is up to date after every
+measurement, so that a run that is stopped loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import clustering
+import peers
+import torch
+from shapes import MosCase, logits_of, roc_scores
+from torch import Tensor
+
+import oodkernels as oodk
+from oodkernels import ops
+from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
+
+Inputs = tuple[Tensor, ...]
+FLOATS = (torch.bfloat16, torch.float32)
+
+
+@dataclass
+class Row:
+    op: str
+    shape: str
+    dtype: torch.dtype
+    call: Callable[..., Any]
+    inputs: Sequence[Inputs]  # calls take turns
+    nbytes: int = 0  # the least that a call reads and writes
+    flop: float = 0.0  # of its matrix products
+    # ms are those of one of so many equal steps of a call, or of the "iterations" of its figures.
+    steps: int = 1
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    # How far a peer's result is from ours, and how far it may be.
+    difference: Callable[[Any, Any], float] | None = None
+    tolerance: float = 0.0
+    figures: Callable[[Any], dict[str, float]] | None = None  # of our result
+    wanted: dict[str, float] = field(default_factory=dict)  # on an H100; see gpu.misses
+    capture: bool = True  # whether it can be captured in a graph
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "op": self.op,
+            "shape": self.shape,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "wanted": self.wanted,
+        }
+
+
+@dataclass
+class Setting:
+    device: str
+    tiny: bool
+
+    def sets(self, nbytes: int) -> int:
+        """How many sets of inputs of so many bytes the L2 cache cannot hold, by far."""
+        if self.tiny:
+            return 2
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        return max(2, min(512, math.ceil(4 * l2 / nbytes)))
+
+    def shapes(self, *full: Any, tiny: Any) -> Sequence[Any]:
+        return (tiny,) if self.tiny else full
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+class Clock(Protocol):
+    def times(self, calls: Iterator[Callable[[], Any]]) -> list[float]:
+        """Seconds of each call."""
+
+
+class CudaClock:
+    """Events on the stream: a call that waits for the GPU or works on the host is timed as well."""
+
+    def times(self, calls: Iterator[Callable[[], Any]]) -> list[float]:
+        events = []
+        for call in calls:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [1e-3 * start.elapsed_time(end) for start, end in events]
+
+
+class HostClock:
+    def times(self, calls: Iterator[Callable[[], Any]]) -> list[float]:
+        found = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+        return found
+
+
+def measure(
+    clock: Clock, call: Callable[..., Any], inputs: Sequence[Inputs], seconds: float, steps: int = 1
+) -> dict[str, Any]:
+    """Median and quartiles in ms of a step, of as many calls as fit into some seconds, once it is
+    warm."""
+    calls = [partial(call, *each) for each in inputs]
+    first = clock.times(iter(calls[:1]))[0]  # compilation and the like stay out
+    once = min(clock.times(islice(cycle(calls), 2)))
+    rounds = max(3 if once < seconds else 1, min(500, int(seconds / max(once, 1e-6))))
+    times = sorted(clock.times(islice(cycle(calls), rounds)))
+    low, high = times[len(times) // 4], times[-1 - len(times) // 4]
+    return {
+        "ms": 1e3 * statistics.median(times) / steps,
+        "quartiles_ms": [1e3 * low / steps, 1e3 * high / steps],
+        "first_ms": 1e3 * first,
+        "rounds": rounds,
+    }
+
+
+def ceilings(clock: Clock, setting: Setting) -> dict[str, float]:
+    """What a large copy and a large matrix product reach: GB/s and TFLOP/s."""
+    n = 1 << (20 if setting.tiny else 28)  # a GiB of float32
+    buffers = [torch.randn(n, device=setting.device) for _ in range(2)]
+    target = torch.empty_like(buffers[0])
+    copy = measure(clock, target.copy_, [(b,) for b in buffers], 0.1)["ms"]
+    found = {"copy GB/s": 8e-6 * n / copy}
+    del buffers, target
+    m = 128 if setting.tiny else 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        a = [torch.randn(m, m, device=setting.device, dtype=dtype) for _ in range(3)]
+        product = measure(clock, torch.mm, [(a[0], a[1]), (a[1], a[2])], 0.1)["ms"]
+        found[f"{str(dtype)[6:]} TFLOP/s"] = 2e-9 * m**3 / product
+    return found
+
+
+def rates(row: Row, ms: float, found: dict[str, float]) -> dict[str, Any]:
+    """Achieved rate and its share of the ceiling."""
+    if row.flop:
+        rate = 1e-9 * row.flop / row.steps / ms
+        return {"rate": f"{rate:.3g} TFLOP/s", "share": rate / found["float32 TFLOP/s"]}
+    if row.nbytes:
+        rate = 1e-6 * row.nbytes / row.steps / ms
+        return {"rate": f"{rate:.4g} GB/s", "share": rate / found["copy GB/s"]}
+    return {}
+
+
+# --- rows: MOS and logits -------------------------------------------------------------------------
+
+
+def mos_cases(s: Setting) -> Iterator[tuple[str, MosCase, list[Inputs]]]:
+    """ImageNet-1k and ImageNet-21k heads: rows x columns, the others' included."""
+    shapes = s.shapes((65536, 1000, 8), (8192, 21841, 38), tiny=(64, 100, 10))
+    for rows, classes, k in shapes:
+        for dtype in FLOATS:
+            case = MosCase((rows, classes, k), dtype, s.device)
+            width = case.groups.width
+            more = range(1, s.sets(case.nbytes))
+            others = [logits_of(rows, width, dtype, s.device, seed) for seed in more]
+            yield f"{rows} x {width}", case, [(z,) for z in (case.logits, *others)]
+
+
+MOS_WANTED = {"share": 0.85, "compiled": 3.0}
+
+
+def far(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).abs().max())
+
+
+def reordered(functions: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for first: time may run out."""
+    first = ["compiled-split", "compiled-padded", "official", "eager-split", "eager-padded"]
+    return {name: functions[name] for name in sorted(functions, key=lambda n: (n not in first, n))}
+
+
+def mos_rows(s: Setting) -> Iterator[Row]:
+    for shape, case, inputs in mos_cases(s):
+        dtype, g = case.logits.dtype, case.groups
+        scores = peers.mos_scores(case)
+        yield Row(
+            "mos_score",
+            shape,
+            dtype,
+            scores.pop("oodk"),
+            inputs,
+            case.nbytes,
+            peers=reordered(scores),
+            difference=far,
+            tolerance=1e-5 if dtype == torch.float32 else 2e-2,
+            wanted=MOS_WANTED,
+        )
+        yield Row(
+            "mos_predict",
+            shape,
+            dtype,
+            lambda z, g=g: oodk.mos_predict(z, g),
+            inputs,
+            case.nbytes,
+            peers={
+                "official": lambda z, case=case: peers.official_predict(z, case.slices),
+                "compiled": peers.bind(peers.compiled(peers.official_predict), case.slices),
+            },
+            difference=lambda ours, theirs: float(
+                (ours.prob.double() - theirs[0].double()).abs().max()
+            ),
+            tolerance=1e-5 if dtype == torch.float32 else 2e-2,
+            wanted=MOS_WANTED,
+        )
+        yield Row(
+            "mos_log_others",
+            shape,
+            dtype,
+            lambda z, g=g: oodk.mos_log_others(z, g),
+            inputs,
+            case.nbytes,
+        )
+
+
+def mos_loss_rows(s: Setting) -> Iterator[Row]:
+    for shape, case, inputs in mos_cases(s):
+        dtype = case.logits.dtype
+        losses = peers.mos_losses(case)
+        rows = len(case.target)
+        yield Row(
+            "mos_loss fwd",
+            shape,
+            dtype,
+            losses["oodk"],
+            inputs,
+            case.nbytes,
+            wanted={"share": 0.85},
+        )
+        leaves = [(z.clone().requires_grad_(),) for (z,) in inputs]
+        steps = {name: partial(peers.gradient, loss) for name, loss in losses.items()}
+        yield Row(
+            "mos_loss fwd+bwd",
+            shape,
+            dtype,
+            steps.pop("oodk"),
+            leaves,
+            3 * case.nbytes,  # the logits twice, and a gradient as large
+            peers=reordered(steps),
+            difference=lambda ours, theirs, n=rows: n * far(ours, theirs),
+            tolerance=1e-4 if dtype == torch.float32 else 0.1,  # peers round the softmax
+            wanted=MOS_WANTED,
+        )
+
+
+def logit_rows(s: Setting) -> Iterator[Row]:
+    for shape, case, inputs in mos_cases(s):
+        yield Row(
+            "logit_scores",
+            shape,
+            case.logits.dtype,
+            oodk.logit_scores,
+            inputs,
+            case.nbytes,
+            peers={
+                "compiled": peers.compiled(peers.eager_logit_scores),
+                "eager": peers.eager_logit_scores,
+            },
+            difference=lambda ours, theirs: far(ours.msp, theirs[0]),
+            tolerance=1e-5 if case.logits.dtype == torch.float32 else 2e-2,
+            wanted=MOS_WANTED,
+        )
+
+
+def outlier_rows(s: Setting) -> Iterator[Row]:
+    """Outlier Exposure's loss and gradient: a third of the rows is ID, and they come first."""
+    for shape, case, inputs in mos_cases(s):
+        dtype, rows, columns = case.logits.dtype, *case.logits.shape
+        ids = torch.randint(columns, (rows // 3,), device=s.device)
+        target = torch.cat([ids, ids.new_full((rows - len(ids),), -1)])
+
+        def step(loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Callable[..., Tensor]:
+            return partial(peers.gradient, peers.bind(loss, labels))
+
+        yield Row(
+            "outlier_cross_entropy",
+            shape,
+            dtype,
+            step(oodk.outlier_exposure_loss, target),
+            [(z.clone().requires_grad_(),) for (z,) in inputs],
+            3 * case.nbytes,  # as for mos_loss
+            peers={
+                "compiled": step(peers.compiled(peers.softmax_outlier_exposure), ids),
+                "official": step(peers.official_outlier_exposure, ids),
+                "eager": step(peers.softmax_outlier_exposure, ids),
+            },
+            difference=lambda ours, theirs, n=rows: n * far(ours, theirs),
+            tolerance=1e-4 if dtype == torch.float32 else 0.1,
+        )
+
+
+# --- rows: metrics --------------------------------------------------------------------------------
+
+
+def torchmetrics_peer(x: Tensor, y: Tensor) -> tuple[float, ...]:
+    classification = importlib.import_module("torchmetrics.functional.classification")
+    return peers.torchmetrics_roc(classification, *peers.unit_scores(x, y))
+
+
+def roc_rows(s: Setting) -> Iterator[Row]:
+    for size in s.shapes(10**8, 10**7, tiny=2000):
+        x, y = (t.to(s.device) for t in roc_scores(size))
+        inputs = [(x, y)] + [(x.roll(i), y.roll(i)) for i in range(1, s.sets(4 * size))]
+        yield Row(
+            "roc_metrics",
+            f"{size:.0e}",
+            torch.float32,
+            oodk.roc_metrics,
+            inputs,
+            4 * size,
+            peers={"eager": peers.torch_roc}
+            | ({"torchmetrics": torchmetrics_peer} if size < 10**8 else {}),
+            difference=lambda ours, theirs: abs(float(ours.auroc) - theirs[1]),
+            tolerance=1e-5,
+            wanted={"ms": 40.0} if size == 10**8 else {},
+        )
+
+
+def streaming_rows(s: Setting) -> Iterator[Row]:
+    """Scores that spread over the bins, and scores of which half are at one value."""
+    size = 1 << (17 if s.tiny else 26)  # at least what OODMetrics counts at once
+    generator = torch.Generator(s.device).manual_seed(0)
+    spread = [
+        torch.randn(size, generator=generator, device=s.device) for _ in range(s.sets(4 * size))
+    ]
+    table = (torch.arange(N_PREFIXES, device=s.device) << 5) | 16
+    counts = torch.zeros(2, N_PREFIXES + N_FACTS, dtype=torch.int64, device=s.device)
+
+    def count(x: Tensor) -> Tensor:
+        counts.zero_()  # a MiB, beside 256 of scores
+        ops.roc_histogram_(counts, table, x, 0)
+        return counts
+
+    for name, scores in (("spread", spread), ("ties", [x.clamp(min=0) for x in spread])):
+        yield Row(
+            "roc_histogram_",
+            f"{size:.1e} {name}",
+            torch.float32,
+            count,
+            [(x,) for x in scores],
+            4 * size,
+            peers={"histc": lambda x: torch.histc(x, bins=N_PREFIXES, min=-6, max=6)},
+            wanted={"share": 0.6},
+        )
+
+    metric = oodk.OODMetrics().to(s.device)
+    for x in spread:
+        metric.update(x, False)
+    yield Row(
+        "OODMetrics.update",
+        f"{size:.1e}",
+        torch.float32,
+        lambda x: metric.update(x, False),
+        [(x,) for x in spread],
+        4 * size,
+        peers={"torchmetrics": binned_auroc(s.device)},
+        wanted={"share": 0.6},
+        capture=False,
+    )
+
+
+def binned_auroc(device: str) -> Callable[[Tensor], Any]:
+    """torchmetrics' metric of bounded memory, on 100 thresholds."""
+    from torchmetrics.classification import BinaryAUROC
+
+    metric = BinaryAUROC(thresholds=100, validate_args=False).to(device)
+    return lambda x: metric.update(x.sigmoid(), torch.zeros_like(x, dtype=torch.int64))
+
+
+# --- rows: K-means and DOS ------------------------------------------------------------------------
+
+
+def points(s: Setting, batch: int, n: int, d: int) -> list[Tensor]:
+    """Directions without structure, so that no method settles before the last iteration: as many
+    (batch, n, d) as take turns."""
+    generator = torch.Generator(s.device).manual_seed(0)
+    return [
+        clustering.directions(
+            torch.rand(batch, n, d, generator=generator, device=s.device).square()
+        )
+        for _ in range(s.sets(4 * batch * n * d))
+    ]
+
+
+ITERATIONS = clustering.ITERATIONS
+
+
+def torch_iterations(
+    x: Tensor, start: Tensor, step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """Labels, problem after problem."""
+    found = []
+    for points_of_one, centroids in zip(x, start, strict=True):
+        for _ in range(ITERATIONS):
+            labels, centroids = step(points_of_one, centroids)
+        found.append(labels)
+    return found
+
+
+def flash_iterations(x: Tensor, start: Tensor) -> Tensor:
+    flash = importlib.import_module("flash_kmeans")
+    k = start.shape[1]
+    # It moves the centroids in place.
+    return flash.batch_kmeans_Euclid(
+        x, k, max_iters=ITERATIONS, tol=-1.0, init_centroids=start.clone()
+    )
+
+
+def faiss_iterations(x: Tensor, start: Tensor) -> Tensor:
+    """Its copies to and from the host included: it takes NumPy arrays."""
+    return torch.stack(
+        [
+            clustering.faiss_kmeans(a, c.shape[0], ITERATIONS, c, gpu=True)
+            for a, c in zip(x.cpu().numpy(), start.cpu().numpy(), strict=True)
+        ]
+    )
+
+
+def lloyd_figures(x: Tensor, result: Any) -> dict[str, float]:
+    """How many iterations there were, and the share of labels that float64 would give."""
+    same = total = 0
+    for a, c, labels in zip(x, result.centroids, result.labels, strict=True):
+        for rows, label in zip(a.split(8192), labels.split(8192), strict=True):
+            same += int((torch.cdist(rows.double(), c.double()).argmin(1) == label).sum())
+            total += len(rows)
+    return {"iterations": float(result.n_iter.min()), "exact_labels": same / total}
+
+
+def kmeans_rows(s: Setting) -> Iterator[Row]:
+    shapes = s.shapes(
+        (1, 300_000, 342, 64), (32, 16384, 128, 100), (1, 384, 342, 64), tiny=(2, 96, 20, 8)
+    )
+    for batch, n, d, k in shapes:
+        name = f"{n} x {d} x {k}" if batch == 1 else f"{batch} x {n} x {d} x {k}"
+        xs = points(s, batch, n, d)
+        inputs = [(x, x[:, torch.randperm(n)[:k].to(s.device)].contiguous()) for x in xs]
+        flop = 2.0 * batch * n * d * k
+        yield Row(
+            "kmeans iteration",
+            name,
+            torch.float32,
+            lambda x, start: ops.kmeans(x, start, ITERATIONS, 0.0, normalize=False),
+            inputs,
+            flop=flop * ITERATIONS,
+            steps=ITERATIONS,
+            peers={
+                "flash-kmeans": flash_iterations,
+                "compiled": partial(
+                    torch_iterations, step=peers.compiled(clustering.torch_lloyd_step)
+                ),
+                "eager": partial(torch_iterations, step=clustering.torch_lloyd_step),
+                "faiss-gpu": faiss_iterations,
+            },
+            figures=partial(lloyd_figures, xs[0]),
+            wanted={"flash-kmeans": 1.0} if n > 384 else {},
+        )
+        yield Row(
+            "nearest_centroid",
+            name,
+            torch.float32,
+            ops.nearest_centroid,
+            inputs,
+            flop=flop,
+            peers={"eager": nearest, "compiled": peers.compiled(nearest)},
+            difference=lambda ours, theirs: float((ours[0] != theirs).double().mean()),
+            tolerance=1e-3,  # of the labels, where two centroids are equally near
+        )
+        yield Row(
+            "kmeans_init x 5",
+            name,
+            torch.float32,
+            lambda x, start, k=k: ops.kmeans_init(x, k, 5, normalize=False),
+            inputs,
+            peers={"eager": seedings} if n < 10**5 and batch < 3 else {},
+        )
+
+
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    score = torch.baddbmm(centroids.square().sum(-1).unsqueeze(1), x, centroids.mT, alpha=-2)
+    return score.argmin(-1)
+
+
+def seedings(x: Tensor, start: Tensor) -> list[Tensor]:
+    generator = torch.Generator(x.device).manual_seed(0)
+    k = start.shape[1]
+    return [clustering.torch_seeding(a, k, generator) for a in x for _ in range(5)]
+
+
+def best_of_each(labels: Tensor, scores: Tensor, k: int) -> Tensor:
+    """cluster_argmax for m = 1 with two sorts; clusters are not empty."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[labels[order].argsort(stable=True)]
+    first = torch.searchsorted(labels[order], torch.arange(k, device=labels.device))
+    return order[first]
+
+
+def official_step(x: Tensor, score: Tensor, k: int, n_select: int, limit: int | None) -> Tensor:
+    """To the CPU, selected there by scikit-learn and NumPy, and back."""
+    rows = peers.official_dos(x.cpu(), -score.cpu(), k, n_select, limit)
+    return torch.from_numpy(rows).to(x.device)
+
+
+def dos_rows(s: Setting) -> Iterator[Row]:
+    for n, d, k in s.shapes((384, 342, 64), (2048, 512, 64), (8192, 512, 256), tiny=(96, 20, 8)):
+        sets = s.sets(4 * n * d)
+        x = clustering.features(n * sets, d).view(sets, n, d).to(s.device)
+        scores = -torch.rand(sets, n).to(s.device)
+        select = min(k, 64)
+        step = partial(official_step, k=k, n_select=select)
+        yield Row(
+            "dos_select",
+            f"{n} x {d} x {k}",
+            torch.float32,
+            lambda x, score, k=k, select=select: oodk.dos_select(x, score, k, select, n_init=5),
+            list(zip(x, scores, strict=True)),
+            peers={
+                "official": partial(step, limit=1),
+                "official, all threads": partial(step, limit=None),
+                "eager K-means": lambda x, score, k=k: clustering.torch_kmeans(
+                    clustering.directions(x), k, 5
+                ),
+            }
+            if n < 8192
+            else {},
+            wanted={"ms": 0.5, "official": 200.0} if n == 384 else {},
+        )
+    for n, k in s.shapes((384, 64), (300_000, 64), (1 << 24, 1000), tiny=(96, 8)):
+        generator = torch.Generator(s.device).manual_seed(0)
+        inputs = [
+            (
+                torch.randint(k, (n,), generator=generator, device=s.device),
+                torch.randn(n, generator=generator, device=s.device),
+            )
+            for _ in range(s.sets(12 * n))
+        ]
+        yield Row(
+            "cluster_argmax",
+            f"{n} x {k}",
+            torch.float32,
+            lambda labels, scores, k=k: oodk.cluster_argmax(labels, scores, k),
+            inputs,
+            12 * n,
+            peers={"eager": partial(best_of_each, k=k)},
+            difference=lambda ours, theirs: float((ours[:, 0] != theirs).sum()),
+        )
+
+
+GROUPS = {
+    "mos": mos_rows,
+    "mos_loss": mos_loss_rows,
+    "logits": logit_rows,
+    "outlier": outlier_rows,
+    "roc": roc_rows,
+    "streaming": streaming_rows,
+    "kmeans": kmeans_rows,
+    "dos": dos_rows,
+}
+
+
+# --- what is done with them -----------------------------------------------------------------------
+
+
+# The package a peer is, where it need not be installed.
+PACKAGES = {"flash-kmeans": "flash_kmeans", "faiss-gpu": "faiss", "torchmetrics": "torchmetrics"}
+
+
+class Report:
+    """A file of JSON, as it stands after every addition."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.found = path, {"rows": []}
+
+    def save(self) -> None:
+        if self.path:
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.found))
+            os.replace(part, self.path)
+
+
+def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it finds, or why it failed."""
+    try:
+        return action()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def bench(
+    rows: Iterator[Row], clock: Clock, setting: Setting, report: Report, seconds: float
+) -> None:
+    """Ours first, row by row; then the peers, the first of every row, the second, and so on."""
+    deadline = time.monotonic() + seconds
+    each = 0.02 if setting.tiny else 0.4  # seconds of timing
+    limits = report.found["ceilings"] = ceilings(clock, setting)
+
+    def ours(row: Row) -> dict[str, Any]:
+        figures = row.figures(row.call(*row.inputs[0])) if row.figures else {}
+        steps = int(figures.get("iterations", row.steps))
+        found = measure(clock, row.call, row.inputs, each, steps)
+        return found | rates(row, found["ms"], limits) | {"figures": figures}
+
+    def theirs(row: Row, peer: Callable[..., Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if row.difference:
+            found["difference"] = row.difference(row.call(*row.inputs[0]), peer(*row.inputs[0]))
+            found["differs"] = not found["difference"] <= row.tolerance
+        return found | measure(clock, peer, row.inputs, each, row.steps)
+
+    kept = []
+    for row in rows:
+        result = row.describe() | attempt(partial(ours, row)) | {"peers": {}}
+        if setting.tiny:
+            result["wanted"] = {}
+        kept.append((row, result))
+        report.found["rows"].append(result)
+        report.save()
+    for turn in range(max((len(row.peers) for row, _ in kept), default=0)):
+        for row, result in kept:
+            if turn >= len(row.peers):
+                continue
+            name, peer = list(row.peers.items())[turn]
+            if time.monotonic() > deadline:
+                result["peers"][name] = {"skipped": "no time was left"}
+            elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+                result["peers"][name] = {"skipped": "not installed"}
+            else:
+                result["peers"][name] = attempt(partial(theirs, row, peer))
+            report.save()
+
+
+def flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result or () for t in flat(part)]
+
+
+def capture(row: Row) -> dict[str, Any]:
+    """Capture a call in a graph, replay it on other values, and compare with the call itself."""
+    first, second = row.inputs[0], row.inputs[1]
+    held = [t.detach().clone().requires_grad_(t.requires_grad) for t in first]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a gradient's buffers belong to the stream of its first use
+        row.call(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flat(row.call(*held))
+    with torch.no_grad():
+        for to, source in zip(held, second, strict=True):
+            to.copy_(source)
+    graph.replay()
+    replayed = [t.clone() for t in captured]
+    expected = [t.clone() for t in flat(row.call(*second))]
+    for a, b in zip(replayed, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    return {}
+
+
+def graphs(setting: Setting, report: Report, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for rows in GROUPS.values():
+        for row in rows(setting):
+            if row.capture and time.monotonic() < deadline:
+                report.found["rows"].append(row.describe() | attempt(partial(capture, row)))
+                report.save()
+
+
+def samples(setting: Setting, seconds: float) -> int:
+    """Small calls of every op, of every kind that the tests know, forward and backward; one of each
+    op before a second of any. Exit status."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "python_tests"))
+    from op_db import OPS
+
+    def gradient_too(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        out = op.call(x.clone().requires_grad_(), *args, **kwargs)
+        sum(t.sum() for t in flat(out)).backward()
+
+    def calls_of(op: Any) -> Iterator[Callable[[], Any]]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for sample in op.samples(setting.device, dtype):
+                run = partial(gradient_too, op) if op.differentiable else op.call
+                yield partial(run, *sample.args, **sample.kwargs)
+
+    turns = [calls_of(op) for op in OPS]
+    turns += [
+        (partial(row.call, *row.inputs[0]) for row in GROUPS[name](setting))
+        for name in ("roc", "streaming")
+    ]
+    deadline, done, failed = time.monotonic() + seconds, 0, 0
+    while turns and time.monotonic() < deadline:
+        for turn in list(turns):
+            call = next(turn, None)
+            if call is None:
+                turns.remove(turn)
+                continue
+            try:
+                call()
+                done += 1
+            except NotImplementedError as error:  # no kernel for this device
+                print(str(error).splitlines()[0])
+                turns.remove(turn)
+                failed += 1
+    if setting.device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{done} samples, {failed} ops without a kernel")
+    return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The rows that benchmarks.gpu measures")
+    parser.add_argument("mode", choices=["bench", "graphs", "samples"])
+    parser.add_argument("--group", choices=GROUPS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args(arguments)
+    tiny = options.device == "cpu" or options.mode != "bench"
+    setting, report = Setting(options.device, tiny), Report(options.out)
+    if options.mode == "bench":
+        clock = CudaClock() if options.device == "cuda" else HostClock()
+        bench(GROUPS[options.group](setting), clock, setting, report, options.seconds)
+    elif options.mode == "graphs":
+        graphs(setting, report, options.seconds)
+    else:
+        return samples(setting, options.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
