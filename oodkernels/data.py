@@ -1,9 +1,9 @@
 """Real images small enough to ship inside the scikit-learn and scikit-image wheels: no download.
 
 In-distribution (ID) data are scikit-learn's handwritten digits; the out-of-distribution (OOD)
-sets are cut from the photographs of ``skimage.data``. Whatever the source, an image takes the one
-path of :func:`to_digit_grid`, so that neither size, value range, contrast nor quantisation tells
-ID from OOD: what is left to detect is the content.
+sets are cut from the photographs of ``skimage.data``, outliers to train on from other photographs.
+Whatever the source, an image takes the one path of :func:`to_digit_grid`, so that neither size,
+value range, contrast nor quantisation tells ID from OOD: what is left to detect is the content.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import skimage.data
 import torch
 from numpy.typing import NDArray
 from skimage.color import rgb2gray
+from skimage.filters import gaussian
 from skimage.transform import resize
 from skimage.util import img_as_float
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -28,6 +29,9 @@ LEVELS = 16
 OOD_SIZE = 600
 TEXTURES = ("brick", "grass", "gravel")
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
+OUTLIER_PHOTOS = ("clock", "hubble_deep_field", "immunohistochemistry", "moon")
+OUTLIER_SAMPLE_IMAGES = ("china.jpg", "flower.jpg")
+OUTLIERS_EACH = 500
 
 
 class Digits(NamedTuple):
@@ -98,8 +102,28 @@ def ood_sets() -> dict[str, Tensor]:
     The windows have sides of 32 to 128 pixels; their place and size come from a fixed seed.
     """
     rng = np.random.default_rng(0)
-    sets = {"faces": _faces(), "textures": _windows(TEXTURES, rng), "photos": _windows(PHOTOS, rng)}
+    sets = {"faces": _faces()}
+    for set_name, names in (("textures", TEXTURES), ("photos", PHOTOS)):
+        images = [getattr(skimage.data, name)() for name in names]
+        sets[set_name] = _windows(images, OOD_SIZE // len(images), rng)
     return {name: _batch([to_digit_grid(i) for i in images]) for name, images in sets.items()}
+
+
+def outliers() -> Tensor:
+    """Outliers to train on, always the same images: (4000, 1, 8, 8) float32 in [0, 1].
+
+    None comes from a photograph of which :func:`ood_sets` has any part. First come square windows
+    of six others, 500 of each, cut in the same way: the clock, the Hubble deep field, the stained
+    tissue and the moon of ``skimage.data``, the temple and the flower of scikit-learn. Then come
+    1000 of Gaussian noise, smoothed by a Gaussian filter of up to two pixels.
+    """
+    rng = np.random.default_rng(1)
+    photos = [getattr(skimage.data, name)() for name in OUTLIER_PHOTOS]
+    photos += [load_sample_image(name) for name in OUTLIER_SAMPLE_IMAGES]
+    images = _windows(photos, OUTLIERS_EACH, rng)
+    for _ in range(2 * OUTLIERS_EACH):
+        images.append(gaussian(rng.standard_normal((SIDE, SIDE)), rng.uniform(0, 2)))
+    return _batch([to_digit_grid(image) for image in images])
 
 
 def _faces() -> list[NDArray[np.generic]]:
@@ -108,11 +132,12 @@ def _faces() -> list[NDArray[np.generic]]:
     return [image for view in views for image in (view, view[:, ::-1])]
 
 
-def _windows(names: tuple[str, ...], rng: np.random.Generator) -> list[NDArray[np.generic]]:
+def _windows(
+    photos: list[NDArray[np.generic]], each: int, rng: np.random.Generator
+) -> list[NDArray[np.generic]]:
     windows = []
-    for name in names:
-        image = getattr(skimage.data, name)()
-        for _ in range(OOD_SIZE // len(names)):
+    for image in photos:
+        for _ in range(each):
             side = round(2 ** rng.uniform(5, 7))
             top, left = (rng.integers(extent - side + 1) for extent in image.shape[:2])
             windows.append(image[top : top + side, left : left + side])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def to_html(
     evaluation: Evaluation,
     title: str = "Out-of-distribution detection",
     template: str = "report.html.j2",
+    draw: Callable[[Evaluation], dict[str, Figure]] | None = None,
     **more: Any,
 ) -> str:
     """The report as one HTML page: styles and pictures are inside, nothing is loaded.
@@ -68,6 +69,7 @@ def to_html(
         evaluation: What to report.
         title: Heading of the page.
         template: A file in ``templates``.
+        draw: Makes the pictures; :func:`figures` by default.
         **more: What that file shows beside the evaluation.
     """
     environment = jinja2.Environment(
@@ -78,7 +80,7 @@ def to_html(
         lstrip_blocks=True,
     )
     with matplotlib.rc_context(_RC):
-        drawn = {name: _data_uri(figure) for name, figure in figures(evaluation).items()}
+        drawn = {name: _data_uri(figure) for name, figure in (draw or figures)(evaluation).items()}
     names = ("histograms", "roc", "others", "reliability", "sweep")
     return environment.get_template(template).render(
         {
@@ -95,9 +97,15 @@ def to_html(
     )
 
 
-def figures(evaluation: Evaluation) -> dict[str, Figure]:
-    """The report's pictures by name, those for which there is something to show."""
-    found = {"histograms": histograms(evaluation.methods), "roc": roc_curves(evaluation.methods)}
+def figures(evaluation: Evaluation, without: Sequence[str] = ()) -> dict[str, Figure]:
+    """The report's pictures by name, those for which there is something to show.
+
+    Args:
+        evaluation: What to show.
+        without: Names of pictures to leave out, of "histograms" and "roc".
+    """
+    always = {"histograms": histograms, "roc": roc_curves}
+    found = {n: draw(evaluation.methods) for n, draw in always.items() if n not in without}
     if evaluation.others:
         found["others"] = others_per_group(evaluation.others)
     if evaluation.reliability:
@@ -192,7 +200,7 @@ def roc_curves(methods: Sequence[Method | StreamedMethod]) -> Figure:
         for i, method in enumerate(methods):
             fpr, tpr = _roc(method.levels(name))
             color = _METHOD_COLORS[i % len(_METHOD_COLORS)]
-            style = ("-", (0, (4, 2)))[i % 2]
+            style = ("-", (0, (4, 2)))[(i + i // len(_METHOD_COLORS)) % 2]
             axes.plot(100 * fpr, 100 * tpr, label=method.name, color=color, ls=style, lw=1.7)
         axes.axhline(95, color="#333333", lw=1, ls="--")
         axes.set(title=name, xlabel="OOD kept, %", xlim=(0, right))

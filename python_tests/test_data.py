@@ -79,8 +79,25 @@ def test_ood_sets_are_the_same_every_time_and_need_no_network(
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    data.outliers()
     again = data.ood_sets()
     assert all(torch.equal(again[name], images) for name, images in ood_sets.items())
+
+
+def test_outliers_have_the_form_of_digits_and_sources_of_their_own(
+    ood_sets: dict[str, torch.Tensor],
+) -> None:
+    outliers = data.outliers()
+    assert outliers.shape == (4000, 1, 8, 8)
+    assert outliers.dtype == torch.float32
+    assert is_on_grid(outliers)
+    assert torch.all(outliers.amin((1, 2, 3)) == 0)
+    assert torch.all(outliers.amax((1, 2, 3)) == 1)
+    assert not {*data.OUTLIER_PHOTOS} & {*data.TEXTURES, *data.PHOTOS, "lfw_subset"}
+    seen = {tuple(image.tolist()) for image in outliers.flatten(1)}
+    assert len(seen) > 3900
+    for images in (*ood_sets.values(), data.digits().train_images):
+        assert not seen & {tuple(image.tolist()) for image in images.flatten(1)}
 
 
 def test_to_digit_grid_ignores_scale_and_type() -> None:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import os
 import random
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +25,36 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from oodkernels import demo, demo_report
+from oodkernels import demo, demo_report, objectives
+from oodkernels.cli._train import Name
+from oodkernels.detectors import DETECTORS
 from oodkernels.evaluation import CONVENTION, OTHER, OWN
 from oodkernels.metrics import ood_metrics
 from oodkernels.tables import METRICS
 from oodkernels.training import TrainConfig, reproducible
 
-SETTINGS = demo.Settings(seed=1, recipe=TrainConfig(epochs=2, accelerator="cpu"))
+SETTINGS = demo.Settings(seed=1, recipe=TrainConfig(epochs=3, accelerator="cpu"))
+
+WITH_OUTLIERS = ["OE", "energy-bounded", "absent class", "NTOM", "POEM", "DOS"]
 
 
 @pytest.fixture(scope="module")
-def result() -> demo.DemoResult:
-    return demo.run(SETTINGS)
+def used() -> set[type]:
+    """Kinds of the detectors that took part in ``result``."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def result(used: set[type]) -> demo.DemoResult:
+    evaluate = demo.evaluate
+
+    def noted(model: Any, digits: Any, ood: Any, detectors: Any, **more: Any) -> Any:
+        used.update(map(type, detectors.values()))
+        return evaluate(model, digits, ood, detectors, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "evaluate", noted)
+        return demo.run(SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +67,49 @@ def test_every_method_is_on_every_set(result: demo.DemoResult) -> None:
         "flat: MSP",
         "flat: max logit",
         "flat: energy",
+        "flat: entropy",
+        "flat: ODIN",
+        "flat: Mahalanobis",
+        "flat: k-NN",
         "MOS random: MOS",
         "MOS random: log-odds",
         "MOS features: MOS",
         "MOS features: log-odds",
+        "confidence: confidence",
+        "abnormality: abnormality",
+        "synthetic: MSP",
+        "synthetic: energy",
+        "OE: MSP",
+        "OE: energy",
+        "energy-bounded: MSP",
+        "energy-bounded: energy",
+        "absent class: absent class",
+        "NTOM: absent class",
+        "POEM: energy",
+        "DOS: absent class",
     ]
     assert list(result.images) == ["digits", "faces", "textures", "photos"]
     for method in result.evaluation.methods:
         assert len(method.id_scores) == len(result.images["digits"])
         for name, scores in method.ood_scores.items():
             assert len(scores) == len(result.images[name])
-    assert len(result.evaluation.rows) == 7 * 4
+    assert len(result.evaluation.rows) == 23 * 4
     assert all(
         0 <= getattr(row, metric) <= 1 for row in result.evaluation.rows for metric in METRICS
     )
 
 
+def test_every_objective_and_detector_takes_part(result: demo.DemoResult, used: set[type]) -> None:
+    assert set(demo.METHODS) == set(objectives.OBJECTIVES) == {name.value for name in Name}
+    assert used == set(DETECTORS.values())
+
+
 def test_models_learn(result: demo.DemoResult) -> None:
     assert min(method.id_accuracy for method in result.evaluation.methods) > 0.7
-    assert min(row.auroc for row in result.evaluation.rows if row.ood_set == "average") > 0.7
+    means = {(r.model, r.score): r.auroc for r in result.evaluation.rows if r.ood_set == "average"}
+    del means["abnormality", "abnormality"]  # whose second phase is one epoch
+    assert min(means.values()) > 0.7
+    assert min(auroc for (model, _), auroc in means.items() if model in WITH_OUTLIERS) > 0.95
 
 
 def test_scores_have_the_signs_they_should(result: demo.DemoResult) -> None:
@@ -72,6 +118,7 @@ def test_scores_have_the_signs_they_should(result: demo.DemoResult) -> None:
     assert msp.min() >= 0.1
     assert msp.max() <= 1
     assert np.all(by_name["flat: energy"].id_scores >= by_name["flat: max logit"].id_scores)
+    assert by_name["flat: entropy"].id_scores.max() <= 0
     for model in ("MOS random", "MOS features"):
         mos = by_name[f"{model}: MOS"]
         odds = by_name[f"{model}: log-odds"]
@@ -117,11 +164,12 @@ def test_seed_and_groups_matter_progress_is_told_and_nothing_else_touched(
 ) -> None:
     told = []
     before = global_state()
-    settings = demo.Settings(seed=2, num_groups=5, recipe=TrainConfig(epochs=1, accelerator="cpu"))
-    other = demo.run(settings, lambda stage, epoch: told.append((stage, epoch)))
+    settings = demo.Settings(2, 5, TrainConfig(epochs=1, accelerator="cpu"), methods=["dos", "mos"])
+    other = demo.run(settings, lambda model, epoch: told.append((model, epoch)))
     demo_report.to_html(other)
     assert global_state() == before
-    assert told == [(stage, 1) for stage in demo.STAGES]
+    assert told == [(model, 1) for model in ("flat", "MOS random", "MOS features", "DOS")]
+    assert list(dict.fromkeys(m.model for m in other.evaluation.methods)) == settings.models
     assert [len(model.groups) for model in other.evaluation.others] == [5, 5]
     assert not np.array_equal(result.images["digits"], other.images["digits"])
     assert np.array_equal(result.images["photos"], other.images["photos"])
@@ -165,6 +213,10 @@ def test_json_says_what_was_done(result: demo.DemoResult) -> None:
     record = json.loads(demo_report.to_json(result))
     assert record["convention"] == CONVENTION
     assert record["settings"] == dataclasses.asdict(SETTINGS)
+    assert set(record["methods"]) == set(demo.METHODS)
+    assert record["methods"]["dos"]["outliers_per_image"] == 6
+    assert record["data"]["train"] == 1198
+    assert record["data"]["outliers"] == 4000
     assert record["data"]["test"] == {"digits": 599, "faces": 600, "textures": 600, "photos": 600}
     assert [row["fpr95"] for row in record["results"]] == [
         row.fpr95 for row in result.evaluation.rows
@@ -199,7 +251,8 @@ class _Page(HTMLParser):
 def test_html_is_well_formed_and_self_contained(html: str) -> None:
     page = _Page(html)
     assert page.open == []
-    assert page.tags.count("img") == 4 + 4
+    assert page.tags.count("img") == 5 + 5
+    assert page.tags.count("details") == page.tags.count("summary") == 3
     assert page.images_without_alt == 0
     assert all(link.startswith("data:image/") for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -210,8 +263,35 @@ def test_html_is_well_formed_and_self_contained(html: str) -> None:
 def test_html_shows_the_table(result: demo.DemoResult, html: str) -> None:
     for row in result.evaluation.rows:
         assert f">{100 * row.fpr95:.2f}</td>" in html
-    assert html.count('scope="row"') == 2 * len(result.evaluation.methods)
-    assert html.count(" best") >= len(METRICS) * 4
+    assert html.count('scope="row"') == 2 * 2 * len(result.evaluation.methods)
+    assert html.count('best"') >= len(METRICS) * 6
+    assert html.index("Trained on digits alone") < html.index("Trained on digits and outliers")
+
+
+def test_kinds_are_by_what_was_trained_on(result: demo.DemoResult) -> None:
+    found = demo_report.kinds(result.evaluation)
+    assert found["digits and outliers"] == WITH_OUTLIERS
+    assert [model for models in found.values() for model in models] == SETTINGS.models
+    rows = demo_report.averages(result.evaluation, "digits and outliers")
+    assert [row.model for row in rows[:3]] == ["OE", "OE", "energy-bounded"]
+    assert {row.ood_set for row in rows} == {"average"}
+
+
+def test_report_without_outliers(result: demo.DemoResult) -> None:
+    alone = [m for m in result.evaluation.methods if m.model not in WITH_OUTLIERS]
+    evaluation = dataclasses.replace(result.evaluation, methods=alone)
+    settings = dataclasses.replace(SETTINGS, methods=["mos"])
+    page = demo_report.to_html(
+        dataclasses.replace(result, settings=settings, evaluation=evaluation)
+    )
+    assert _Page(page).tags.count("img") == 4 + 4
+    assert "digits and outliers" not in page
+    assert "DOS" not in page
+
+
+def test_unknown_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"methods must be of softmax, mos, .*, got ods"):
+        demo.Settings(methods=["mos", "ods"])
 
 
 def test_html_escapes(result: demo.DemoResult) -> None:
@@ -223,8 +303,9 @@ def test_html_escapes(result: demo.DemoResult) -> None:
 
 
 def test_write_report_replaces_files_whole(
-    result: demo.DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: demo.DemoResult, html: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(demo_report, "to_html", lambda result: html)
     out = tmp_path / "new" / "folder"
     paths = demo_report.write_report(result, out)
     assert [path.name for path in paths] == ["results.csv", "results.json", "report.html"]
@@ -244,3 +325,68 @@ def test_write_report_replaces_files_whole(
 def test_report_does_without_pyplot() -> None:
     code = "import sys, oodkernels.demo_report; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert python("-c", code).returncode == 0
+
+
+@pytest.fixture
+def table() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "demo_table.py"
+    spec = importlib.util.spec_from_file_location("demo_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_over_seeds(table: ModuleType) -> None:
+    def record(*fpr95: float) -> dict[str, object]:
+        others = {"id_accuracy": 0.9, "auroc": 0.5, "aupr_in": 0.5, "aupr_out": 0.5}
+        names = (("flat", "MSP"), ("flat", "energy"), ("OE", "MSP"))
+        rows = [
+            {"ood_set": "average", "model": model, "score": score, "fpr95": value, **others}
+            for (model, score), value in zip(names, fpr95, strict=True)
+        ]
+        return {"results": rows}
+
+    records = [record(0.3, 0.2, 0.1), record(0.5, 0.2, 0.2)]
+    found = table.summary(records)
+    assert [row["fpr95"]["mean"] for row in found] == pytest.approx([0.4, 0.2, 0.15])
+    assert found[0]["fpr95"]["std"] == pytest.approx(0.141421, abs=1e-6)
+    assert [row["seed"] for row in table.per_seed([3, 5], records)] == [3, 3, 3, 5, 5, 5]
+    lines = table.markdown(found, {"digits": ["flat"], "more": ["OE"]}).splitlines()
+    assert len(lines) == 2 + 3
+    assert "| 40.00 ± 14.14 |" in lines[2]
+    assert "| **20.00 ± 0.00** |" in lines[3]
+    assert lines[4].startswith("| more | OE | MSP | **90.00 ± 0.00** | **15.00 ± 7.07** |")
+
+
+def test_table_over_seeds_is_written(
+    table: ModuleType,
+    result: demo.DemoResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Here:
+        def __init__(self, *args: object) -> None: ...
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *args: object) -> None: ...
+
+        map = staticmethod(map)
+
+    monkeypatch.setattr(table, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(table, "run", lambda settings: result)
+    out = tmp_path / "new" / "table.json"
+    monkeypatch.setattr(sys, "argv", ["demo_table.py", "--out", str(out), "--seeds", "1", "2"])
+    table.main()
+    record = json.loads(out.read_text())
+    assert record["seeds"] == [1, 2]
+    assert len(record["summary"]) == 23 * 4
+    assert len(record["results"]) == 2 * 23 * 4
+    assert all(row["fpr95"]["std"] == 0 for row in record["summary"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 23
+    monkeypatch.setattr(sys, "argv", ["demo_table.py", "--out", str(out), "--seeds", "1"])
+    with pytest.raises(SystemExit):
+        table.main()
