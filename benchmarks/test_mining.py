@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from clustering import QUICK, features, measure
-from test_dos import official as official_dos
+from peers import official_dos
 from torch import Tensor
 
 from oodkernels.mining import DOSMiner, NTOMMiner, POEMMiner
