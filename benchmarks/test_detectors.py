@@ -68,8 +68,10 @@ def test_softmax_detectors(
     """MSP, maximum logit, energy and entropy."""
     logits = logits_of(*shape, dtype)
     fn = softmax_peers(logits)[peer]
-    # Peers compute in the type of the logits; pytorch-ood's entropy clips probabilities.
+    # Peers compute in the type of the logits.
     tolerance = 1e-3 if dtype == torch.float32 else 0.2
+    if peer == "pytorch-ood":  # its entropy clips probabilities, of which there are many
+        tolerance = max(tolerance, 0.05)
     found, expected = fn(), score_all(SOFTMAX, logits=logits)
     for name in SOFTMAX:
         torch.testing.assert_close(

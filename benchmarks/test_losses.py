@@ -73,7 +73,7 @@ def test_outlier_exposure(
     step = step_of(case, peer)
     if peer != "pytorch-ood":  # which weighs OOD samples otherwise
         expected = step_of(case, "oodk")()
-        tolerance = 1e-5 if dtype == torch.float32 else 0.1  # peers round the softmax to bfloat16
+        tolerance = 5e-5 if dtype == torch.float32 else 0.1  # peers round the softmax to bfloat16
         rows = shape[0]
         torch.testing.assert_close(step() * rows, expected * rows, rtol=0, atol=tolerance)
     measure(step, nbytes=2 * case.nbytes, exps=case.logits.numel())

@@ -22,7 +22,7 @@ from oodkernels.detectors import Mahalanobis
 from oodkernels.statistics import ClassStatistics
 
 SHAPE = (200, 16, 10) if QUICK else (50_000, 2048, 1000)  # rows, features, classes
-LOOP_ROWS = 400
+LOOP_ROWS = 200
 BATCH = 200  # of the authors' code
 
 shapes = pytest.mark.parametrize("shape", [SHAPE], ids=lambda s: "x".join(map(str, s)))

@@ -117,7 +117,7 @@ def test_dos_step(benchmark: Any, peer: str) -> None:
     miner = DOSMiner()
     calls = {
         "oodkernels": lambda: miner.select(x, logits, n),
-        "official": lambda: official_dos(x, logits.softmax(1)[:, -1], n, None),
+        "official": lambda: official_dos(x, logits.softmax(1)[:, -1], n, n, None),
     }
     measure(benchmark, calls[peer], peer=peer)
 
