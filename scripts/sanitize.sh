@@ -7,10 +7,10 @@
 # tsan  ThreadSanitizer
 #
 # Runs in the current Python environment (with the package's extra "test"), into build/<mode>; the
-# installed oodkernels is left as it is. Without arguments: every test of the ops except those of
-# torch.compile and the like, which are about Python, and of the memory that is used; with tsan also
-# except those of torch.distributed. The first report ends the run. Needs GCC.
-# OODK_CPU_CAPABILITY=baseline|avx2|avx512 chooses the kernels.
+# installed oodkernels is left as it is. Test files are named as they are in python_tests/. Without
+# arguments: every test of the ops except those of torch.compile and the like, which are about Python,
+# and of the memory that is used; with tsan also except those of torch.distributed. The first report
+# ends the run. Needs GCC. OODK_CPU_CAPABILITY=baseline|avx2|avx512 chooses the kernels.
 #
 # Only _C is instrumented; torch, libgomp and Python are not. ThreadSanitizer cannot see how libgomp
 # starts and joins threads, so csrc/cpu/parallel.h tells it: without that it would report every
