@@ -59,9 +59,10 @@ python -m pip install --quiet --no-deps --upgrade --target "$site" "${isolation[
 if (($#)); then
   tests=("$@")
 else
-  left_out="compile or export or opcheck or fake or autocast or extra_memory"
+  left_out="compile or inductor or export or opcheck or fake or autocast or extra_memory"
   [[ $mode == tsan ]] && left_out+=" or distributed" # torch's own threads, not instrumented
   tests=(-q test_ops.py test_mos.py test_roc.py test_histogram.py test_kmeans.py test_dos.py
+    test_losses.py
     -k "not ($left_out)")
 fi
 # ThreadSanitizer's shadow memory wants addresses that are not randomised, where that is allowed.
