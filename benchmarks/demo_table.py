@@ -18,10 +18,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from oodkernels._files import write_text
-from oodkernels.demo import Settings, run
-from oodkernels.demo_report import kinds, to_json
-from oodkernels.tables import LOWER_IS_BETTER, METRIC_NAMES
-from oodkernels.training import TrainConfig
+from oodkernels.demo.protocol import Settings, run
+from oodkernels.demo.report import kinds, to_json
+from oodkernels.evaluation.tables import LOWER_IS_BETTER, METRIC_NAMES
+from oodkernels.training.trainer import TrainConfig
 
 FIGURES = ("id_accuracy", *METRIC_NAMES)
 

@@ -3,7 +3,7 @@
     python benchmarks/scale.py --out benchmarks/results       # fifteen minutes on four cores
     python benchmarks/scale.py --out scale --quick            # a minute, to see that it works
 
-Needs matplotlib. The features are SYNTHETIC: ``oodkernels.synthetic``. What the study shows is how
+Needs matplotlib. The features are SYNTHETIC (``oodkernels.data.synthetic``). The study shows how
 methods compare in that world, not on images.
 
 MOS (after a figure of Huang & Li, CVPR 2021): linear heads on the features, trained by SGD as in
@@ -51,7 +51,7 @@ from oodkernels import (
     mos_predict,
     ood_metrics,
 )
-from oodkernels.synthetic import HierarchicalFeatures
+from oodkernels.data.synthetic import HierarchicalFeatures
 
 Row = dict[str, Any]
 
@@ -309,7 +309,7 @@ def machine() -> dict[str, Any]:
 def write(path: Path, settings: dict[str, Any], rows: list[Row], seconds: float) -> None:
     head = {
         "date": time.strftime("%Y-%m-%d"),
-        "data": "synthetic: oodkernels.synthetic.HierarchicalFeatures",
+        "data": "synthetic: oodkernels.data.synthetic.HierarchicalFeatures",
         "seconds": round(seconds),
         "machine": machine(),
         "settings": settings,

@@ -19,7 +19,7 @@ from peers import pytorch_ood
 from torch import Tensor
 
 from oodkernels.detectors import Mahalanobis
-from oodkernels.statistics import ClassStatistics
+from oodkernels.detectors.statistics import ClassStatistics
 
 SHAPE = (200, 16, 10) if QUICK else (50_000, 2048, 1000)  # rows, features, classes
 LOOP_ROWS = 200

@@ -16,7 +16,7 @@ import torch
 from shapes import ROC_SIZES, roc_scores
 from torch import Tensor
 
-from oodkernels.metrics import ood_metrics
+from oodkernels.metrics.ood import ood_metrics
 from oodkernels.ops import roc_metrics
 from oodkernels.ops.roc import sort_keys
 

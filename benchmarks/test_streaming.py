@@ -15,8 +15,8 @@ import torch
 import torchmetrics
 from shapes import QUICK
 
+from oodkernels.metrics.streaming.ood import OODMetrics
 from oodkernels.ops import roc_histogram_
-from oodkernels.streaming import OODMetrics
 
 BATCH = 200_000 if QUICK else 1_000_000
 

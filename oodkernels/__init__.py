@@ -17,12 +17,16 @@ from oodkernels.detectors import (
     extract,
     score_all,
 )
+from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.groups import Groups
-from oodkernels.losses import (
+from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.nn import (
     AbsentClassLoss,
     ConfidenceLoss,
     EnergyBoundedLoss,
     JointGANLoss,
+    MOSHead,
+    MOSLoss,
     OutlierExposureLoss,
     absent_class_loss,
     confidence_loss,
@@ -30,16 +34,6 @@ from oodkernels.losses import (
     joint_gan_loss,
     outlier_exposure_loss,
 )
-from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
-from oodkernels.mining import (
-    DOSMiner,
-    MiningLog,
-    NTOMMiner,
-    OutlierMiner,
-    POEMMiner,
-    UniformMiner,
-)
-from oodkernels.nn import MOSHead, MOSLoss
 from oodkernels.ops import (
     DOSSelection,
     KMeansResult,
@@ -59,35 +53,45 @@ from oodkernels.ops import (
     outlier_cross_entropy,
     roc_metrics,
 )
-from oodkernels.statistics import ClassStatistics
+from oodkernels.training import (
+    DOSMiner,
+    MiningLog,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    UniformMiner,
+)
 
 if TYPE_CHECKING:
-    from oodkernels.arrays import open_samples
-    from oodkernels.calibration import (
+    from oodkernels.data import open_samples
+    from oodkernels.evaluation import Evaluation, evaluate
+    from oodkernels.metrics import Threshold
+    from oodkernels.metrics.calibration import (
         CalibrationError,
         expected_calibration_error,
         reliability_diagram,
     )
-    from oodkernels.evaluation import Evaluation, evaluate
-    from oodkernels.misclassification import MisclassificationMetrics, misclassification_metrics
-    from oodkernels.streaming import OODMetrics
-    from oodkernels.threshold import Threshold
+    from oodkernels.metrics.misclassification import (
+        MisclassificationMetrics,
+        misclassification_metrics,
+    )
+    from oodkernels.metrics.streaming import OODMetrics
     from oodkernels.training import TrainConfig, Trainer
 
 # Loaded when asked for: they bring torchmetrics and others that take longer than all the rest.
 _LATER = {
-    "CalibrationError": "calibration",
+    "CalibrationError": "metrics.calibration",
     "Evaluation": "evaluation",
-    "MisclassificationMetrics": "misclassification",
-    "OODMetrics": "streaming",
-    "Threshold": "threshold",
+    "MisclassificationMetrics": "metrics.misclassification",
+    "OODMetrics": "metrics.streaming",
+    "Threshold": "metrics",
     "TrainConfig": "training",
     "Trainer": "training",
     "evaluate": "evaluation",
-    "expected_calibration_error": "calibration",
-    "misclassification_metrics": "misclassification",
-    "open_samples": "arrays",
-    "reliability_diagram": "calibration",
+    "expected_calibration_error": "metrics.calibration",
+    "misclassification_metrics": "metrics.misclassification",
+    "open_samples": "data",
+    "reliability_diagram": "metrics.calibration",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from torch import Tensor, nn
 
-from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
+from oodkernels.training.trainer import TrainConfig, Trainer, reproducible, tensor_loader
 
 
 class Trained(NamedTuple):
@@ -27,7 +27,7 @@ def digits() -> Trained:
     """Skips the test where the packages of data or training are missing."""
     for package in ("lightning_fabric", "skimage", "sklearn"):
         pytest.importorskip(package)
-    from oodkernels import data
+    from oodkernels.demo import digits as data
 
     found = data.digits()
     with reproducible(0):

@@ -16,8 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 
 from oodkernels import Groups, MOSHead
-from oodkernels.models import ConfidenceHead
-from oodkernels.training import TrainConfig, Trainer, tensor_loader
+from oodkernels.demo.models import ConfidenceHead
+from oodkernels.training.trainer import TrainConfig, Trainer, tensor_loader
 
 CLASSES, WIDTH = 4, 16
 CASES = (

@@ -86,7 +86,7 @@ check_newest_torch() {
     python -W error::RuntimeWarning -c \
       "import oodkernels; assert oodkernels.build_info()['cuda'], '_cuda was not loaded'"
   fi
-  python -m pytest -q "$root/python_tests/test_ops.py" "$root/python_tests/test_extension.py"
+  python -m pytest -q "$root/python_tests/ops/test_ops.py" "$root/python_tests/test_extension.py"
 }
 
 for mode in "${@:-preinstalled no-isolation editable}"; do

@@ -76,7 +76,7 @@ void select(const int64_t* label, const std::vector<T>& score, const Selection& 
   const int64_t n = int64_t(score.size());
   auto best = best_of_clusters(label, score, how.k, how.m);
   best.resize(how.clusters());
-  if (!how.official && how.k > how.n_select) {
+  if (how.best_clusters_only()) {
     std::vector<int64_t> order;
     for (int64_t c = 0; c < how.k; ++c)
       if (!best[c].empty())
@@ -108,28 +108,23 @@ void select(const int64_t* label, const std::vector<T>& score, const Selection& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dos_select(const Tensor& features, const Tensor& scores,
     int64_t k, int64_t n_select, int64_t n_init, int64_t max_iter, double tol, int64_t seed,
     std::string mode) {
-  const char* op = "dos_select";
-  const Problems p = problems(op, "features", features);
-  const Rows score_rows = checked_scores(op, scores, p);
-  const Selection how = checked_selection(op, p.n, k, n_select, mode);
-  check_at_least(op, "n_init", n_init, 1);
-  check_at_least(op, "max_iter", max_iter, 0);
-  check_tol(op, tol);
+  const DosArgs args = dos_args(features, scores, k, n_select, n_init, max_iter, tol, mode);
+  const Problems& p = args.problems;
   const KmeansOutput out = new_kmeans_output(p, k);
   const KmeansPointers to(out);
   Tensor indices = p.new_output({n_select}, ScalarType::Long);
   int64_t* selected = indices.mutable_data_ptr<int64_t>();
   for_problems(p, true, [&](int64_t b, const auto& points) {
     using T = value_t<decltype(points)>;
-    const Work work{k, n_init, trials(0, k), max_iter};
+    const Work work{k, n_init, args.trials, max_iter};
     const auto gram = gram_of(points, work);
     std::vector<int64_t> rows(n_init * k);
     seed_clusters(points, gram.get(), work, seed, rows.data());
     to.write(b, points,
         lloyd<T>(points, gram.get(), work, rows.data(), nullptr, {max_iter, tol, false}));
   });
-  for_score_rows(score_rows, [&](int64_t b, const auto& score) {
-    select(to.labels + b * p.n, score, how, seed, selected + b * n_select);
+  for_score_rows(args.scores, [&](int64_t b, const auto& score) {
+    select(to.labels + b * p.n, score, args.how, seed, selected + b * n_select);
   });
   return {indices, out.labels, out.centroids, out.inertia};
 }

@@ -10,28 +10,18 @@ namespace {
 
 Tensor kmeans_init(
     const Tensor& x, int64_t k, int64_t n_init, int64_t n_trials, int64_t seed, bool normalize) {
-  const char* op = "kmeans_init";
-  const Problems p = problems(op, "x", x);
-  check_at_least(op, "k", k, 1);
-  check_at_least(op, "n_init", n_init, 1);
-  check_at_least(op, "n_trials", n_trials, 0);
-  Tensor out = p.new_output({n_init, k}, ScalarType::Long);
-  int64_t* rows = out.mutable_data_ptr<int64_t>();
-  for_problems(p, normalize, [&](int64_t b, const auto& points) {
-    const Work work{k, n_init, trials(n_trials, k), 0};
+  const InitArgs args = init_args(x, k, n_init, n_trials);
+  int64_t* rows = args.rows.mutable_data_ptr<int64_t>();
+  for_problems(args.problems, normalize, [&](int64_t b, const auto& points) {
+    const Work work{k, n_init, args.trials, 0};
     seed_clusters(points, gram_of(points, work).get(), work, seed, rows + b * n_init * k);
   });
-  return out;
+  return args.rows;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& x, const Tensor& init,
     int64_t max_iter, double tol, bool normalize, bool renormalize) {
-  const char* op = "kmeans";
-  const Problems p = problems(op, "x", x);
-  const Start start = checked_start(op, init, p);
-  check_at_least(op, "max_iter", max_iter, 0);
-  check_tol(op, tol);
-  check_start_contents(op, start, p.n);
+  const auto [p, start] = kmeans_args(x, init, max_iter, tol, true);
   const KmeansOutput out = new_kmeans_output(p, start.k);
   const KmeansPointers to(out);
   const void* from = start.tensor.const_data_ptr();

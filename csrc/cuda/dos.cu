@@ -30,26 +30,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dos_select(const Tensor& features, co
     int64_t k, int64_t n_select, int64_t n_init, int64_t max_iter, double tol, int64_t seed,
     std::string mode) {
   const char* op = "dos_select";
-  const Problems p = problems(op, "features", features);
-  const Rows score_rows = checked_scores(op, scores, p);
-  const Selection how = checked_selection(op, p.n, k, n_select, mode);
-  check_at_least(op, "n_init", n_init, 1);
-  check_at_least(op, "max_iter", max_iter, 0);
-  check_tol(op, tol);
-  cuda::check_candidates(op, n_init, trials(0, k));
+  const DosArgs args = dos_args(features, scores, k, n_select, n_init, max_iter, tol, mode);
+  const Problems& p = args.problems;
+  cuda::check_candidates(op, n_init, args.trials);
   const cuda::KmeansInput in = cuda::kmeans_input(op, p, true);
   const KmeansOutput out = new_kmeans_output(p, k);
   Tensor indices = p.new_output({n_select}, ScalarType::Long);
   const cuda::OnDevice here(features);
   cuda::TensorScratch scratch(features);
   cuda::cluster({here.stream, scratch}, in,
-      {int(k), int(n_init), int(trials(0, k)), int(max_iter), tol, false, uint64_t(seed)}, nullptr,
+      {int(k), int(n_init), int(args.trials), int(max_iter), tol, false, uint64_t(seed)}, nullptr,
       nullptr, cuda::results(out));
   cuda::select({here.stream, scratch},
-      {out.labels.const_data_ptr<int64_t>(), score_rows.tensor.const_data_ptr(), score_rows.dtype,
-          p.batch, p.n, score_rows.stride},
-      {int(k), int(how.m), int(n_select), int(how.clusters()), !how.official && k > n_select,
-          uint64_t(seed)},
+      {out.labels.const_data_ptr<int64_t>(), args.scores.tensor.const_data_ptr(),
+          args.scores.dtype, p.batch, p.n, args.scores.stride},
+      {int(k), int(args.how.m), int(n_select), int(args.how.clusters()),
+          args.how.best_clusters_only(), uint64_t(seed)},
       indices.mutable_data_ptr<int64_t>());
   return {indices, out.labels, out.centroids, out.inertia};
 }

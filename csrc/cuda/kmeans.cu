@@ -19,31 +19,21 @@ namespace {
 Tensor kmeans_init(
     const Tensor& x, int64_t k, int64_t n_init, int64_t n_trials, int64_t seed, bool normalize) {
   const char* op = "kmeans_init";
-  const Problems p = problems(op, "x", x);
-  check_at_least(op, "k", k, 1);
-  check_at_least(op, "n_init", n_init, 1);
-  check_at_least(op, "n_trials", n_trials, 0);
-  cuda::check_candidates(op, n_init, trials(n_trials, k));
-  const cuda::KmeansInput in = cuda::kmeans_input(op, p, normalize);
-  cuda::KmeansOptions options{int(k), int(n_init), int(trials(n_trials, k))};
+  const InitArgs args = init_args(x, k, n_init, n_trials);
+  cuda::check_candidates(op, n_init, args.trials);
+  const cuda::KmeansInput in = cuda::kmeans_input(op, args.problems, normalize);
+  cuda::KmeansOptions options{int(k), int(n_init), int(args.trials)};
   options.seed = uint64_t(seed);
-  Tensor out = p.new_output({n_init, k}, ScalarType::Long);
   const cuda::OnDevice here(x);
   cuda::TensorScratch scratch(x);
-  cuda::kmeans_init({{here.stream, scratch}}, in, options, out.mutable_data_ptr<int64_t>());
-  return out;
+  cuda::kmeans_init({{here.stream, scratch}}, in, options, args.rows.mutable_data_ptr<int64_t>());
+  return args.rows;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& x, const Tensor& init,
     int64_t max_iter, double tol, bool normalize, bool renormalize) {
-  const char* op = "kmeans";
-  const Problems p = problems(op, "x", x);
-  const Start start = checked_start(op, init, p);
-  check_at_least(op, "max_iter", max_iter, 0);
-  check_tol(op, tol);
-  if (cuda::validate())
-    check_start_contents(op, start, p.n);
-  const cuda::KmeansInput in = cuda::kmeans_input(op, p, normalize);
+  const auto [p, start] = kmeans_args(x, init, max_iter, tol, cuda::validate());
+  const cuda::KmeansInput in = cuda::kmeans_input("kmeans", p, normalize);
   const cuda::KmeansOptions options{
       int(start.k), int(start.restarts), 0, int(max_iter), tol, renormalize};
   const KmeansOutput out = new_kmeans_output(p, start.k);

@@ -40,6 +40,9 @@ struct Selection {
   int64_t clusters() const { // that are visited
     return official && k > n_select ? n_select : k;
   }
+  bool best_clusters_only() const {
+    return !official && k > n_select;
+  }
 };
 
 inline Selection checked_selection(
@@ -61,6 +64,25 @@ inline Rows checked_scores(const char* op, const Tensor& scores, const Problems&
       shape_of(p.x.tensor));
   check_device_of(op, "scores", scores, "features", p.x.tensor);
   return as_rows(op, "scores", scores);
+}
+
+struct DosArgs {
+  Problems problems;
+  Rows scores; // (..., N), one a row of features
+  Selection how;
+  int64_t trials;
+};
+
+inline DosArgs dos_args(const Tensor& features, const Tensor& scores, int64_t k, int64_t n_select,
+    int64_t n_init, int64_t max_iter, double tol, const std::string& mode) {
+  const char* op = "dos_select";
+  Problems p = problems(op, "features", features);
+  Rows rows = checked_scores(op, scores, p);
+  const Selection how = checked_selection(op, p.n, k, n_select, mode);
+  check_at_least(op, "n_init", n_init, 1);
+  check_at_least(op, "max_iter", max_iter, 0);
+  check_tol(op, tol);
+  return {std::move(p), std::move(rows), how, trials(0, k)};
 }
 
 } // namespace oodk

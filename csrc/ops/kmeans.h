@@ -74,6 +74,22 @@ inline int64_t trials(int64_t n_trials, int64_t k) {
   return n_trials ? n_trials : 2 + int64_t(std::log(double(k)));
 }
 
+struct InitArgs {
+  Problems problems;
+  int64_t trials;
+  Tensor rows; // the output, (..., n_init, k)
+};
+
+inline InitArgs init_args(const Tensor& x, int64_t k, int64_t n_init, int64_t n_trials) {
+  const char* op = "kmeans_init";
+  Problems p = problems(op, "x", x);
+  check_at_least(op, "k", k, 1);
+  check_at_least(op, "n_init", n_init, 1);
+  check_at_least(op, "n_trials", n_trials, 0);
+  Tensor rows = p.new_output({n_init, k}, ScalarType::Long);
+  return {std::move(p), trials(n_trials, k), std::move(rows)};
+}
+
 // Where Lloyd's iteration starts: rows of x, restarts of them, or centroids.
 struct Start {
   Tensor tensor; // (batch..., restarts, k) int64, -1 for an unused cluster; or (batch..., k, d)
@@ -116,6 +132,23 @@ struct KmeansOutput {
 inline KmeansOutput new_kmeans_output(const Problems& p, int64_t k) {
   return {p.new_output({k, p.d}, p.out_type()), p.new_output({p.n}, ScalarType::Long),
       p.new_output({}, ScalarType::Double), p.new_output({}, ScalarType::Long)};
+}
+
+struct KmeansArgs {
+  Problems problems;
+  Start start;
+};
+
+inline KmeansArgs kmeans_args(
+    const Tensor& x, const Tensor& init, int64_t max_iter, double tol, bool check_contents) {
+  const char* op = "kmeans";
+  Problems p = problems(op, "x", x);
+  Start start = checked_start(op, init, p);
+  check_at_least(op, "max_iter", max_iter, 0);
+  check_tol(op, tol);
+  if (check_contents)
+    check_start_contents(op, start, p.n);
+  return {std::move(p), std::move(start)};
 }
 
 // The problems of nearest_centroid: one, however many dimensions x has, where all its points share

@@ -221,7 +221,7 @@ def read_groups(path: Path) -> oodkernels.Groups:
         return groups.from_table(path)
     if path.suffix != ".npy":
         raise ValueError(f"{path} must end in .json, .csv or .npy")
-    from oodkernels.arrays import open_arrays
+    from oodkernels.data.samples import open_arrays
 
     (array,) = open_arrays(path).values()
     content = array.read()

@@ -57,7 +57,7 @@ def groups(
     import torch
 
     from oodkernels import Groups
-    from oodkernels.arrays import save_arrays
+    from oodkernels.data.samples import save_arrays
 
     if target.suffix not in (".json", ".npy"):
         raise typer.BadParameter("must end in .json or .npy", param_hint="'TARGET'")
@@ -119,7 +119,7 @@ def openood(
 
         oodk convert openood ood.csv results.md
     """
-    from oodkernels.arrays import FORMATS, open_arrays, save_arrays
+    from oodkernels.data.samples import FORMATS, open_arrays, save_arrays
 
     is_results = source.suffix == ".csv"
     suffixes = (".csv", ".md", ".tex") if is_results else tuple(FORMATS)
@@ -148,7 +148,7 @@ _OPENOOD = {
 
 def _convert_results(source: Path, target: Path, name: str) -> None:
     from oodkernels._files import write_text
-    from oodkernels.tables import Row, to_csv, to_latex, to_markdown
+    from oodkernels.evaluation.tables import Row, to_csv, to_latex, to_markdown
 
     with source.open(newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file))

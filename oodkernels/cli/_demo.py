@@ -76,9 +76,9 @@ def demo(
         oodk demo --method mos --method dos --seed 1
     """
     # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
-    from oodkernels.demo import METHODS, Settings, run
-    from oodkernels.demo_report import averages, kinds, write_report
-    from oodkernels.training import TrainConfig
+    from oodkernels.demo.protocol import METHODS, Settings, run
+    from oodkernels.demo.report import averages, kinds, write_report
+    from oodkernels.training.trainer import TrainConfig
 
     require_writable(out)
     start = time.perf_counter()

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from oodkernels import Groups
-    from oodkernels.arrays import Samples
+    from oodkernels.data.samples import Samples
     from oodkernels.detectors import OODDetector
     from oodkernels.evaluation import Sweep
-    from oodkernels.heads import Head
+    from oodkernels.nn.heads import Head
 
 DATA = "`.npy`, `.npz`, `.pt`, `.safetensors`, `.csv` or `.parquet`, or a folder of `oodk extract`"
 
@@ -266,7 +266,7 @@ def score(
     import torch
 
     from oodkernels import Threshold
-    from oodkernels.arrays import FORMATS, save_arrays
+    from oodkernels.data.samples import FORMATS, save_arrays
 
     if out is not None and out.suffix not in FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(FORMATS)}", param_hint="'--out'")
@@ -376,7 +376,7 @@ class _Common:
 
     def open(self, path: Path, labels: Path | None = None) -> Samples:
         """The samples in a file or folder."""
-        from oodkernels.arrays import open_samples
+        from oodkernels.data.samples import open_samples
 
         return open_samples(path, kind=self.kind, columns=self.columns, labels=labels)
 
@@ -437,7 +437,7 @@ def _scores(common: _Common, samples: Samples, quiet: bool) -> dict[str, Tensor]
 
 
 def _load_head(path: Path) -> Head:
-    from oodkernels.heads import Head
+    from oodkernels.nn.heads import Head
 
     return Head.load(path)
 

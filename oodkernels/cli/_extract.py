@@ -118,7 +118,7 @@ def extract(
     """
     import torch
 
-    from oodkernels.extraction import (
+    from oodkernels.data.extract import (
         Plan,
         Shards,
         ToTensor,

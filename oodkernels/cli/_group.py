@@ -98,8 +98,8 @@ def features(
         oodk group features runs/train -k 8 --out groups.json
     """
     from oodkernels import Groups
-    from oodkernels.arrays import open_samples
-    from oodkernels.statistics import ClassStatistics
+    from oodkernels.data.samples import open_samples
+    from oodkernels.detectors.statistics import ClassStatistics
 
     require_writable_file(out)
     samples = open_samples(data, kind="features", labels=labels).only("features", "labels")

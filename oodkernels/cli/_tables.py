@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from oodkernels.tables import METRICS, Cell, Row, best, ood_sets
+from oodkernels.evaluation.tables import METRICS, Cell, Row, best, ood_sets
 
 
 def results_table(rows: Sequence[Row]) -> Table:

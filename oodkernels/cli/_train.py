@@ -205,8 +205,8 @@ def train(
         raise typer.BadParameter("give --epochs or --steps, not both", param_hint="'--steps'")
     options = {key: parse_toml(text) for key, text in pairs("--option", option or ()).items()}
     require_writable(out)
-    from oodkernels.objectives import AbnormalityObjective, MOSObjective
-    from oodkernels.training import TrainConfig, Trainer, load_weights
+    from oodkernels.training.objectives import AbnormalityObjective, MOSObjective
+    from oodkernels.training.trainer import TrainConfig, Trainer, load_weights
 
     found_groups = None if groups is None else read_groups(groups)
     sources = {"train": data, "outliers": outliers, "val": val}
@@ -274,9 +274,9 @@ def _on_features(
     classes: int | None,
 ) -> tuple[nn.Module, dict[str, DataLoader[Any]]]:
     """A head, and loaders of what it is trained on."""
-    from oodkernels.arrays import open_samples
-    from oodkernels.heads import Head
-    from oodkernels.training import tensor_loader
+    from oodkernels.data.samples import open_samples
+    from oodkernels.nn.heads import Head
+    from oodkernels.training.trainer import tensor_loader
 
     loaders = {}
     width = 0
@@ -326,7 +326,7 @@ def _on_images(
     """A model, and loaders of the images it is trained on."""
     from torch.utils.data import DataLoader
 
-    from oodkernels.extraction import (
+    from oodkernels.data.extract import (
         ImageFiles,
         Shards,
         ToTensor,
@@ -373,7 +373,7 @@ def _save(network: nn.Module, out: Path) -> Path:
     import torch
 
     from oodkernels._files import replacing
-    from oodkernels.heads import Head
+    from oodkernels.nn.heads import Head
 
     if isinstance(network, Head):
         path = out / "head.safetensors"

@@ -15,9 +15,9 @@ from torch import Tensor
 from oodkernels._files import read_json, replacing
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.groups import Groups
-from oodkernels.metrics import Scores
+from oodkernels.metrics.ood import Scores
+from oodkernels.metrics.threshold import Threshold
 from oodkernels.ops import LogitScores, MOSPrediction, logit_scores, mos_predict
-from oodkernels.threshold import Threshold
 
 if TYPE_CHECKING:
     from typing_extensions import Self

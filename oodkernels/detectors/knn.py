@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from oodkernels.detectors.base import Batch, OODDetector, _present
 from oodkernels.detectors.model import Model
+from oodkernels.detectors.statistics import check_finite
 from oodkernels.ops._common import accumulate_type
-from oodkernels.statistics import check_finite
 
 __all__ = ["KNN"]
 

@@ -21,9 +21,9 @@ from oodkernels.detectors.base import (
 )
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.detectors.odin import check_step, input_step
+from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.ops import nearest_centroid
 from oodkernels.ops._common import accumulate_type
-from oodkernels.statistics import ClassStatistics
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,7 +54,7 @@ class Mahalanobis(OODDetector):
     Features are whitened once by the Cholesky factor of S, after which the nearest class is the
     nearest centroid (:func:`oodkernels.nearest_centroid`), at O(d^2 + C d) a sample and not
     O(C d^2). Means and covariance are fitted in float64 in one pass
-    (:class:`oodkernels.statistics.ClassStatistics`); scores are computed in float32 unless the
+    (:class:`oodkernels.ClassStatistics`); scores are computed in float32 unless the
     features are float64. The class predicted is the nearest, at the last of several layers.
 
     Scores of several layers are weighted by a logistic regression (:meth:`fit_weights`), and summed
@@ -79,7 +79,7 @@ class Mahalanobis(OODDetector):
 
     Attributes:
         statistics: Layer (``"features"`` if there is one only) -> its
-            :class:`~oodkernels.statistics.ClassStatistics`.
+            :class:`~oodkernels.detectors.statistics.ClassStatistics`.
         shrinkages: Layer -> the a that was used.
         weights: (layers + 1,) float64, weights of the layers' scores and intercept, or None.
 

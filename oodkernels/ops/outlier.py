@@ -32,7 +32,7 @@ class OutlierCrossEntropy(NamedTuple):
 def outlier_cross_entropy(logits: Tensor, target: Tensor) -> OutlierCrossEntropy:
     """Cross entropy where the target is a class, uniform cross entropy where it is -1, for OOD.
 
-    What the training objectives of :mod:`oodkernels.losses` are made of.
+    What the training objectives of :mod:`oodkernels.nn.losses` are made of.
 
     Args:
         logits: (..., C), float64, float32, bfloat16 or float16; any strides.

@@ -1,0 +1,63 @@
+"""Training with an objective, and the mining of outliers."""
+
+from oodkernels.training.mining import (
+    MINERS,
+    DOSMiner,
+    MiningLog,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    ScoreHistogram,
+    UniformMiner,
+)
+from oodkernels.training.objectives import (
+    OBJECTIVES,
+    AbnormalityObjective,
+    ConfidenceObjective,
+    Context,
+    MOSObjective,
+    Objective,
+    OutlierObjective,
+    PoolObjective,
+    SoftmaxObjective,
+    SyntheticObjective,
+    make_objective,
+)
+from oodkernels.training.trainer import (
+    FitResult,
+    TrainConfig,
+    Trainer,
+    load_checkpoint,
+    load_weights,
+    reproducible,
+    tensor_loader,
+)
+
+__all__ = [
+    "MINERS",
+    "OBJECTIVES",
+    "AbnormalityObjective",
+    "ConfidenceObjective",
+    "Context",
+    "DOSMiner",
+    "FitResult",
+    "MOSObjective",
+    "MiningLog",
+    "NTOMMiner",
+    "Objective",
+    "OutlierMiner",
+    "OutlierObjective",
+    "POEMMiner",
+    "PoolObjective",
+    "ScoreHistogram",
+    "SoftmaxObjective",
+    "SyntheticObjective",
+    "TrainConfig",
+    "Trainer",
+    "UniformMiner",
+    "load_checkpoint",
+    "load_weights",
+    "make_objective",
+    "reproducible",
+    "tensor_loader",
+]
