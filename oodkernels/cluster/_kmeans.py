@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodkernels import reference
+from oodkernels._checks import accumulate_type, check_floating
 from oodkernels.ops import KMeansResult, kmeans_init, nearest_centroid
 from oodkernels.ops import kmeans as lloyd
-from oodkernels.ops._common import accumulate_type, check_floating
 
 Backend = Literal["native", "faiss"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from oodkernels._checks import accumulate_type
 from oodkernels.detectors.base import Batch, Features, OODDetector, _checked_labels, _present
 from oodkernels.detectors.model import Model, Outputs, extract, to_model
-from oodkernels.ops._common import accumulate_type
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from oodkernels._checks import accumulate_type
 from oodkernels.detectors.base import Batch, OODDetector, _present
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
-from oodkernels.ops._common import accumulate_type
 
 __all__ = ["KNN"]
 

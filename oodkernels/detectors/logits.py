@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from oodkernels._checks import accumulate_type
 from oodkernels.detectors.base import Batch, OODDetector, _present
 from oodkernels.detectors.model import Model
 from oodkernels.groups import Groups
-from oodkernels.ops._common import accumulate_type
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oodkernels._checks import accumulate_type
 from oodkernels.detectors.base import (
     Batch,
     Features,
@@ -23,7 +24,6 @@ from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.detectors.odin import check_step, input_step
 from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.ops import nearest_centroid
-from oodkernels.ops._common import accumulate_type
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from oodkernels._checks import accumulate_type
 from oodkernels.detectors.base import Batch, OODDetector, _present
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.ops import logit_scores
-from oodkernels.ops._common import accumulate_type
 
 __all__ = ["ODIN", "input_step"]
 

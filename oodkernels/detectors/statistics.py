@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oodkernels.ops._common import check_floating
+from oodkernels._checks import check_floating
 
 __all__ = ["ClassStatistics"]
 

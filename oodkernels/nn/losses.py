@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from oodkernels._checks import accumulate_type, check_floating
 from oodkernels.nn.mos import MOSLoss
-from oodkernels.ops._common import accumulate_type, check_floating
 from oodkernels.ops.outlier import OOD, outlier_cross_entropy, outlier_loss
 
 __all__ = [

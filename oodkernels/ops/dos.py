@@ -12,11 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels.ops._common import (
-    check_floating,
-    register_batch_rule,
-    register_not_differentiable,
-)
+from oodkernels._checks import check_floating
+from oodkernels.ops._common import register_batch_rule, register_not_differentiable
 from oodkernels.ops.kmeans import (
     check_at_least,
     check_device,

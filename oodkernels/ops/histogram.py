@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oodkernels.ops._common import check_floating
+from oodkernels._checks import check_floating
 
 N_PREFIXES = 1 << 16
 N_FACTS = 4

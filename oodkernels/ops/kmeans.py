@@ -24,12 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels.ops._common import (
-    accumulate_type,
-    check_floating,
-    register_batch_rule,
-    register_not_differentiable,
-)
+from oodkernels._checks import accumulate_type, check_floating
+from oodkernels.ops._common import register_batch_rule, register_not_differentiable
 
 _LIMIT = 2**31 - 1
 

@@ -8,12 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels.ops._common import (
-    accumulate_type,
-    check_classes,
-    register_batch_rule,
-    register_not_differentiable,
-)
+from oodkernels._checks import accumulate_type, check_classes
+from oodkernels.ops._common import register_batch_rule, register_not_differentiable
 
 
 class LogitScores(NamedTuple):

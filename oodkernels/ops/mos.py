@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oodkernels._checks import accumulate_type, check_floating, check_target
 from oodkernels.groups import Groups, as_offsets
-from oodkernels.ops._common import (
-    accumulate_type,
-    check_floating,
-    check_target,
-    register_batch_rule,
-    register_not_differentiable,
-)
+from oodkernels.ops._common import register_batch_rule, register_not_differentiable
 
 
 class MOSPrediction(NamedTuple):

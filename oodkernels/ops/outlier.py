@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oodkernels.ops._common import (
-    accumulate_type,
-    check_classes,
-    check_target,
-    register_batch_rule,
-)
+from oodkernels._checks import accumulate_type, check_classes, check_target
+from oodkernels.ops._common import register_batch_rule
 
 OOD = -1
 """The target of OOD samples."""

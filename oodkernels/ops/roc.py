@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels.ops._common import check_floating
+from oodkernels._checks import check_floating
 
 
 class ROCMetrics(NamedTuple):

@@ -30,8 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oodkernels._checks import accumulate_type, check_floating
 from oodkernels.ops import dos_select, logit_scores
-from oodkernels.ops._common import accumulate_type, check_floating
 
 __all__ = [
     "MINERS",
