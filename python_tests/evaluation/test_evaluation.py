@@ -17,17 +17,10 @@ pytest.importorskip("torchmetrics")
 from oodkernels import Groups, ood_metrics
 from oodkernels.data.samples import open_samples
 from oodkernels.detectors import KNN, MOS, MSP, ODIN, Energy, OODDetector
-from oodkernels.evaluation._evaluate import (
-    GIVEN,
-    ID,
-    OTHER,
-    OWN,
-    Evaluation,
-    Method,
-    StreamedMethod,
-    combine,
-    evaluate,
-)
+from oodkernels.evaluation import Evaluation, MethodResult, StreamedMethodResult, combine, evaluate
+from oodkernels.evaluation.evaluate import ID
+from oodkernels.evaluation.methods import OTHER, OWN
+from oodkernels.evaluation.scoring import GIVEN
 from oodkernels.evaluation.tables import AVERAGE, METRICS, best, to_csv, to_latex, to_markdown
 from oodkernels.metrics.calibration import calibration_bins
 
@@ -67,8 +60,8 @@ def batches(z: Tensor, labels: Tensor | None = None, size: int = 64) -> Iterator
 def test_scores_give_rows_an_average_and_the_best() -> None:
     id_scores = np.array([2.0, 3.0])
     ood = {"near": np.array([2.5, 0.0]), "far": np.array([0.0])}
-    good = Method("a", "s", 0.9, id_scores, ood)
-    bad = Method("b", "s", 0.8, -id_scores, {name: -scores for name, scores in ood.items()})
+    good = MethodResult("a", "s", 0.9, id_scores, ood)
+    bad = MethodResult("b", "s", 0.8, -id_scores, {name: -scores for name, scores in ood.items()})
     rows = evaluate([good, bad]).rows
     assert [row.ood_set for row in rows] == ["near", "far", AVERAGE] * 2
     near, far, average = rows[:3]
@@ -93,7 +86,7 @@ def test_scores_by_name() -> None:
 
 def test_threshold_keeps_95_percent_of_id() -> None:
     scores = np.arange(20.0)
-    method = Method("a", "s", 0.9, scores, {"near": scores})
+    method = MethodResult("a", "s", 0.9, scores, {"near": scores})
     assert method.threshold == 1
     assert np.mean(scores >= method.threshold) == 0.95
 
@@ -136,7 +129,7 @@ def test_detectors_of_logits(
     assert [m.score for m in found.methods] == ["msp", "max-logit", "energy"]
     inside = softmax_scores(z)
     for method in found.methods:
-        assert isinstance(method, Method)
+        assert isinstance(method, MethodResult)
         np.testing.assert_allclose(method.id_scores, inside[method.score], rtol=2e-6)
         for name, x in sets.items():
             np.testing.assert_allclose(
@@ -189,7 +182,7 @@ def test_streaming_brackets_what_is_exact(id_set: tuple[Tensor, Tensor]) -> None
     assert 0 < streamed.uncertainty < 0.01
     assert [row[:3] for row in streamed.rows] == [row[:3] for row in exact.rows]
     for one, row in zip(streamed.methods, exact.methods, strict=True):
-        assert isinstance(one, StreamedMethod)
+        assert isinstance(one, StreamedMethodResult)
         assert one.sizes == row.sizes
         for name in ("b", "a", AVERAGE):
             for metric in METRICS:
@@ -204,7 +197,7 @@ def test_streaming_brackets_what_is_exact(id_set: tuple[Tensor, Tensor]) -> None
 
 
 def test_levels_count_every_score() -> None:
-    method = Method("m", "s", 1, np.array([1.0, 2, 2]), {"x": np.array([2.0, 0])})
+    method = MethodResult("m", "s", 1, np.array([1.0, 2, 2]), {"x": np.array([2.0, 0])})
     levels = method.levels("x")
     assert levels.values.tolist() == [0, 1, 2]
     assert levels.n_id.tolist() == [0, 1, 2]
@@ -217,7 +210,7 @@ def test_conventions(
 ) -> None:
     found = evaluate(None, [id_set], ood, ["energy"], convention=convention)
     (method,) = found.methods
-    assert isinstance(method, Method)
+    assert isinstance(method, MethodResult)
     expected = ood_metrics(method.id_scores, method.ood_scores, convention=convention)
     assert found.rows[0].fpr95 == expected["near"].fpr95
     assert found.rows[0].aupr_in == expected["near"].aupr_in
@@ -238,7 +231,7 @@ def test_mos_head() -> None:
     found = evaluate(None, batches(z, y), {"far": batches(far)}, [MOS(GROUPS), "mos-log-odds"])
     by_score = {m.score: m for m in found.methods}
     mos = by_score["mos"]
-    assert isinstance(mos, Method)
+    assert isinstance(mos, MethodResult)
     np.testing.assert_allclose(mos.id_scores, -others(z).amin(1), rtol=1e-5)
 
     best_class = torch.full((300,), -1)
@@ -312,8 +305,8 @@ def test_a_model_runs_once_a_batch_and_serves_features_and_logits() -> None:
     by_score = {m.score: m for m in found.methods}
     z = model.eval()(x)
     msp, near = by_score["msp"], by_score["knn"]
-    assert isinstance(msp, Method)
-    assert isinstance(near, Method)
+    assert isinstance(msp, MethodResult)
+    assert isinstance(near, MethodResult)
     np.testing.assert_allclose(msp.id_scores, z.softmax(1).amax(1).detach(), rtol=1e-5)
     np.testing.assert_allclose(near.id_scores, knn.score(features=features), atol=1e-6)
     assert msp.id_accuracy == (z.argmax(1) == y).double().mean()
@@ -324,7 +317,7 @@ def test_detectors_that_read_inputs_get_the_model() -> None:
     model, x = Net().eval(), torch.randn(20, 4)
     found = evaluate(model, [x], {"far": [x + 1]}, ["odin"])
     (method,) = found.methods
-    assert isinstance(method, Method)
+    assert isinstance(method, MethodResult)
     np.testing.assert_allclose(method.id_scores, ODIN(model=model).score(x), rtol=1e-5)
 
 

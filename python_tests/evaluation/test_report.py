@@ -20,8 +20,7 @@ pytest.importorskip("torchmetrics")
 from processes import python
 
 from oodkernels import Groups
-from oodkernels.evaluation import report
-from oodkernels.evaluation._evaluate import Evaluation, Levels, Method, Sweep, combine, evaluate
+from oodkernels.evaluation import Evaluation, Levels, MethodResult, Sweep, combine, evaluate, report
 from oodkernels.evaluation.tables import METRICS
 
 
@@ -117,7 +116,7 @@ def test_the_same_evaluation_gives_the_same_bytes() -> None:
 def test_roc_curve_is_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     inside, outside = rng.normal(1, 1, 400).round(1), rng.normal(0, 1, 300).round(1)
-    method = Method("m", "s", 1, inside, {"x": outside})
+    method = MethodResult("m", "s", 1, inside, {"x": outside})
     fpr, tpr = report._roc(method.levels("x"))
     is_id = np.arange(700) < 400
     expected = roc_curve(is_id, np.concatenate((inside, outside)), drop_intermediate=False)
@@ -150,8 +149,8 @@ def test_histograms_add_up_to_all_samples() -> None:
 
 @pytest.mark.parametrize("scores", [np.ones(5), np.array([-np.inf, 0, 1, np.inf])])
 def test_odd_scores_can_be_drawn(scores: np.ndarray) -> None:
-    report.histograms([Method("m", "s", 1, scores, {"x": scores})])
-    report.roc_curves([Method("m", "s", 1, scores, {"x": scores})])
+    report.histograms([MethodResult("m", "s", 1, scores, {"x": scores})])
+    report.roc_curves([MethodResult("m", "s", 1, scores, {"x": scores})])
 
 
 @pytest.mark.parametrize("groups", [3, 12, 13, 30])
