@@ -1,4 +1,4 @@
-"""What the commands share: errors, configuration files, progress."""
+"""What the commands share: errors, configuration files."""
 
 from __future__ import annotations
 
@@ -6,22 +6,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from typer.core import TyperGroup
 
 import oodkernels
@@ -226,23 +216,6 @@ def read_groups(path: Path) -> oodkernels.Groups:
     (array,) = open_arrays(path).values()
     content = array.read()
     return groups.from_slices(content) if content.ndim == 2 else groups.from_sizes(content)
-
-
-# --- progress ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(quiet: bool, *, remaining: bool = True) -> Iterator[Progress]:
-    """A progress display on standard error."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        *([TimeRemainingColumn()] if remaining else []),
-    ]
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as shown:
-        yield shown
 
 
 def print_json(value: Mapping[str, Any]) -> None:
