@@ -14,10 +14,10 @@ namespace oodk {
 
 // What follows a row's counters: facts about the scores that went into it.
 enum Fact : int64_t {
-  kScores,   // how many were counted
-  kRefused,  // NaN, or sent outside of counts: not counted
-  kRounded,  // float64 values that no float32 equals
-  kLowBits,  // OR of the low 16 bits of all float32 values
+  kScores, // how many were counted
+  kRefused, // NaN, or sent outside of counts: not counted
+  kRounded, // float64 values that no float32 equals
+  kLowBits, // OR of the low 16 bits of all float32 values
   kFacts
 };
 
@@ -26,15 +26,23 @@ enum Fact : int64_t {
 struct HistogramEntry {
   uint64_t packed;
 
-  OODK_HOST_DEVICE uint32_t shift() const { return packed & 31; }
-  OODK_HOST_DEVICE uint32_t start() const { return uint32_t(packed) >> 5; }
-  OODK_HOST_DEVICE uint32_t first_atom() const { return (packed >> 32) & 0xffffff; }
-  OODK_HOST_DEVICE uint32_t n_atoms() const { return (packed >> 56) & 127; }
+  OODK_HOST_DEVICE uint32_t shift() const {
+    return packed & 31;
+  }
+  OODK_HOST_DEVICE uint32_t start() const {
+    return uint32_t(packed) >> 5;
+  }
+  OODK_HOST_DEVICE uint32_t first_atom() const {
+    return (packed >> 32) & 0xffffff;
+  }
+  OODK_HOST_DEVICE uint32_t n_atoms() const {
+    return (packed >> 56) & 127;
+  }
 };
 
 struct HistogramTable {
   const uint64_t* entries; // (65536,)
-  const int32_t* atoms;    // (n_atoms,) keys, ascending
+  const int32_t* atoms; // (n_atoms,) keys, ascending
   int64_t bins, n_atoms;
 };
 

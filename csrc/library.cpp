@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(oodk, m) {
   // mos_log_others and mos_loss are made of these; `stats` is (..., K, 2), see ops/mos.h.
   m.def("_mos_log_others(Tensor logits, Tensor groups) -> (Tensor log_others, Tensor stats)");
   m.def(
-      "_mos_log_others_backward(Tensor grad, Tensor logits, Tensor groups, Tensor stats) -> Tensor");
+      "_mos_log_others_backward(Tensor grad, Tensor logits, Tensor groups, Tensor stats) -> "
+      "Tensor");
   m.def(
       "_mos_loss(Tensor logits, Tensor target, Tensor groups, int ignore_index) -> "
       "(Tensor loss, Tensor stats)");
@@ -29,8 +30,7 @@ STABLE_TORCH_LIBRARY(oodk, m) {
 
   // Cross entropy of ID samples, uniform cross entropy where target is -1, and logsumexp: made of
   // the two below; `stats` is (..., 2), see ops/outlier.h.
-  m.def(
-      "outlier_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor logsumexp)");
+  m.def("outlier_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor logsumexp)");
   m.def(
       "_outlier_cross_entropy(Tensor logits, Tensor target) -> "
       "(Tensor loss, Tensor logsumexp, Tensor stats)");
@@ -63,7 +63,8 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "bool normalize=True) -> Tensor");
   m.def(
       "kmeans(Tensor x, Tensor init, int max_iter=300, float tol=1e-4, bool normalize=True, "
-      "bool renormalize=False) -> (Tensor centroids, Tensor labels, Tensor inertia, Tensor n_iter)");
+      "bool renormalize=False) -> (Tensor centroids, Tensor labels, Tensor inertia, Tensor "
+      "n_iter)");
   m.def(
       "nearest_centroid(Tensor x, Tensor centroids, bool normalize=False) -> "
       "(Tensor labels, Tensor distance)");

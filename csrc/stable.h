@@ -28,16 +28,16 @@ std::string concat(const Args&... args) {
   return out.str();
 }
 
-#define OODK_CHECK_VALUE(condition, ...)                         \
-  do {                                                           \
-    if (!(condition)) [[unlikely]]                               \
-      ::oodk::throw_value_error(::oodk::concat(__VA_ARGS__));    \
+#define OODK_CHECK_VALUE(condition, ...)                      \
+  do {                                                        \
+    if (!(condition)) [[unlikely]]                            \
+      ::oodk::throw_value_error(::oodk::concat(__VA_ARGS__)); \
   } while (false)
 
-#define OODK_CHECK_TYPE(condition, ...)                          \
-  do {                                                           \
-    if (!(condition)) [[unlikely]]                               \
-      ::oodk::throw_type_error(::oodk::concat(__VA_ARGS__));     \
+#define OODK_CHECK_TYPE(condition, ...)                      \
+  do {                                                       \
+    if (!(condition)) [[unlikely]]                           \
+      ::oodk::throw_type_error(::oodk::concat(__VA_ARGS__)); \
   } while (false)
 
 inline std::string shape_of(const Tensor& t) {

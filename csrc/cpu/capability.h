@@ -16,13 +16,13 @@ Capability cpu_capability();
 
 // One kernel table per instruction set; a processor without x86 vectors has the baseline alone.
 #ifdef OODK_X86_KERNELS
-#define OODK_DECLARE_KERNELS(Table, table)          \
-  namespace baseline { extern const Table table; }  \
-  namespace avx2 { extern const Table table; }      \
+#define OODK_DECLARE_KERNELS(Table, table)         \
+  namespace baseline { extern const Table table; } \
+  namespace avx2 { extern const Table table; }     \
   namespace avx512 { extern const Table table; }
-#define OODK_SELECT_KERNELS(table)                                       \
-  (::oodk::cpu_capability() == ::oodk::Capability::avx512 ? avx512::table  \
-          : ::oodk::cpu_capability() == ::oodk::Capability::avx2 ? avx2::table \
+#define OODK_SELECT_KERNELS(table)                                               \
+  (::oodk::cpu_capability() == ::oodk::Capability::avx512        ? avx512::table \
+          : ::oodk::cpu_capability() == ::oodk::Capability::avx2 ? avx2::table   \
                                                                  : baseline::table)
 #else
 #define OODK_DECLARE_KERNELS(Table, table) \

@@ -28,8 +28,8 @@ bool is_nan(const void* scores, DType dtype, int64_t i) {
   int64_t nans = 0, first = -1;
   for (int64_t i = 0; i < n; ++i) {
     if (in.rows && in.row + in.rows[i] >= in.n_rows)
-      throw_value_error(concat("roc_histogram_: side + rows must be in 0..",
-          in.n_rows - 1, ", got ", in.row + in.rows[i], " at index ", i));
+      throw_value_error(concat("roc_histogram_: side + rows must be in 0..", in.n_rows - 1,
+          ", got ", in.row + in.rows[i], " at index ", i));
     if (is_nan(in.scores, in.dtype, i)) {
       first = nans ? first : i;
       ++nans;

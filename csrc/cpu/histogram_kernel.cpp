@@ -47,8 +47,8 @@ void find_atoms(const HistogramTable& table, const int32_t* keys, int n, uint32_
 }
 
 template <typename S, typename Count>
-void count_block(
-    const HistogramInput& in, const S* scores, const uint8_t* rows, int n, int sign, Count* counts) {
+void count_block(const HistogramInput& in, const S* scores, const uint8_t* rows, int n, int sign,
+    Count* counts) {
   const HistogramTable& table = in.table;
   const int64_t width = in.width();
   const uint32_t bins = uint32_t(table.bins), refused = uint32_t(width - kFacts + kRefused);

@@ -15,7 +15,9 @@ struct HistogramInput {
   int64_t row, n_rows;
   HistogramTable table;
 
-  OODK_HOST_DEVICE int64_t width() const { return table.bins + table.n_atoms + kFacts; }
+  OODK_HOST_DEVICE int64_t width() const {
+    return table.bins + table.n_atoms + kFacts;
+  }
 };
 
 // Adds `sign` for each of the scores [begin, end) to counts (n_rows, width()). Low bits are ORed

@@ -165,8 +165,8 @@ class Lloyd {
     const auto& kernels = kmeans_kernels<T>();
     const int64_t d = x_.dim();
     std::vector<double> shift(k_);
-    const Points products = gram_ ? Points{gram_->values.get(), x_dtype(), gram_->n, gram_->stride}
-                                  : Points{};
+    const Points products =
+        gram_ ? Points{gram_->values.get(), x_dtype(), gram_->n, gram_->stride} : Points{};
     for_clusters(members, 4.0 * d + (gram_ ? gram_->n : 0), [&](int64_t c) {
       if (!all && members.same(c, members_))
         return;
@@ -268,8 +268,7 @@ class Seeding {
 
  private:
   double draw(int64_t step, int64_t index) const {
-    return uniform(
-        random_bits(seed_, Stream::seeding, restart_, uint32_t(step), uint32_t(index)));
+    return uniform(random_bits(seed_, Stream::seeding, restart_, uint32_t(step), uint32_t(index)));
   }
 
   // The point in whose share of the total of d2 `target` falls.
@@ -356,8 +355,8 @@ void seed_by_gram(const PointSet<T>& x, const Gram<T>& gram, int64_t steps, cons
 
 // All restarts take a step together: their candidates are the columns of one product.
 template <typename T>
-void seed_by_products(const PointSet<T>& x, int64_t steps, const Work& work,
-    int64_t first_restart, int64_t seed, int64_t* rows) {
+void seed_by_products(const PointSet<T>& x, int64_t steps, const Work& work, int64_t first_restart,
+    int64_t seed, int64_t* rows) {
   const int64_t k = work.k, restarts = work.restarts, trials = work.trials;
   const auto& kernels = kmeans_kernels<T>();
   const int64_t n = x.size(), d = x.dim(), stride = x.stride(), chunk = seeding_chunk<T>();
@@ -387,8 +386,8 @@ void seed_by_products(const PointSet<T>& x, int64_t steps, const Work& work,
     const int64_t count = int64_t(candidate.size());
     const int64_t panels = (count + kernels.panel - 1) / kernels.panel;
     for (int64_t c = 0; c < count; ++c)
-      std::copy_n(x.tiles(candidate[c], candidate[c] + 1, one_row), stride,
-          candidate_rows + c * stride);
+      std::copy_n(
+          x.tiles(candidate[c], candidate[c] + 1, one_row), stride, candidate_rows + c * stride);
     kernels.pack(candidate_rows, stride, count, d, packed);
 
     std::vector<double> partial(chunks * count);
@@ -398,8 +397,8 @@ void seed_by_products(const PointSet<T>& x, int64_t steps, const Work& work,
         const int64_t from = b * chunk, to = std::min(n, from + chunk);
         const T* row = x.tiles(from, to, scratch);
         for (int64_t i = from; i < to; i += kernels.tile) {
-          kernels.product(row + (i - from) * stride, stride, 1, d, packed, panels, out,
-              panels * kernels.panel);
+          kernels.product(
+              row + (i - from) * stride, stride, 1, d, packed, panels, out, panels * kernels.panel);
           for (int64_t c = 0; c < count; ++c)
             for (int64_t j = 0; j < kernels.tile; ++j)
               dots[c * dots_stride + i + j] = out[j * panels * kernels.panel + c];
@@ -506,8 +505,8 @@ void seed_clusters(
     return seed_by_gram(x, *gram, steps, work, seed, rows);
   constexpr int64_t together = 8; // restarts
   for (int64_t r = 0; r < work.restarts; r += together)
-    seed_by_products(x, steps, {k, std::min(together, work.restarts - r), work.trials, 0}, r,
-        seed, rows + r * k);
+    seed_by_products(x, steps, {k, std::min(together, work.restarts - r), work.trials, 0}, r, seed,
+        rows + r * k);
 }
 
 template <typename T>
@@ -542,13 +541,13 @@ Fit<T> lloyd(const PointSet<T>& x, const Gram<T>* gram, const Work& work, const 
   return std::move(*best);
 }
 
-#define OODK_INSTANTIATE(T)                                                                \
-  template struct Gram<T>;                                                                 \
-  template bool gram_pays<T>(const PointSet<T>&, const Work&);                             \
-  template void seed_clusters<T>(                                                          \
-      const PointSet<T>&, const Gram<T>*, const Work&, int64_t seed, int64_t* rows);       \
-  template Fit<T> lloyd<T>(const PointSet<T>&, const Gram<T>*, const Work&, const int64_t*, \
-      const T*, LloydOptions);
+#define OODK_INSTANTIATE(T)                                                          \
+  template struct Gram<T>;                                                           \
+  template bool gram_pays<T>(const PointSet<T>&, const Work&);                       \
+  template void seed_clusters<T>(                                                    \
+      const PointSet<T>&, const Gram<T>*, const Work&, int64_t seed, int64_t* rows); \
+  template Fit<T> lloyd<T>(                                                          \
+      const PointSet<T>&, const Gram<T>*, const Work&, const int64_t*, const T*, LloydOptions);
 OODK_INSTANTIATE(float)
 OODK_INSTANTIATE(double)
 

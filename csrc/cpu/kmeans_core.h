@@ -173,14 +173,15 @@ class PointSet {
 
   // label[i] = nearest centroid of valid row i.
   void assign(const Packed<T>& to, int32_t* label) const {
-    for_blocks(double(to.panels) * kernels_.panel * dim(), [&](int64_t begin, int64_t end, const T* x) {
-      const int64_t padded = round_up(end - begin, kernels_.tile);
-      const Buffer<T> best(padded);
-      const Buffer<int32_t> found(padded);
-      kernels_.assign(x, stride(), padded / kernels_.tile, dim(), to.columns, to.bias, to.panels,
-          found, best);
-      std::copy_n(found.get(), end - begin, label + begin);
-    });
+    for_blocks(
+        double(to.panels) * kernels_.panel * dim(), [&](int64_t begin, int64_t end, const T* x) {
+          const int64_t padded = round_up(end - begin, kernels_.tile);
+          const Buffer<T> best(padded);
+          const Buffer<int32_t> found(padded);
+          kernels_.assign(x, stride(), padded / kernels_.tile, dim(), to.columns, to.bias,
+              to.panels, found, best);
+          std::copy_n(found.get(), end - begin, label + begin);
+        });
   }
 
   void distances(const int32_t* label, const T* centroids, int64_t c_stride, T* distance) const {

@@ -136,7 +136,8 @@ using Tile = vec<T>[kTile][2];
 template <typename T>
 OODK_INLINE void multiply(const T* x, int64_t stride, int64_t d, const T* panel, Tile<T>& sum) {
   for (int64_t j = 0; j < d; ++j) {
-    const vec<T> b0 = load(panel + j * 2 * lanes<T>), b1 = load(panel + j * 2 * lanes<T> + lanes<T>);
+    const vec<T> b0 = load(panel + j * 2 * lanes<T>),
+                 b1 = load(panel + j * 2 * lanes<T> + lanes<T>);
 #pragma GCC unroll 14
     for (int r = 0; r < kTile; ++r) {
       const vec<T> a = splat(x[r * stride + j]);
@@ -171,8 +172,8 @@ OODK_INLINE ivec<T> iota() {
 }
 
 template <typename T>
-void assign(const T* rows, int64_t stride, int64_t tiles, int64_t d, const T* packed,
-    const T* bias, int64_t panels, int32_t* label, T* best) {
+void assign(const T* rows, int64_t stride, int64_t tiles, int64_t d, const T* packed, const T* bias,
+    int64_t panels, int32_t* label, T* best) {
   constexpr int L = lanes<T>;
   // Of each row the best value so far, lane by lane, and the panel (doubled, plus the half) it is in.
   Scratch<vec<T>> value(tiles * kTile);
@@ -390,9 +391,9 @@ void absorb(const T* dots, T norm2_c, const T* norm2, T* d2, int64_t begin, int6
 }
 
 template <typename T>
-constexpr KmeansKernels<T> kTable = {kTile, 2 * lanes<T>, scales<T>, load_rows<T>,
-    squared_norm<T>, pack<T>, product<T>, assign<T>, assign_products<T>, sum_rows<T>, distances<T>,
-    potential<T>, absorb<T>};
+constexpr KmeansKernels<T> kTable = {kTile, 2 * lanes<T>, scales<T>, load_rows<T>, squared_norm<T>,
+    pack<T>, product<T>, assign<T>, assign_products<T>, sum_rows<T>, distances<T>, potential<T>,
+    absorb<T>};
 
 } // namespace
 

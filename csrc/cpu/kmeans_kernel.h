@@ -58,8 +58,8 @@ struct KmeansKernels {
   //   distance_i = max(0, norm2_i + norm2_c - 2 dots_i)
   // Both work on whole blocks: begin is a multiple of kBlock, and d2 is 0 past the last point.
   // Sum over [begin, end) of min(d2_i, distance_i).
-  double (*potential)(const T* dots, T norm2_c, const T* norm2, const T* d2, int64_t begin,
-      int64_t end);
+  double (*potential)(
+      const T* dots, T norm2_c, const T* norm2, const T* d2, int64_t begin, int64_t end);
   // d2_i = min(d2_i, distance_i), and the sum of each block.
   void (*absorb)(const T* dots, T norm2_c, const T* norm2, T* d2, int64_t begin, int64_t end,
       double* block_sums);

@@ -94,8 +94,7 @@ void scores(const void* logits, DType dtype, int64_t width, int64_t stride, doub
     using S = decltype(tag);
     using T = acc_t<S>;
     constexpr int L = lanes<T>;
-    const Output<S> out{
-        T(temperature), (T*)msp, (T*)max_logit, (T*)energy, (T*)entropy, label};
+    const Output<S> out{T(temperature), (T*)msp, (T*)max_logit, (T*)energy, (T*)entropy, label};
     const T inverse = T(1 / temperature);
     const auto row = [&](int64_t r) { return (const S*)logits + r * stride; };
     if (width >= 4 * L) {

@@ -50,9 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mos_predict(
   void *s = score.mutable_data_ptr(), *o = log_odds.mutable_data_ptr(),
        *p = prob.mutable_data_ptr();
   int64_t *l = label.mutable_data_ptr<int64_t>(), *g = group.mutable_data_ptr<int64_t>();
-  call.for_rows([&](int64_t begin, int64_t end) {
-    kernels().predict(call.rows, begin, end, s, o, l, g, p);
-  });
+  call.for_rows(
+      [&](int64_t begin, int64_t end) { kernels().predict(call.rows, begin, end, s, o, l, g, p); });
   return {score, log_odds, label, group, prob};
 }
 
@@ -60,9 +59,8 @@ std::tuple<Tensor, Tensor> mos_log_others(const Tensor& logits, const Tensor& gr
   const Call call("mos_log_others", logits, groups);
   Tensor log_others = call.args.new_groups(), stats = call.args.new_stats();
   void *out = log_others.mutable_data_ptr(), *st = stats.mutable_data_ptr();
-  call.for_rows([&](int64_t begin, int64_t end) {
-    kernels().log_others(call.rows, begin, end, out, st);
-  });
+  call.for_rows(
+      [&](int64_t begin, int64_t end) { kernels().log_others(call.rows, begin, end, out, st); });
   return {log_others, stats};
 }
 

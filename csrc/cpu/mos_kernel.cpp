@@ -117,8 +117,7 @@ void block_stats(const MosRows& in, int64_t first, int count, const Stats<T>& st
   vec<T> columns[kTile];
   for (int64_t k = 0; k < in.groups;) {
     int64_t last = k; // groups [k, last) are narrow and fit one tile
-    while (last < in.groups && at[last + 1] - at[last] <= kWide<T> &&
-        at[last + 1] - at[k] <= kTile)
+    while (last < in.groups && at[last + 1] - at[last] <= kWide<T> && at[last + 1] - at[k] <= kTile)
       ++last;
     if (last == k) {
       ++k;

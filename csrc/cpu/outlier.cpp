@@ -30,9 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> outlier_cross_entropy(
          stats = args.new_stats();
   void *l = loss.mutable_data_ptr(), *e = logsumexp.mutable_data_ptr(),
        *s = stats.mutable_data_ptr();
-  for_row_blocks(args.logits.count, rows.width, [&](int64_t begin, int64_t end) {
-    kernels().forward(rows, begin, end, l, e, s);
-  });
+  for_row_blocks(args.logits.count, rows.width,
+      [&](int64_t begin, int64_t end) { kernels().forward(rows, begin, end, l, e, s); });
   return {loss, logsumexp, stats};
 }
 
@@ -48,9 +47,8 @@ Tensor outlier_cross_entropy_backward(const Tensor& grad_loss, const Tensor& gra
   Tensor out = new_gradient(args.logits.tensor);
   const void *gp = g.const_data_ptr(), *hp = h.const_data_ptr(), *sp = st.const_data_ptr();
   void* to = out.mutable_data_ptr();
-  for_row_blocks(args.logits.count, rows.width, [&](int64_t begin, int64_t end) {
-    kernels().backward(rows, begin, end, gp, hp, sp, to);
-  });
+  for_row_blocks(args.logits.count, rows.width,
+      [&](int64_t begin, int64_t end) { kernels().backward(rows, begin, end, gp, hp, sp, to); });
   return out;
 }
 

@@ -60,8 +60,8 @@ OODK_INLINE Sums<T> along_row(
   return {m, reduce_add(s0 + s1), kMean ? reduce_add(w0 + w1) : T(0)};
 }
 
-void forward(const OutlierRows& in, int64_t begin, int64_t end, void* loss, void* logsumexp,
-    void* stats) {
+void forward(
+    const OutlierRows& in, int64_t begin, int64_t end, void* loss, void* logsumexp, void* stats) {
   dispatch(in.dtype, [&](auto tag) {
     using S = decltype(tag);
     using T = acc_t<S>;
@@ -144,8 +144,8 @@ void loss_and_gradient(const OutlierRows& in, int64_t begin, int64_t end,
       const Sums<T> sums = t == kOod ? along_row<true, true>(row, next, n, kept)
                                      : along_row<false, true>(row, next, n, kept);
       const T weight = T(ood ? weights.ood : weights.id);
-      ((T*)loss)[r] = weight *
-          (std::log(sums.s) + (t == kOod ? -sums.w / T(n) : sums.m - widen(row[t])));
+      ((T*)loss)[r] =
+          weight * (std::log(sums.s) + (t == kOod ? -sums.w / T(n) : sums.m - widen(row[t])));
       const T factor = weight / sums.s;
       const vec<T> scale = splat(factor), bias = splat(t == kOod ? -weight / T(n) : T(0));
       int64_t i = 0;

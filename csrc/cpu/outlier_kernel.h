@@ -27,8 +27,8 @@ struct OutlierKernels {
       void* logsumexp /* T (rows,) */, void* stats /* T (rows, 2) */);
   void (*backward)(const OutlierRows&, int64_t begin, int64_t end, const void* grad_loss,
       const void* grad_logsumexp, const void* stats, void* grad_logits /* contiguous */);
-  void (*loss_and_gradient)(const OutlierRows&, int64_t begin, int64_t end,
-      const OutlierWeights&, void* loss /* T (rows,), weighted */, void* grad_logits);
+  void (*loss_and_gradient)(const OutlierRows&, int64_t begin, int64_t end, const OutlierWeights&,
+      void* loss /* T (rows,), weighted */, void* grad_logits);
 };
 
 OODK_DECLARE_KERNELS(OutlierKernels, outlier_kernels)

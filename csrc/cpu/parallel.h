@@ -39,9 +39,8 @@ void for_row_blocks(int64_t rows, int64_t width, const F& f) {
   constexpr int64_t block = 16, least = 1 << 15; // rows; values that are worth a thread
   const int64_t blocks = (rows + block - 1) / block;
   const int64_t grain = std::max<int64_t>(1, least / std::max<int64_t>(1, width * block));
-  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    f(begin * block, std::min(end * block, rows));
-  });
+  parallel_for(0, blocks, grain,
+      [&](int64_t begin, int64_t end) { f(begin * block, std::min(end * block, rows)); });
 }
 
 } // namespace oodk

@@ -65,8 +65,7 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
     if (moved && parts > 1) // a part no longer holds the keys that were counted in it
       for_parts(parts, [&](int64_t p) {
         std::fill_n(count_of(p), kRadix, 0);
-        kernels.count(
-            keys.const_data_ptr(), width, digit, begin(p), begin(p + 1), count_of(p));
+        kernels.count(keys.const_data_ptr(), width, digit, begin(p), begin(p + 1), count_of(p));
       });
     int64_t place = 0; // counts become the places of their keys
     for (int d = 0; d < kRadix; ++d)

@@ -62,8 +62,7 @@ void make_keys(const void* scores, int64_t stride, int width, int64_t inf_bits, 
   });
 }
 
-void count(
-    const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* counts) {
+void count(const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* counts) {
   with_width(width, [&](auto zero) {
     for (int64_t i = begin; i < end; ++i)
       ++counts[digit_of(((const decltype(zero)*)keys)[i], digit)];
@@ -201,8 +200,8 @@ OODK_INLINE vec<double> following(vec<double> a, vec<double> b) {
 }
 
 template <typename K>
-void sums_of(const K* id, int64_t n, const K* ood, int64_t m, RocPoint begin, RocPoint end,
-    RocSums* sums) {
+void sums_of(
+    const K* id, int64_t n, const K* ood, int64_t m, RocPoint begin, RocPoint end, RocSums* sums) {
   constexpr int W = lanes<double>;
   int32_t at_i[kRocChunk + 2 * W], at_both[kRocChunk + 2 * W];
   const int64_t size_i = end.i - begin.i, size_j = end.j - begin.j;

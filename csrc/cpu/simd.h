@@ -185,8 +185,7 @@ OODK_INLINE void store(S* to, vec<acc_t<S>> value) {
     const wide_t bits = (wide_t)value;
     const wide_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const wide_t nan = (wide_t)(value != value);
-    const packed_t packed =
-        __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), packed_t);
+    const packed_t packed = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), packed_t);
     std::memcpy(to, &packed, sizeof(packed));
   } else {
 #if defined(__AVX512F__)
@@ -397,8 +396,8 @@ OODK_INLINE void transpose(vec<T>* m) {
 // Columns [begin, end) of `lanes` rows, each column a vector whose lanes are the rows. Reads
 // nothing outside the rows' `width` columns.
 template <typename S>
-OODK_INLINE void load_columns(const S* const* rows, int64_t width, int64_t begin, int64_t end,
-    vec<acc_t<S>>* columns) {
+OODK_INLINE void load_columns(
+    const S* const* rows, int64_t width, int64_t begin, int64_t end, vec<acc_t<S>>* columns) {
   using T = acc_t<S>;
   constexpr int n = lanes<T>;
   vec<T> tile[n];
@@ -479,8 +478,7 @@ OODK_INLINE void dispatch(DType dtype, F f) {
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n)
-      : data_((T*)std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {}
+  explicit Scratch(int64_t n) : data_((T*)std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {}
   ~Scratch() {
     std::free(data_);
   }

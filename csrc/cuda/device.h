@@ -41,8 +41,8 @@ inline bool validate() {
 // The kernels count the columns of a row in int.
 inline void check_width(const char* op, int64_t width) {
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
-  OODK_CHECK_VALUE(width <= most, op, ": logits.size(-1) must be at most ", most,
-      " on CUDA, got ", width);
+  OODK_CHECK_VALUE(
+      width <= most, op, ": logits.size(-1) must be at most ", most, " on CUDA, got ", width);
 }
 
 } // namespace oodk::cuda

@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dos_select(const Tensor& features, co
       {int(k), int(n_init), int(args.trials), int(max_iter), tol, false, uint64_t(seed)}, nullptr,
       nullptr, cuda::results(out));
   cuda::select({here.stream, scratch},
-      {out.labels.const_data_ptr<int64_t>(), args.scores.tensor.const_data_ptr(),
-          args.scores.dtype, p.batch, p.n, args.scores.stride},
+      {out.labels.const_data_ptr<int64_t>(), args.scores.tensor.const_data_ptr(), args.scores.dtype,
+          p.batch, p.n, args.scores.stride},
       {int(k), int(args.how.m), int(n_select), int(args.how.clusters()),
           args.how.best_clusters_only(), uint64_t(seed)},
       indices.mutable_data_ptr<int64_t>());

@@ -234,8 +234,8 @@ inline Clusters sorted_by_cluster(const Launches& on, const SelectionInput& in, 
 }
 
 template <typename S>
-void rank(const Launches& on, const SelectionInput& in, const Clusters& clusters, int m,
-    int64_t* best) {
+void rank(
+    const Launches& on, const SelectionInput& in, const Clusters& clusters, int m, int64_t* best) {
   const int64_t items = std::max(in.n, clusters.k * int64_t(m));
   const int blocks = on.blocks(in.problems, whole_blocks(items, kWarp));
   on.run(rank_rows<S>, in.problems * blocks, on.threads, 0, clusters,

@@ -62,8 +62,8 @@ struct GradientGrid {
     const auto needed = [&](int64_t rows) {
       return (rows * units + kBackwardThreads - 1) / kBackwardThreads;
     };
-    blocks = std::max(
-        needed(1), std::min<int64_t>(needed(z.count), Device::current().processors * 16));
+    blocks =
+        std::max(needed(1), std::min<int64_t>(needed(z.count), Device::current().processors * 16));
   }
 };
 

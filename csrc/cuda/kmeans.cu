@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor> nearest_centroid(
   Tensor distance = empty(args.out_sizes, p.out_type(), x);
   const cuda::OnDevice here(x);
   cuda::TensorScratch scratch(x);
-  cuda::nearest_centroid({{here.stream, scratch}}, in, args.centroids.const_data_ptr(),
-      int(args.k), labels.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr());
+  cuda::nearest_centroid({{here.stream, scratch}}, in, args.centroids.const_data_ptr(), int(args.k),
+      labels.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr());
   return {labels, distance};
 }
 

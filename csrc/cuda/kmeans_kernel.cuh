@@ -139,8 +139,8 @@ class Clustering {
     on_.run(square_norms<S>, whole_blocks(batch_ * x.capacity, kPointThreads), kPointThreads, 0, x,
         batch_, norm2);
     T* const dots = gram ? nullptr : scratch.array<T>(runs * o.trials * pitch);
-    Seeding<S> s{x, norm2, gram ? products() : dots, gram, pitch, o.k, o.restarts, o.trials,
-        o.seed};
+    Seeding<S> s{
+        x, norm2, gram ? products() : dots, gram, pitch, o.k, o.restarts, o.trials, o.seed};
     s.d2 = scratch.array<T>(runs * x.capacity);
     s.shares = scratch.array<double>(runs * s.most_shares());
     s.potential =
@@ -312,8 +312,8 @@ inline void kmeans(const KmeansLaunches& on, const KmeansInput& in, const Kmeans
 }
 
 // centroids (batch, k, d) of the type that x is accumulated in, as is distance (batch, n).
-inline void nearest_centroid(const KmeansLaunches& on, const KmeansInput& in,
-    const void* centroids, int k, int64_t* labels, void* distance) {
+inline void nearest_centroid(const KmeansLaunches& on, const KmeansInput& in, const void* centroids,
+    int k, int64_t* labels, void* distance) {
   constexpr int64_t most = 1 << 30; // points at a time
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);

@@ -42,8 +42,8 @@ class TensorScratch : public Scratch {
 // The kernels count features in int.
 inline KmeansInput kmeans_input(const char* op, const Problems& p, bool normalize) {
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
-  OODK_CHECK_VALUE(p.d <= most, op, ": the number of features must be at most ", most,
-      " on CUDA, got ", p.d);
+  OODK_CHECK_VALUE(
+      p.d <= most, op, ": the number of features must be at most ", most, " on CUDA, got ", p.d);
   return {p.x.tensor.const_data_ptr(), p.x.dtype, p.batch, p.n, p.d, p.x.stride, normalize};
 }
 

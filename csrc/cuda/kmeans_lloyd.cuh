@@ -485,8 +485,8 @@ __global__ void __launch_bounds__(kBlockThreads) end_runs(Lloyd<S> all) {
 
 // Of each problem the run of least inertia, the first of equals. `blocks` blocks a problem.
 template <typename S>
-__global__ void __launch_bounds__(kPointThreads) take_best(
-    Lloyd<S> all, acc_t<S>* centroids, acc_t<S>* bias, int64_t* n_iter, int blocks) {
+__global__ void __launch_bounds__(kPointThreads)
+    take_best(Lloyd<S> all, acc_t<S>* centroids, acc_t<S>* bias, int64_t* n_iter, int blocks) {
   const int64_t b = blockIdx.x / blocks;
   const int part = int(blockIdx.x) % blocks;
   int64_t best = b * all.restarts;

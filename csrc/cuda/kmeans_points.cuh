@@ -141,8 +141,8 @@ __global__ void list_valid_rows(const T* scale, int n, int* ids, int* count, int
 
 // A block a problem: those of x, or of more than `limit` a stratified random sample.
 template <typename S>
-__global__ void sample_points(Points<S> x, int limit, int least, int k, uint64_t seed, int capacity,
-    int* ids, int* count) {
+__global__ void sample_points(
+    Points<S> x, int limit, int least, int k, uint64_t seed, int capacity, int* ids, int* count) {
   const Points<S> points = x.at(blockIdx.x);
   const int n = points.size();
   const int wanted = n > limit ? int(max(int64_t(least), min(int64_t(n), 2 * int64_t(k)))) : n;

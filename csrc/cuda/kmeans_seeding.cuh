@@ -96,8 +96,8 @@ struct Seeding {
     const int n = x.size(), warps = int(blockDim.x) / kWarp;
     for (int l = warp_id(); l < trials; l += warps) {
       const int index = t ? l : 0;
-      const double u = uniform(random_bits(
-          seed, Stream::seeding, uint32_t(restart), uint32_t(t), uint32_t(index)));
+      const double u = uniform(
+          random_bits(seed, Stream::seeding, uint32_t(restart), uint32_t(t), uint32_t(index)));
       double total = 0;
       const int many = (n + kShare - 1) / kShare;
       if (t > 0) {
@@ -182,8 +182,7 @@ struct Seeding {
 // A block a run. Step t of [begin, end): choose among the candidates of t - 1, then draw those of
 // t.
 template <typename S>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    seed_runs(Seeding<S> all, int begin, int end) {
+__global__ void __launch_bounds__(kBlockThreads, 1) seed_runs(Seeding<S> all, int begin, int end) {
   const Seeding<S> run = all.at(blockIdx.x);
   const int steps = min(run.k, run.x.size());
   for (int t = begin; t < end; ++t) {

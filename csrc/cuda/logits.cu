@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_scores(
   cuda::check_width(op, rows.width);
   const LogitScores out = new_logit_scores(logits, rows.dtype);
   if (rows.count > 0)
-    cuda::logit_scores({rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width,
-                           rows.stride, on.stream},
+    cuda::logit_scores(
+        {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width, rows.stride, on.stream},
         temperature, out.msp.mutable_data_ptr(), out.max_logit.mutable_data_ptr(),
         out.energy.mutable_data_ptr(), out.entropy.mutable_data_ptr(),
         out.label.mutable_data_ptr<int64_t>());

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
   extern __shared__ uint4 shared[];
   auto* const slots = (LogitState<T>*)((char*)shared + tiling.tile_bytes());
   for (int64_t first = int64_t(blockIdx.x) << tiling.rows_log2; first < z.count;
-       first += int64_t(gridDim.x) << tiling.rows_log2) {
+      first += int64_t(gridDim.x) << tiling.rows_log2) {
     const int64_t r = first + tiling.row();
     const bool exists = r < z.count;
     LogitState<T> state{kLog2e<T> / temperature};

@@ -28,14 +28,13 @@ struct Call {
   cuda::MosInput input() const {
     const Rows& rows = args.logits;
     return {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width, rows.stride,
-        args.groups.const_data_ptr(), args.groups.scalar_type() == ScalarType::Long,
-        args.n_groups, on.stream};
+        args.groups.const_data_ptr(), args.groups.scalar_type() == ScalarType::Long, args.n_groups,
+        on.stream};
   }
   Tensor target(const char* op, const Tensor& target, int64_t ignore_index) const {
     Tensor t = checked_target(op, target, args);
     if (cuda::validate())
-      check_target_contents(
-          op, t, args.logits.width - args.n_groups, "ignore_index", ignore_index);
+      check_target_contents(op, t, args.logits.width - args.n_groups, "ignore_index", ignore_index);
     return t;
   }
   Tensor new_gradient() const {
@@ -84,8 +83,8 @@ std::tuple<Tensor, Tensor> mos_loss(
   const Tensor t = call.target(op, target, ignore_index);
   Tensor loss = call.args.new_rows(call.args.out_type()), stats = call.args.new_stats();
   if (!call.empty())
-    cuda::mos_loss(call.input(), t.const_data_ptr<int64_t>(), ignore_index,
-        loss.mutable_data_ptr(), stats.mutable_data_ptr());
+    cuda::mos_loss(call.input(), t.const_data_ptr<int64_t>(), ignore_index, loss.mutable_data_ptr(),
+        stats.mutable_data_ptr());
   return {loss, stats};
 }
 

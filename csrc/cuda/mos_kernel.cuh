@@ -153,8 +153,8 @@ struct MosScore {
     }
   };
 
-  __device__ void add(State& state, const Group<T>& group, int64_t, const Row<S>&,
-      const Grouping&) const {
+  __device__ void add(
+      State& state, const Group<T>& group, int64_t, const Row<S>&, const Grouping&) const {
     state.add(group);
   }
   __device__ void write(const State& state, int64_t row, const Row<S>&, const Grouping&) const {
@@ -195,8 +195,8 @@ struct MosPredict {
     }
   };
 
-  __device__ void add(State& state, const Group<T>& g, int64_t, const Row<S>&,
-      const Grouping&) const {
+  __device__ void add(
+      State& state, const Group<T>& g, int64_t, const Row<S>&, const Grouping&) const {
     state.score.add(g);
     state.log_odds = larger(state.log_odds, (g.part.best - g.part.others) + log_of(g.part.sum));
     const T q = divide(g.e_best, g.total);
@@ -207,8 +207,8 @@ struct MosPredict {
       state.at = g.part.at;
     }
   }
-  __device__ void write(const State& state, int64_t row, const Row<S>& z,
-      const Grouping& groups) const {
+  __device__ void write(
+      const State& state, int64_t row, const Row<S>& z, const Grouping& groups) const {
     const int begin = groups[state.group] + 1, end = groups[state.group + 1];
     int column = begin;
     if (state.prob == state.prob)
@@ -240,8 +240,8 @@ struct MosLogOthers {
 
   struct State {};
 
-  __device__ void add(State&, const Group<T>& g, int64_t row, const Row<S>&,
-      const Grouping& groups) const {
+  __device__ void add(
+      State&, const Group<T>& g, int64_t row, const Row<S>&, const Grouping& groups) const {
     const int64_t i = row * groups.count + g.k;
     log_others[i] = (g.part.others - g.m) - log_of(g.total);
     stats[i] = {g.m, g.total};
@@ -287,14 +287,14 @@ struct MosLoss {
     }
   };
 
-  __device__ void add(State& state, const Group<T>& g, int64_t row, const Row<S>& z,
-      const Grouping& groups) const {
+  __device__ void add(
+      State& state, const Group<T>& g, int64_t row, const Row<S>& z, const Grouping& groups) const {
     const T logit = z[Target(target, row, ignore_index).column(groups, g.k)];
     state.sum += log_of(g.total) + (g.m - logit);
     stats[row * groups.count + g.k] = {g.m, g.total};
   }
-  __device__ void write(const State& state, int64_t row, const Row<S>&,
-      const Grouping& groups) const {
+  __device__ void write(
+      const State& state, int64_t row, const Row<S>&, const Grouping& groups) const {
     const Target t(target, row, ignore_index);
     loss[row] = t.ignored ? T(0) : t.valid(groups) ? state.sum : kNaN<T>;
   }
@@ -326,8 +326,8 @@ struct Walk {
   int head_group = -1; // -1: there is none
 
   template <typename S, typename F>
-  __device__ void run(const Row<S>& row, const Piece& piece, const uint4* units,
-      const Grouping& groups, F close) {
+  __device__ void run(
+      const Row<S>& row, const Piece& piece, const uint4* units, const Grouping& groups, F close) {
     constexpr int V = kPerUnit<S>;
     if (piece.begin >= piece.end)
       return;
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
   State* const state_slots = (State*)((char*)open_slots + tiling.slot_bytes<Open<T>>());
   bool valid = true;
   for (int64_t first = int64_t(blockIdx.x) << tiling.rows_log2; first < z.count;
-       first += int64_t(gridDim.x) << tiling.rows_log2) {
+      first += int64_t(gridDim.x) << tiling.rows_log2) {
     const int64_t r = first + tiling.row();
     const bool exists = r < z.count;
     State state;
@@ -444,8 +444,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
         row = staged_row(z, tiling, r, unit, shared);
         walk.run(row, piece(row, tiling), shared + tiling.row() * tiling.pitch, groups, close);
       }
-      const Part<T> before = preceding(
-          walk.open, carry, unit + tiling.units >= tiling.row_units, tiling, open_slots);
+      const Part<T> before =
+          preceding(walk.open, carry, unit + tiling.units >= tiling.row_units, tiling, open_slots);
       if (walk.head_group >= 0)
         close(walk.head_group, before.then(walk.head));
     }
@@ -602,8 +602,8 @@ inline void mos_score(const MosInput& in, void* score) {
   });
 }
 
-inline void mos_predict(const MosInput& in, void* score, void* log_odds, int64_t* label,
-    int64_t* group, void* prob) {
+inline void mos_predict(
+    const MosInput& in, void* score, void* log_odds, int64_t* label, int64_t* group, void* prob) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
@@ -619,8 +619,8 @@ inline void mos_log_others(const MosInput& in, void* log_others, void* stats) {
   });
 }
 
-inline void mos_loss(const MosInput& in, const int64_t* target, int64_t ignore_index, void* loss,
-    void* stats) {
+inline void mos_loss(
+    const MosInput& in, const int64_t* target, int64_t ignore_index, void* loss, void* stats) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;

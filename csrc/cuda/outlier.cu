@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> outlier_cross_entropy(
   Tensor loss = call.args.new_rows(type), logsumexp = call.args.new_rows(type),
          stats = call.args.new_stats();
   if (!call.empty())
-    cuda::outlier_cross_entropy(call.input(), loss.mutable_data_ptr(),
-        logsumexp.mutable_data_ptr(), stats.mutable_data_ptr());
+    cuda::outlier_cross_entropy(call.input(), loss.mutable_data_ptr(), logsumexp.mutable_data_ptr(),
+        stats.mutable_data_ptr());
   return {loss, logsumexp, stats};
 }
 

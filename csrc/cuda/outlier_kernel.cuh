@@ -70,13 +70,13 @@ struct OutlierState {
 };
 
 template <typename S, typename T = acc_t<S>>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>) outlier_forward(Rows<S> z,
-    Tiling tiling, const int64_t* target, T* loss, T* logsumexp, Stats<T>* stats) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>) outlier_forward(
+    Rows<S> z, Tiling tiling, const int64_t* target, T* loss, T* logsumexp, Stats<T>* stats) {
   constexpr int V = kPerUnit<S>;
   extern __shared__ uint4 shared[];
   auto* const slots = (OutlierState<T>*)((char*)shared + tiling.tile_bytes());
   for (int64_t first = int64_t(blockIdx.x) << tiling.rows_log2; first < z.count;
-       first += int64_t(gridDim.x) << tiling.rows_log2) {
+      first += int64_t(gridDim.x) << tiling.rows_log2) {
     const int64_t r = first + tiling.row();
     const bool exists = r < z.count;
     OutlierState<T> state;
@@ -132,16 +132,17 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>) outlier_forward(Ro
 }
 
 template <typename S, typename T = acc_t<S>>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>) outlier_backward(Rows<S> z,
-    int units, const int64_t* target, const T* grad_loss, const T* grad_logsumexp,
-    const Stats<T>* stats, S* grad_logits) {
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<S>)
+    outlier_backward(Rows<S> z, int units, const int64_t* target, const T* grad_loss,
+        const T* grad_logsumexp, const Stats<T>* stats, S* grad_logits) {
   constexpr int V = kPerUnit<S>;
   write_gradient(z, units, grad_logits, [&](int64_t r, int column, const T(&x)[V], T(&y)[V]) {
     const OutlierTarget t(target, r);
     const bool is_class = t.is_class(z.width);
     const T g = is_class || t.ood() ? grad_loss[r] : kNaN<T>;
     const Stats<T> of = stats[r];
-    const T scale = divide(g + grad_logsumexp[r], of.total), bias = t.ood() ? -g / T(z.width) : T(0);
+    const T scale = divide(g + grad_logsumexp[r], of.total),
+            bias = t.ood() ? -g / T(z.width) : T(0);
     const int at = is_class ? int(t.label) - column : -1;
 #pragma unroll
     for (int e = 0; e < V; ++e)

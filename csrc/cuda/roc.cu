@@ -20,7 +20,8 @@ int64_t blocks_for(int64_t threads) {
 template <typename Key>
 [[noreturn]] void throw_nan_of(
     const RocScores& scores, const std::string& op, const std::string& argument) {
-  const Tensor host = torch::stable::to(torch::stable::contiguous(scores.tensor), oodk::Device("cpu"));
+  const Tensor host =
+      torch::stable::to(torch::stable::contiguous(scores.tensor), oodk::Device("cpu"));
   const Key* bits = (const Key*)host.const_data_ptr();
   int64_t count = 0, first = 0;
   for (int64_t i = scores.count - 1; i >= 0; --i)
@@ -39,9 +40,8 @@ Tensor sorted_keys(const RocScores& scores, const std::string& op, const std::st
   const Tensor keys = empty({n}, scores.key_type, scores.tensor);
   const Tensor other = empty({n}, scores.key_type, scores.tensor);
   const int64_t blocks = std::min<int64_t>(blocks_for(n), 1 << 20);
-  launch(make_keys<Key>, blocks, kRocThreads, 0, stream,
-      (const Key*)scores.tensor.const_data_ptr(), n, scores.stride, scores.inf_bits,
-      (Key*)keys.mutable_data_ptr());
+  launch(make_keys<Key>, blocks, kRocThreads, 0, stream, (const Key*)scores.tensor.const_data_ptr(),
+      n, scores.stride, scores.inf_bits, (Key*)keys.mutable_data_ptr());
 
   cub::DoubleBuffer<Key> buffers((Key*)keys.mutable_data_ptr(), (Key*)other.mutable_data_ptr());
   size_t bytes = 0;
@@ -49,12 +49,14 @@ Tensor sorted_keys(const RocScores& scores, const std::string& op, const std::st
   check(cub::DeviceRadixSort::SortKeys(nullptr, bytes, buffers, n, 0, bits, stream), "SortKeys");
   const Tensor scratch = empty({int64_t(bytes)}, ScalarType::Byte, scores.tensor);
   check(cub::DeviceRadixSort::SortKeys(
-            scratch.mutable_data_ptr(), bytes, buffers, n, 0, bits, stream), "SortKeys");
+            scratch.mutable_data_ptr(), bytes, buffers, n, 0, bits, stream),
+      "SortKeys");
 
   if (validate()) {
     Key last;
-    check(cudaMemcpyAsync(&last, buffers.Current() + n - 1, sizeof(last), cudaMemcpyDeviceToHost,
-              stream), "cudaMemcpyAsync");
+    check(cudaMemcpyAsync(
+              &last, buffers.Current() + n - 1, sizeof(last), cudaMemcpyDeviceToHost, stream),
+        "cudaMemcpyAsync");
     check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
     if (last == std::numeric_limits<Key>::max())
       throw_nan_of<Key>(scores, op, argument);

@@ -33,14 +33,13 @@ __global__ void make_keys(
 }
 
 template <typename Key>
-__device__ inline RocSums sums_of_chunk(const Key* id, int64_t n, const Key* ood, int64_t m,
-    int64_t chunk, int64_t size) {
+__device__ inline RocSums sums_of_chunk(
+    const Key* id, int64_t n, const Key* ood, int64_t m, int64_t chunk, int64_t size) {
   const RocChunk range = chunk_at(id, n, ood, m, chunk, size);
   RocSums sums{};
   RocPoint at = range.begin;
   while (at.i < range.end.i || at.j < range.end.j) {
-    const bool from_id =
-        at.j >= range.end.j || (at.i < range.end.i && id[at.i] <= ood[at.j]);
+    const bool from_id = at.j >= range.end.j || (at.i < range.end.i && id[at.i] <= ood[at.j]);
     const Key key = from_id ? id[at.i] : ood[at.j];
     RocPoint next = at;
     while (next.i < range.end.i && id[next.i] == key)
@@ -70,19 +69,18 @@ __device__ inline RocSums sums_of_block(const RocSums& own) {
 
 // partial[block]: the sums of kRocThreads chunks of `size` scores.
 template <typename Key>
-__global__ void sum_chunks(const Key* id, int64_t n, const Key* ood, int64_t m, int64_t size,
-    RocSums* partial) {
+__global__ void sum_chunks(
+    const Key* id, int64_t n, const Key* ood, int64_t m, int64_t size, RocSums* partial) {
   const int64_t chunk = int64_t(blockIdx.x) * kRocThreads + threadIdx.x;
   const bool any = chunk * size < n + m;
-  const RocSums sums =
-      sums_of_block(any ? sums_of_chunk(id, n, ood, m, chunk, size) : RocSums{});
+  const RocSums sums = sums_of_block(any ? sums_of_chunk(id, n, ood, m, chunk, size) : RocSums{});
   if (threadIdx.x == 0)
     partial[blockIdx.x] = sums;
 }
 
 // One block: thread t adds the t-th run of the partial sums.
-static __global__ void sum_blocks(const RocSums* partial, int64_t blocks, int64_t n, int64_t m,
-    int64_t* counts, double* areas) {
+static __global__ void sum_blocks(
+    const RocSums* partial, int64_t blocks, int64_t n, int64_t m, int64_t* counts, double* areas) {
   const int64_t each = (blocks + kRocThreads - 1) / kRocThreads;
   const int64_t begin = threadIdx.x * each, end = begin + each < blocks ? begin + each : blocks;
   RocTotal total{};

@@ -10,7 +10,7 @@
 namespace oodk {
 
 struct HistogramArgs {
-  Tensor scores;              // contiguous
+  Tensor scores; // contiguous
   std::optional<Tensor> rows; // one byte a score, contiguous
   Tensor table;
   std::optional<Tensor> atoms;
@@ -47,8 +47,8 @@ inline HistogramArgs histogram_args(const Tensor& counts, const Tensor& table, c
   }
   const int64_t n_atoms = atoms ? atoms->numel() : 0;
   OODK_CHECK_VALUE(counts.dim() == 2 && counts.size(1) > n_atoms + kFacts, op,
-      ": counts must have shape (rows, bins + atoms + ", int64_t(kFacts), "), at least one bin, got ",
-      shape_of(counts), " for ", n_atoms, " atoms");
+      ": counts must have shape (rows, bins + atoms + ", int64_t(kFacts),
+      "), at least one bin, got ", shape_of(counts), " for ", n_atoms, " atoms");
   OODK_CHECK_VALUE(counts.is_contiguous(), op, ": counts must be contiguous");
   OODK_CHECK_VALUE(row >= 0 && row < counts.size(0), op, ": side must be in 0..",
       counts.size(0) - 1, ", got ", row);
@@ -64,8 +64,8 @@ inline HistogramArgs histogram_args(const Tensor& counts, const Tensor& table, c
         ": rows must have the shape of scores, ", shape_of(scores), ", got ", shape_of(*rows));
     bytes = torch::stable::contiguous(*rows);
   }
-  return {torch::stable::contiguous(scores), bytes, torch::stable::contiguous(table), keys,
-      dtype, scores.numel(), row, counts.size(0), counts.size(1)};
+  return {torch::stable::contiguous(scores), bytes, torch::stable::contiguous(table), keys, dtype,
+      scores.numel(), row, counts.size(0), counts.size(1)};
 }
 
 } // namespace oodk

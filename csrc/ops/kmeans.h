@@ -39,11 +39,11 @@ inline std::vector<int64_t> leading(const Tensor& t, int64_t drop) {
 
 inline Problems problems(const char* op, const char* argument, const Tensor& x) {
   float_dtype(op, argument, x);
-  OODK_CHECK_VALUE(x.dim() >= 2, op, ": ", argument, " must have shape (..., N, d), got ",
-      shape_of(x));
+  OODK_CHECK_VALUE(
+      x.dim() >= 2, op, ": ", argument, " must have shape (..., N, d), got ", shape_of(x));
   const int64_t n = x.size(x.dim() - 2), d = x.size(x.dim() - 1);
-  OODK_CHECK_VALUE(d >= 1, op, ": ", argument, " must have at least one feature, got shape ",
-      shape_of(x));
+  OODK_CHECK_VALUE(
+      d >= 1, op, ": ", argument, " must have at least one feature, got shape ", shape_of(x));
   OODK_CHECK_VALUE(n < std::numeric_limits<int32_t>::max(), op, ": ", argument,
       " must have fewer than 2^31 - 1 points, got ", n);
   std::vector<int64_t> batch_sizes = leading(x, 2);
@@ -59,8 +59,8 @@ inline void check_at_least(const char* op, const char* argument, int64_t value, 
 }
 
 inline void check_tol(const char* op, double tol) {
-  OODK_CHECK_VALUE(tol >= 0 && std::isfinite(tol), op, ": tol must be finite and at least 0, got ",
-      tol);
+  OODK_CHECK_VALUE(
+      tol >= 0 && std::isfinite(tol), op, ": tol must be finite and at least 0, got ", tol);
 }
 
 inline void check_device_of(
@@ -105,8 +105,10 @@ inline Start checked_start(const char* op, const Tensor& init, const Problems& p
   OODK_CHECK_VALUE(init.dim() >= 2 && leading(init, 2) == p.batch_sizes &&
           init.size(init.dim() - 1) >= 1 && init.size(init.dim() - 2) >= 1 &&
           (rows || init.size(init.dim() - 1) == p.d),
-      op, ": init must be int64 rows of x, shape (..., n_init, k), or centroids, shape (..., k, d), "
-      "with the leading dimensions of x, got ", shape_of(init), " for x ", shape_of(p.x.tensor));
+      op,
+      ": init must be int64 rows of x, shape (..., n_init, k), or centroids, shape (..., k, d), "
+      "with the leading dimensions of x, got ",
+      shape_of(init), " for x ", shape_of(p.x.tensor));
   const int64_t last = init.size(init.dim() - 1), before = init.size(init.dim() - 2);
   if (rows)
     return {torch::stable::contiguous(init), true, before, last};
@@ -165,12 +167,13 @@ inline NearestArgs nearest_args(const char* op, const Tensor& x, const Tensor& c
   float_dtype(op, "centroids", centroids);
   check_device_of(op, "centroids", centroids, "x", x);
   const bool shared = centroids.dim() == 2;
-  OODK_CHECK_VALUE(rows.width >= 1, op, ": x must have at least one feature, got shape ",
-      shape_of(x));
+  OODK_CHECK_VALUE(
+      rows.width >= 1, op, ": x must have at least one feature, got shape ", shape_of(x));
   OODK_CHECK_VALUE(centroids.dim() >= 2 && centroids.size(centroids.dim() - 1) == rows.width &&
           centroids.size(centroids.dim() - 2) >= 1 &&
           (shared || (x.dim() >= 2 && leading(centroids, 2) == leading(x, 2))),
-      op, ": centroids must have shape (k, d), or (..., k, d) with the leading dimensions of x, got ",
+      op,
+      ": centroids must have shape (k, d), or (..., k, d) with the leading dimensions of x, got ",
       shape_of(centroids), " for x ", shape_of(x));
   const int64_t n = shared ? rows.count : x.size(x.dim() - 2);
   int64_t batch = 1;

@@ -30,9 +30,10 @@ inline MosArgs mos_args(const char* op, const Tensor& logits, const Tensor& grou
   const ScalarType index = groups.scalar_type();
   OODK_CHECK_TYPE(index == ScalarType::Long || index == ScalarType::Int, op,
       ": groups must be int32 or int64 offsets, got ", torch::headeronly::toString(index));
-  OODK_CHECK_VALUE(groups.dim() == 1, op, ": groups must have shape (K + 1,), got ", shape_of(groups));
-  OODK_CHECK_VALUE(groups.size(0) >= 2, op,
-      ": groups must hold K + 1 >= 2 offsets, got ", groups.size(0));
+  OODK_CHECK_VALUE(
+      groups.dim() == 1, op, ": groups must have shape (K + 1,), got ", shape_of(groups));
+  OODK_CHECK_VALUE(
+      groups.size(0) >= 2, op, ": groups must hold K + 1 >= 2 offsets, got ", groups.size(0));
   check_same_device(op, "groups", groups, logits);
   return {{std::move(rows), batch_sizes_of(logits)}, torch::stable::contiguous(groups),
       groups.size(0) - 1};

@@ -19,8 +19,8 @@ struct RocScores {
 // Copies only where no single stride leads from each score to the next.
 inline RocScores roc_scores(const std::string& op, const std::string& argument, const Tensor& t) {
   const DType dtype = float_dtype(op.c_str(), argument.c_str(), t);
-  OODK_CHECK_VALUE(t.dim() >= 1, op, ": ", argument,
-      " must have at least one dimension, got a scalar");
+  OODK_CHECK_VALUE(
+      t.dim() >= 1, op, ": ", argument, " must have at least one dimension, got a scalar");
   const Walk all = walk(t, t.dim(), 1);
   OODK_CHECK_VALUE(all.count > 0, op, ": ", argument, " must not be empty");
   RocScores scores{all.even ? t : torch::stable::contiguous(t), all.count,
@@ -62,9 +62,9 @@ inline RocKeys roc_keys(const Tensor& id_keys, const Tensor& ood_keys) {
   const char* op = "_roc_counts";
   const auto check = [&](const char* argument, const Tensor& t) {
     const ScalarType type = t.scalar_type();
-    OODK_CHECK_TYPE(type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Short,
-        op, ": ", argument, " must be int64, int32 or int16, got ",
-        torch::headeronly::toString(type));
+    OODK_CHECK_TYPE(
+        type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Short, op, ": ",
+        argument, " must be int64, int32 or int16, got ", torch::headeronly::toString(type));
     OODK_CHECK_VALUE(t.dim() == 1 && t.size(0) >= 1, op, ": ", argument,
         " must have shape (N,), N >= 1, got ", shape_of(t));
     OODK_CHECK_VALUE(t.size(0) < int64_t(1) << 39, op, ": ", argument,
@@ -81,7 +81,10 @@ inline RocKeys roc_keys(const Tensor& id_keys, const Tensor& ood_keys) {
       device_of(ood_keys));
   const ScalarType type = id_keys.scalar_type();
   return {torch::stable::contiguous(id_keys), torch::stable::contiguous(ood_keys), id_keys.size(0),
-      ood_keys.size(0), type == ScalarType::Long ? 8 : type == ScalarType::Int ? 4 : 2};
+      ood_keys.size(0),
+      type == ScalarType::Long      ? 8
+          : type == ScalarType::Int ? 4
+                                    : 2};
 }
 
 } // namespace oodk

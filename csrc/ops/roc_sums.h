@@ -129,8 +129,7 @@ struct RocCut {
 };
 
 template <typename K>
-OODK_HOST_DEVICE inline RocCut cut_at(
-    const K* id, int64_t n, const K* ood, int64_t m, int64_t d) {
+OODK_HOST_DEVICE inline RocCut cut_at(const K* id, int64_t n, const K* ood, int64_t m, int64_t d) {
   if (d >= n + m)
     return {{n, m}, {n, m}};
   const int64_t i = merge_path(id, n, ood, m, d), j = d - i;

@@ -13,8 +13,8 @@ inline std::vector<int64_t> batch_sizes_of(const Tensor& logits) { // logits.siz
 
 inline Rows class_rows(const char* op, const Tensor& logits) {
   Rows rows = as_rows(op, "logits", logits);
-  OODK_CHECK_VALUE(rows.width >= 1, op, ": logits must have at least one class, got shape ",
-      shape_of(logits));
+  OODK_CHECK_VALUE(
+      rows.width >= 1, op, ": logits must have at least one class, got shape ", shape_of(logits));
   return rows;
 }
 
@@ -38,8 +38,8 @@ inline void check_same_device(
 
 // A class index a row, or one other value.
 inline Tensor checked_target(const char* op, const Tensor& target, const RowArgs& args) {
-  OODK_CHECK_TYPE(target.scalar_type() == ScalarType::Long, op,
-      ": target must be int64, got ", torch::headeronly::toString(target.scalar_type()));
+  OODK_CHECK_TYPE(target.scalar_type() == ScalarType::Long, op, ": target must be int64, got ",
+      torch::headeronly::toString(target.scalar_type()));
   OODK_CHECK_VALUE(sizes_of(target) == args.batch_sizes, op, ": target must have shape ",
       "logits.shape[:-1], one class a row, got ", shape_of(target), " for logits ",
       shape_of(args.logits.tensor));
@@ -53,9 +53,8 @@ inline void check_target_contents(
   const Tensor host = target.is_cpu() ? target : torch::stable::to(target, Device("cpu"));
   const int64_t* t = host.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < host.numel(); ++i)
-    OODK_CHECK_VALUE((t[i] >= 0 && t[i] < classes) || t[i] == other, op,
-        ": target must be in 0..", classes - 1, " or ", name, " = ", other, ", got ", t[i],
-        " in row ", i);
+    OODK_CHECK_VALUE((t[i] >= 0 && t[i] < classes) || t[i] == other, op, ": target must be in 0..",
+        classes - 1, " or ", name, " = ", other, ", got ", t[i], " in row ", i);
 }
 
 // A tensor that a forward op returned or autograd made, of the very shape and type it must have.

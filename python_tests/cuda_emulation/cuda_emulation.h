@@ -25,10 +25,16 @@
 
 // --- types --------------------------------------------------------------------------------------
 
-#define EMULATED_VECTORS(T, name)                               \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };            \
-  struct name##3 { T x, y, z; };                                \
-  struct alignas(16) name##4 { T x, y, z, w; };
+#define EMULATED_VECTORS(T, name)         \
+  struct alignas(2 * sizeof(T)) name##2 { \
+    T x, y;                               \
+  };                                      \
+  struct name##3 {                        \
+    T x, y, z;                            \
+  };                                      \
+  struct alignas(16) name##4 {            \
+    T x, y, z, w;                         \
+  };
 EMULATED_VECTORS(int, int)
 EMULATED_VECTORS(unsigned, uint)
 EMULATED_VECTORS(float, float)
@@ -207,15 +213,15 @@ T __reduce_max_sync(unsigned mask, T value) {
 
 // --- integer atomics: a fibre is never interrupted ----------------------------------------------
 
-#define EMULATED_ATOMIC(name, result)                                                \
-  template <typename T>                                                              \
-  T name(T* at, std::type_identity_t<T> value) {                                     \
-    return emulation::exchange(at, [=]([[maybe_unused]] T old) { return result; });  \
+#define EMULATED_ATOMIC(name, result)                                               \
+  template <typename T>                                                             \
+  T name(T* at, std::type_identity_t<T> value) {                                    \
+    return emulation::exchange(at, [=]([[maybe_unused]] T old) { return result; }); \
   }
 EMULATED_ATOMIC(atomicAdd, old + value)
 EMULATED_ATOMIC(atomicMin, std::min(old, value))
 EMULATED_ATOMIC(atomicMax, std::max(old, value))
-EMULATED_ATOMIC(atomicAnd, old & value)
+EMULATED_ATOMIC(atomicAnd, old& value)
 EMULATED_ATOMIC(atomicOr, old | value)
 EMULATED_ATOMIC(atomicExch, value)
 #undef EMULATED_ATOMIC
@@ -226,10 +232,10 @@ T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> val
 
 // --- memory and arithmetic ----------------------------------------------------------------------
 
-#define EMULATED_LOAD(name)  \
-  template <typename T>      \
-  T name(const T* from) {    \
-    return *from;            \
+#define EMULATED_LOAD(name) \
+  template <typename T>     \
+  T name(const T* from) {   \
+    return *from;           \
   }
 EMULATED_LOAD(__ldg)
 EMULATED_LOAD(__ldcs)
@@ -288,15 +294,10 @@ inline Settings settings;
 
 } // namespace emulation
 
-namespace oodk::cuda {
-inline thread_local uint4 shared[emulation::kSharedBytes / sizeof(uint4)];
-}
+namespace oodk::cuda { inline thread_local uint4 shared[emulation::kSharedBytes / sizeof(uint4)]; }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor
-};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {

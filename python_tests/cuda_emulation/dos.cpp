@@ -21,8 +21,7 @@ struct Call {
 void argmax(Run& run) {
   const Call call(run);
   const int64_t k = run.integer("k"), m = run.integer("m");
-  cluster_argmax(call.on, call.in, int(k), int(m),
-      run.indices("best", call.in.problems * k * m));
+  cluster_argmax(call.on, call.in, int(k), int(m), run.indices("best", call.in.problems * k * m));
 }
 
 void choose(Run& run) {

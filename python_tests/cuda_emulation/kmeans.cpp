@@ -12,8 +12,8 @@ struct Call {
       : on{{nullptr, scratch, Device::current(), int(run.integer("threads"))},
             int(run.integer("small")), int(run.integer("gram")), int(run.integer("seeding_limit")),
             int(run.integer("sample")), run.integer("memory")},
-        in{run.input("x", run.integer("offset") * run.in_size()), run.dtype(),
-            run.integer("batch"), run.integer("n"), run.integer("d"), run.integer("stride"),
+        in{run.input("x", run.integer("offset") * run.in_size()), run.dtype(), run.integer("batch"),
+            run.integer("n"), run.integer("d"), run.integer("stride"),
             run.integer("normalize") != 0} {}
 
   runner::GuardedScratch scratch;
@@ -26,8 +26,8 @@ void init(Run& run) {
   KmeansOptions options{int(run.integer("k")), int(run.integer("restarts"))};
   options.trials = int(run.integer("trials"));
   options.seed = uint64_t(run.integer("seed"));
-  kmeans_init(call.on, call.in, options,
-      run.indices("rows", call.in.batch * options.restarts * options.k));
+  kmeans_init(
+      call.on, call.in, options, run.indices("rows", call.in.batch * options.restarts * options.k));
 }
 
 void fit(Run& run) {
