@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from oodkernels.data.samples import Samples
+from oodkernels.data.samples import ROLES, Samples
 from oodkernels.detectors import DETECTORS, OODDetector
 from oodkernels.detectors.base import Batch, _score_all
 from oodkernels.detectors.model import Model, run
@@ -91,10 +91,11 @@ def score_sets(
     """
     first = _First(where)
     for name, data in sets.items():
-        source, done = name, 0
+        source, done, given = name, 0, GIVEN
         if isinstance(data, Samples):
             source, data = data.name, _pruned(data, detectors, model)
-        for part in _parts(where, model, data, detectors or {}):
+            given = _called(data)
+        for part in _parts(where, model, data, detectors or {}, given):
             if detectors is None:
                 names = () if part.batch.logits is None else DEFAULT_DETECTORS
                 if names and groups is not None:
@@ -218,7 +219,11 @@ def make_detector(
 
 
 def _parts(
-    where: str, model: Model | None, data: Data, detectors: Mapping[str, OODDetector]
+    where: str,
+    model: Model | None,
+    data: Data,
+    detectors: Mapping[str, OODDetector],
+    given: str = GIVEN,
 ) -> Iterator[_Part]:
     """A data set's batches, sent through the model where there is one."""
     layers = sorted({layer for detector in detectors.values() for layer in detector.layers})
@@ -229,7 +234,7 @@ def _parts(
             logits, x, labels = (scores.pop(key, None) for key in ("logits", "features", "labels"))
             if model is None and (scores or logits is not None or x is not None):
                 if "scores" in scores:
-                    scores[GIVEN] = scores.pop("scores")
+                    scores[given] = scores.pop("scores")
                 yield _Part(Batch(logits=logits, features=x), labels, scores)
                 continue
         elif isinstance(item, (tuple, list)) and len(item) >= 2:
@@ -248,6 +253,12 @@ def _parts(
         yield _Part(Batch(x, found.logits, found.features, found.layers, found.confidence), labels)
 
 
+def _called(samples: Samples) -> str:
+    """What the scores of a file are called: by its own name for them, if it tells anything."""
+    array = samples.arrays.get("scores")
+    return array.name if array and array.name and array.name not in ROLES["scores"] else GIVEN
+
+
 def _pruned(
     samples: Samples, detectors: Mapping[str, OODDetector] | None, model: Model | None
 ) -> Samples:
@@ -264,11 +275,6 @@ def _scores(
     if detectors and part.batch.tensors():
         scores = _score_all(where, detectors, part.batch, None)
     scores |= part.scores
-    if not scores:
-        raise ValueError(
-            f"{where}: {source} has neither logits nor scores: name the detectors that are to "
-            "score the features"
-        )
     for name, values in scores.items():
         nan = values.isnan()
         if bool(nan.any()):
@@ -309,6 +315,11 @@ class _First:
                     f"{first} and {tensor.shape[1]} in {source}"
                 )
         if not self.source:
+            if not scores:
+                raise ValueError(
+                    f"{self.where}: {source} has neither logits nor scores: name the detectors "
+                    "that are to score the features"
+                )
             self.source, self.scores = source, list(scores)
         for lacking, other, found, names in (
             (source, self.source, scores, self.scores),

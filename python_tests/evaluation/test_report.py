@@ -20,7 +20,16 @@ pytest.importorskip("torchmetrics")
 from processes import python
 
 from oodkernels import Groups
-from oodkernels.evaluation import Evaluation, Levels, MethodResult, Sweep, combine, evaluate, report
+from oodkernels.evaluation import (
+    Evaluation,
+    GroupOthers,
+    Levels,
+    MethodResult,
+    Sweep,
+    combine,
+    evaluate,
+    report,
+)
 from oodkernels.evaluation.tables import METRICS
 
 
@@ -206,6 +215,36 @@ def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         evaluation.save(out)
     assert [path.read_bytes() for path in paths] == before
     assert len(list(out.iterdir())) == len(names)
+
+
+def test_a_report_that_fails_leaves_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(report, "histograms", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        made().save(tmp_path)
+    names = ["results.csv", "results.json", "results.md", "results.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("name", ["$_$", "$\\frac$", "_private", "a\nb", "<script>"])
+def test_any_name_can_be_drawn(name: str) -> None:
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(size=30), rng.normal(size=20)
+    found = evaluate([MethodResult(name, name, 1, inside, {name: outside})])
+    others = GroupOthers(name, [[0], [1]], [name, "b"], {"ID": [0.1, 0.2], name: [0.3, 0.4]}, {})
+    others = dataclasses.replace(others, min_others={"ID": 0.1, name: 0.2})
+    sweep = Sweep({name: [(1, 0.5)]}, name, name)
+    evaluation = dataclasses.replace(found, others=[others], sweep=sweep)
+    assert len(Page(evaluation.to_html(name)).images) == 4
+    figure = report.roc_curves(evaluation.methods)
+    (legend,) = figure.legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == [
+        f"{name}: {name}".replace("$", r"\$")
+    ]
 
 
 def test_metrics_have_their_headings() -> None:
