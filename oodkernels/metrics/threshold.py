@@ -16,7 +16,8 @@ from torch import Tensor
 from oodkernels._files import read_json, write_text
 from oodkernels.metrics.intervals import Interval, clopper_pearson
 from oodkernels.metrics.ood import Scores, as_tensor, check_shares
-from oodkernels.ops.roc import exact_ceil, scores_of_keys, sort_keys
+from oodkernels.ops.keys import scores_of_keys
+from oodkernels.ops.roc import exact_ceil, sort_keys
 
 if TYPE_CHECKING:
     from oodkernels.metrics.streaming.ood import OODMetrics
