@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels._checks import check_device, check_dtype, check_floating, check_same_dtype
+from oodkernels._checks import (
+    check_device,
+    check_dtype,
+    check_floating,
+    check_same_dtype,
+    check_tpr,
+    plain,
+)
 from oodkernels.ops.keys import KEY_TYPES, scores_of_keys
 
 
@@ -66,8 +73,7 @@ def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> ROC
             of range.
         TypeError: Scores are not of a floating-point type above, or of two types.
     """
-    tpr = tpr if isinstance(tpr, float) else float(str(tpr))  # 0.95 of np.float32(0.95)
-    return ROCMetricsResult(*torch.ops.oodk.roc_metrics(id_scores, ood_scores, tpr).unbind())
+    return ROCMetricsResult(*torch.ops.oodk.roc_metrics(id_scores, ood_scores, plain(tpr)).unbind())
 
 
 class ROCCounts(NamedTuple):
@@ -142,14 +148,9 @@ def exact_ceil(share: float, n: int) -> int:
     return -(-exact.numerator * n // exact.denominator)
 
 
-def _check_tpr(tpr: float) -> None:
-    if not 0 < tpr <= 1:
-        raise ValueError(f"roc_metrics: tpr must be in (0, 1], got {tpr}")
-
-
 @torch.library.impl("oodk::roc_metrics", "CompositeImplicitAutograd")
 def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
-    _check_tpr(tpr)
+    tpr = check_tpr("roc_metrics", tpr)
     check_floating("roc_metrics", "id_scores", id_scores)
     check_same_dtype("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
     check_device("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
