@@ -8,18 +8,21 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from oodkernels._checks import check_floating
+from oodkernels._checks import check_class_ids, check_floating, check_int
+from oodkernels._digest import digest
 from oodkernels._safetensors import read_tensors, write_tensors
 from oodkernels.detectors.batch import Batch, Features, as_batch, joined, present
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
+from oodkernels.groups import Groups
 from oodkernels.metrics.ood import Scores
-from oodkernels.metrics.threshold import Threshold
+from oodkernels.metrics.threshold import Threshold, ThresholdSource
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,13 +102,13 @@ class OODDetector:
     width: int | None = None
     threshold: Threshold | None = None
     _status: str = "unfitted"  # then "pending", seen data but not finished; then "fitted"
+    _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
     _least: float = -math.inf  # no score is below it
+    _finer: str = ""  # what to do where many have it
 
     def __init__(self, model: Model | None = None, absent: int | None = None) -> None:
         self.model = model
-        self.absent = (
-            None if absent is None else check_index(f"{type(self).__name__}: absent", absent)
-        )
+        self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
 
     # --- fitting ------------------------------------------------------------------------------
 
@@ -213,14 +216,33 @@ class OODDetector:
             ValueError: As there.
             TypeError: As there.
         """
-        self.threshold = Threshold.calibrate(id_scores, tpr, confidence)
-        if self.threshold.value <= self._least:
+        found = Threshold.calibrate(id_scores, tpr, confidence, source=self.source())
+        if found.value <= self._least:
             warnings.warn(
                 f"{type(self).__name__}.calibrate: no score can be below the threshold "
-                f"{self.threshold.value:g}, so that nothing is OOD{self._finer}",
+                f"{found.value:g}, so that nothing but NaN is OOD{self._finer}",
                 stacklevel=2,
             )
-        return self.threshold
+        self.threshold = found
+        self._verified = (found, self.model, self._plain_settings())
+        return found
+
+    def source(self) -> ThresholdSource:
+        """Whose scores these are, with digests of the model's weights and of what was fitted.
+
+        It is the ``source`` of thresholds from :meth:`calibrate`; :meth:`predict` refuses one of
+        another detector, other settings, other groups or another model.
+        """
+        weights = dict(self._state()) if self._status == "fitted" else {}
+        if isinstance(self.model, nn.Module):
+            weights |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        groups: Groups | None = getattr(self, "groups", None)
+        return ThresholdSource(
+            self.name or type(self).__name__,
+            self._plain_settings(),
+            None if groups is None else digest(groups.to_json()),
+            digest(weights) if weights else None,
+        )
 
     def predict(
         self,
@@ -236,7 +258,7 @@ class OODDetector:
             A :class:`Prediction`, on the device of the input.
 
         Raises:
-            ValueError: As :meth:`score`.
+            ValueError: As :meth:`score`, or the threshold is of other scores: see :meth:`source`.
             TypeError: As :meth:`score`.
             NotFittedError: ``calibrate`` (or ``fit``) has not been called.
         """
@@ -245,10 +267,10 @@ class OODDetector:
             raise NotFittedError(
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
+        self._verify(where, self.threshold)
         batch = as_batch(where, x, logits, features, confidence)
-        parts = []
-        for part in self._parts(where, batch):
-            parts.append((self._score(part), *self._label(part)))
+        with torch.no_grad():
+            parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
         score, label, group = (joined(p, batch.device) for p in zip(*parts, strict=True))
         score = present(score)
         return Prediction(label, group, score, self.threshold.predict(score))
@@ -329,15 +351,19 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
+            detector._status = "fitted"
+            if detector.threshold is not None:
+                detector._verify("threshold", detector.threshold)
         except KeyError as error:
             raise ValueError(f"{where}: {error} is missing") from None
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: {' '.join(str(error).split())[:400]}") from error
-        detector._status = "fitted"
         return detector
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{k}={v!r}" for k, v in self._arguments().items())
+        defaults = inspect.signature(type(self)).parameters
+        changed = {k: v for k, v in self._arguments().items() if v != defaults[k].default}
+        arguments = ", ".join(f"{k}={v!r}" for k, v in changed.items())
         return f"{type(self).__name__}({arguments})"
 
     # --- for subclasses -----------------------------------------------------------------------
@@ -413,6 +439,26 @@ class OODDetector:
         parameters = inspect.signature(type(self)).parameters
         return {name: getattr(self, name) for name in parameters if name != "model"}
 
+    def _plain_settings(self) -> dict[str, Any]:
+        """The settings without the groups, whose digest says as much."""
+        return {k: v for k, v in self._arguments().items() if k != "groups"}
+
+    def _verify(self, where: str, threshold: Threshold) -> None:
+        """Refuse a threshold of other scores; one that says nothing of its own is the user's."""
+        key = (threshold, self.model, self._plain_settings())
+        if threshold.source is None or (
+            self._verified is not None
+            and self._verified[0] is threshold
+            and self._verified[1] is self.model
+            and self._verified[2] == key[2]
+        ):
+            return
+        mine = self.source()
+        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
+            mine = replace(mine, model=threshold.source.model)
+        threshold.check_source(mine, where)
+        self._verified = key
+
     def _ready(self, where: str) -> None:
         """Finish a fit that is pending; NotFittedError if there is none."""
         if self._status == "unfitted" and self.trained_on:
@@ -425,9 +471,8 @@ class OODDetector:
 
     def _parts(self, where: str, batch: Batch) -> Iterator[Batch]:
         """The batch, ``batch_size`` rows of x at a time, with what the detector needs."""
-        with torch.no_grad():
-            for part in batch.chunks(None if batch.x is None else self.batch_size):
-                yield _completed(where, [self], part)[0]
+        for part in batch.chunks(None if batch.x is None else self.batch_size):
+            yield _completed(where, [self], part)[0]
 
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]:
         """What of ``wanted`` a batch lacks."""
@@ -581,8 +626,7 @@ def _completed(
             key = id(detector.model)
             if key not in ran:
                 sharing = [d for d in detectors if d.model is detector.model]
-                read = [d.trained_on if wanted is not None else d.needs for d in sharing]
-                ran[key] = _run(detector.model, batch, sharing, any("features" in r for r in read))
+                ran[key] = _run(detector.model, batch, sharing, wanted)
             mine = ran[key]
             if missing := detector._missing(mine, needs):
                 raise ValueError(
@@ -595,12 +639,16 @@ def _completed(
 
 
 def _run(
-    model: Model, batch: Batch, detectors: Sequence[OODDetector], features: bool
+    model: Model,
+    batch: Batch,
+    detectors: Sequence[OODDetector],
+    wanted: frozenset[str] | None,
 ) -> Batch:
     """The batch with what the model makes of its x; what was given is kept."""
     layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
-    # Those that read layers by name read no others.
-    features = features and not all(d.layers for d in detectors if "features" in d.needs)
+    features = any(
+        not d.layers and "features" in (d.needs if wanted is None else wanted) for d in detectors
+    )
     x = to_model(model, present(batch.x))
     found = Batch.of(x, run(model, x, layers, features))
     for name in ("logits", "features", "confidence"):
@@ -610,3 +658,40 @@ def _run(
     if batch.absent is not None:
         found.absent = batch.absent
     return found
+
+
+# --- registry -------------------------------------------------------------------------------------
+
+DETECTORS: dict[str, type[OODDetector]] = {}
+"""Short name -> class, of all that were registered; ``DETECTORS[name].spec`` says more."""
+
+D = TypeVar("D", bound=OODDetector)
+
+
+def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]:
+    """Put a detector's class into :data:`DETECTORS`, from which commands, files and docs take it.
+
+    Example:
+        >>> @register("msp", "A", "Hendrycks & Gimpel, ICLR 2017")
+        ... class MSP(OODDetector): ...
+
+    Args:
+        name: The paper's short name in lower case; a variant's behind a hyphen.
+        family: What it reads, a key of :data:`FAMILIES`.
+        paper: Authors, venue and year.
+
+    Raises:
+        ValueError: There is one of that name, or no such family.
+    """
+    if name in DETECTORS:
+        raise ValueError(f"register: name must be a new one, got {name!r}")
+    if family not in FAMILIES:
+        raise ValueError(f"register: family must be one of {', '.join(FAMILIES)}, got {family!r}")
+
+    def add(detector: type[D]) -> type[D]:
+        detector.name = name
+        detector.spec = DetectorSpec(name, detector, family, paper)
+        DETECTORS[name] = detector
+        return detector
+
+    return add

@@ -87,13 +87,10 @@ class Batch:
             return None if tensor is None else tensor[index]
 
         layers = {name: tensor[index] for name, tensor in self.layers.items()}
-        return Batch(
-            *(part(t) for t in (self.x, self.logits, self.features)),
-            layers,
-            part(self.confidence),
-            axes=self.axes,
-            absent=self.absent,
+        x, logits, features, confidence = map(
+            part, (self.x, self.logits, self.features, self.confidence)
         )
+        return Batch(x, logits, features, layers, confidence, axes=self.axes, absent=self.absent)
 
     def chunks(self, size: int | None) -> Iterator[Batch]:
         """The batch in parts of at most ``size`` rows; None: in one."""

@@ -97,9 +97,7 @@ class DetectorSpec:
             if p.name != "model"
         }
 
-    def make(
-        self, where: str, options: Mapping[str, Any] | None = None, **offered: Any
-    ) -> Any:
+    def make(self, where: str, options: Mapping[str, Any] | None = None, **offered: Any) -> Any:
         """The detector with these options.
 
         Args:

@@ -25,9 +25,7 @@ from torch import Tensor
 from oodkernels._extension import build_info
 from oodkernels._files import write_text
 from oodkernels.data.samples import Samples
-from oodkernels.detectors import DETECTORS, AbsentClass, OODDetector
-from oodkernels.detectors.base import Batch, _score_all
-from oodkernels.detectors.model import Model, run
+from oodkernels.detectors import DETECTORS, AbsentClass, Batch, Model, OODDetector, run, score_batch
 from oodkernels.evaluation import tables
 from oodkernels.evaluation.tables import AVERAGE, METRICS, Row
 from oodkernels.groups import Groups
@@ -596,7 +594,7 @@ def read_parts(
             continue
         with torch.no_grad():
             found = run(model, x, layers)
-        yield Part(Batch(x, found.logits, found.features, found.layers, found.confidence), labels)
+        yield Part(Batch.of(x, found), labels)
 
 
 def score_part(
@@ -613,7 +611,7 @@ def score_part(
     Raises:
         ValueError: A score is NaN; the message says of which sample, and where it comes from.
     """
-    scores = _score_all("evaluate", detectors, part.batch, None) if detectors else {}
+    scores = score_batch(detectors, part.batch, where="evaluate") if detectors else {}
     scores |= part.scores
     for name, values in scores.items():
         nan = values.isnan()
@@ -734,7 +732,7 @@ class _Run:
             classes = self.groups.num_classes
         else:
             absent = any(isinstance(d, AbsentClass) for d in (self.detectors or {}).values())
-            flat = batch.logit_scores(columns=-1 if absent else None)
+            flat = batch.logit_scores(absent=-1 if absent else None)
             confidence, answer = flat.msp, flat.label
             classes = batch.logits.shape[1] - absent
         wrong = (labels < 0) | (labels >= classes)
