@@ -141,10 +141,10 @@ class OODDetector:
         where = f"{type(self).__name__}.fit"
         self._reset()
         if data is None:
-            self._learn(where, as_batch(where, None, logits, features), labels)
+            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
         else:
             for batch, y in self._training_batches(where, data):
-                self._learn(where, batch, y)
+                self.fit_batch(batch, y, where=where)
             if self._status == "unfitted":
                 raise ValueError(f"{where}: data must give a batch, got none")
         self._ready(where)
@@ -169,8 +169,40 @@ class OODDetector:
         """
         if self.trained_on:
             where = f"{type(self).__name__}.partial_fit"
-            self._learn(where, as_batch(where, None, logits, features), labels)
+            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
         return self
+
+    def fit_batch(
+        self, batch: Batch, labels: Tensor | None = None, *, where: str = "fit_batch"
+    ) -> None:
+        """:meth:`partial_fit` to a batch.
+
+        Args:
+            batch: Its tensors are not looked at again.
+            labels: As for :meth:`fit`.
+            where: What errors start with.
+
+        Raises:
+            ValueError: As :meth:`fit`.
+            TypeError: As :meth:`fit`.
+        """
+        if not self.trained_on:
+            return
+        missing = self._missing(batch, self.trained_on)
+        if "labels" in self.trained_on and labels is None:
+            missing.append("labels")
+        if missing:
+            raise ValueError(f"{where}: {', '.join(missing)} must be given")
+        if labels is not None:
+            labels = check_class_ids(where, labels, len(batch)).to(batch.device)
+            ood = labels < 0
+            if ood.any():
+                batch, labels = batch.rows(~ood), labels[~ood]
+        self._check(where, batch)
+        with torch.no_grad():
+            self._update(where, batch, labels)
+        self._status = "pending"
+        self.threshold = None  # it was of other scores
 
     # --- scoring ------------------------------------------------------------------------------
 
@@ -502,23 +534,6 @@ class OODDetector:
             with torch.no_grad():
                 completed = _completed(where, [self], as_batch(where, x), self.trained_on)[0]
             yield completed, y
-
-    def _learn(self, where: str, batch: Batch, labels: Tensor | None) -> None:
-        missing = self._missing(batch, self.trained_on)
-        if "labels" in self.trained_on and labels is None:
-            missing.append("labels")
-        if missing:
-            raise ValueError(f"{where}: {', '.join(missing)} must be given")
-        if labels is not None:
-            labels = check_class_ids(where, labels, len(batch)).to(batch.device)
-            ood = labels < 0
-            if ood.any():
-                batch, labels = batch.rows(~ood), labels[~ood]
-        self._check(where, batch)
-        with torch.no_grad():
-            self._update(where, batch, labels)
-        self._status = "pending"
-        self.threshold = None  # it was of other scores
 
 
 def score_all(
