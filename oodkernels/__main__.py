@@ -20,7 +20,7 @@ def main() -> int:
             raise
         print(
             f"oodk: {missing} is not installed; to get all that oodk needs: "
-            'pip install "oodkernels[demo]"',
+            'pip install "oodkernels[cli]"',
             file=sys.stderr,
         )
         return 1

@@ -138,7 +138,7 @@ def test_missing_extra_is_named_in_one_line(missing: str, command: str) -> None:
     assert found.returncode == 1
     assert found.stderr == (
         f"oodk: {missing} is not installed; to get all that oodk needs: "
-        'pip install "oodkernels[demo]"\n'
+        'pip install "oodkernels[cli]"\n'
     )
 
 
