@@ -18,11 +18,12 @@ from torch import Tensor
 from oodkernels._checks import check_integer
 from oodkernels._files import read_json, write_text
 from oodkernels._wordnet import WORDNET_GROUPS, super_classes
+from oodkernels.cluster import kmeans
 
 Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 PathLike: TypeAlias = str | os.PathLike[str]
 
-__all__ = ["WORDNET_GROUPS", "Groups", "as_offsets"]
+__all__ = ["WORDNET_GROUPS", "Groups"]
 
 _FORMAT, _VERSION = "oodkernels.groups", 1
 _AUTHORS_SIZES = [398, 521, 9, 7, 52, 8, 3, 2]  # MOS's taxonomy_level0.npy
@@ -355,8 +356,6 @@ class Groups:
                 f"{where}: class_means must be finite, got {infinite.size} classes that are "
                 f"not, the first of them {infinite[0]}"
             )
-        from oodkernels.cluster import kmeans  # whose ops import this module
-
         fitted = kmeans(torch.from_numpy(x), k, n_init=10, seed=seed)
         group = fitted.labels.numpy()
         distance = np.linalg.norm(x - fitted.centroids.numpy()[group], axis=1)
@@ -657,25 +656,6 @@ class Groups:
         )
         more = ", ..." if len(self) > 8 else ""
         return f"Groups({self.num_classes} classes in {len(self)} groups: {shown}{more})"
-
-
-def as_offsets(groups: Groups | Tensor, like: Tensor | None = None) -> Tensor:
-    """The offsets that an op takes as ``groups``: shape (K + 1,).
-
-    Args:
-        groups: a :class:`Groups`, or offsets, which are returned as they are.
-        like: where a ``Groups``' offsets have to be; copied there once and kept.
-
-    Raises:
-        TypeError: ``groups`` is neither.
-    """
-    if isinstance(groups, Tensor):
-        return groups
-    if not isinstance(groups, Groups):
-        raise TypeError(
-            f"groups must be Groups or a Tensor of offsets, got {type(groups).__name__}"
-        )
-    return groups.offsets if like is None else groups.to(like.device).offsets
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -15,8 +15,7 @@ from oodkernels import reference
 from oodkernels._checks import check_count, check_flag, plain
 from oodkernels._optional import require
 from oodkernels.cluster.functional import Backend, kmeans
-from oodkernels.ops import kmeans as kmeans_lloyd
-from oodkernels.ops import nearest_centroid
+from oodkernels.ops import kmeans_lloyd, nearest_centroid
 
 try:
     from sklearn.base import (

@@ -12,12 +12,11 @@ from typing import Literal, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-from oodkernels._checks import check_flag, check_floating, check_integer, plain
+from oodkernels._checks import check_at_least, check_flag, check_floating, check_integer, plain
 from oodkernels.cluster._distributed import DistributedKMeans
 from oodkernels.cluster._faiss import faiss_kmeans
-from oodkernels.ops import KMeansResult, kmeans_init
-from oodkernels.ops import kmeans as kmeans_lloyd
-from oodkernels.ops.kmeans import check_at_least, check_tol
+from oodkernels.ops import KMeansResult, kmeans_init, kmeans_lloyd
+from oodkernels.ops.kmeans import check_tol
 
 __all__ = ["kmeans"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_kmeans import features
+from points import features
 from torch import Tensor
 
 from oodkernels import kmeans
