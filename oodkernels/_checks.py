@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,3 +49,65 @@ def check_target(op: str, logits: Tensor, target: Tensor) -> None:
 def accumulate_type(dtype: torch.dtype) -> torch.dtype:
     """The type half precision is accumulated and returned in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar as the Python number, bool or text that prints like it; all else as it is.
+
+    So float32's 0.95 becomes 0.95 and not 0.949999988079071.
+    """
+    if isinstance(value, np.floating):
+        return float(str(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_tpr(op: str, tpr: Any) -> float:
+    """The true positive rate as a float; raise unless it is a number in (0, 1]."""
+    return _share(op, "tpr", tpr, "(0, 1]", with_one=True)
+
+
+def check_confidence(op: str, confidence: Any) -> float:
+    """The confidence of an interval as a float; raise unless it is a number in (0, 1)."""
+    return _share(op, "confidence", confidence, "(0, 1)", with_one=False)
+
+
+def _share(op: str, name: str, value: Any, range_: str, *, with_one: bool) -> float:
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} must be a number in {range_}, got {value!r}")
+    share = float(value)
+    if not (0 < share < 1 or (with_one and share == 1)):
+        raise ValueError(f"{op}: {name} must be in {range_}, got {value}")
+    return share
+
+
+def check_count(op: str, name: str, value: Any, least: int = 1) -> int:
+    """A number of things as an int; raise unless it is an integer of at least ``least``."""
+    count = plain(value)
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"{op}: {name} must be an int >= {least}, got {count!r}")
+    return count
+
+
+def check_flag(op: str, name: str, value: Any) -> bool:
+    """A bool; raise unless it is one, NumPy's included."""
+    flag = plain(value)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {flag!r}")
+    return flag
+
+
+def check_integers(op: str, name: str, x: Tensor) -> None:
+    """Raise TypeError unless x holds integers, which bool is not."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
+
+
+def check_no_nan(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError where x holds NaN, with the number and the first index of x flattened."""
+    nan = x.isnan()
+    if bool(nan.any()):
+        raise ValueError(
+            f"{op}: {name} must not be NaN, got {int(nan.sum())} NaN, the first at index "
+            f"{int(nan.reshape(-1).nonzero()[0])}"
+        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 from rich.console import Console
 
+from oodkernels._progress import progress
 from oodkernels.cli._common import (
     ConfigOption,
     GroupsOption,
@@ -19,7 +20,6 @@ from oodkernels.cli._common import (
     QuietOption,
     pairs,
     print_json,
-    progress,
     read_groups,
     require_writable,
     require_writable_file,
@@ -451,7 +451,7 @@ def _existing(option: str, path: str) -> Path:
 @contextmanager
 def _watching(quiet: bool, sets: dict[str, Samples]) -> Iterator[Callable[[str, int], None]]:
     """A bar for each data set."""
-    with progress(quiet) as shown:
+    with progress(not quiet) as shown:
         tasks = {
             name: shown.add_task(name, total=samples.num_samples, start=False)
             for name, samples in sets.items()

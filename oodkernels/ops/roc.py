@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels._checks import check_floating
+from oodkernels._checks import check_floating, check_tpr
 
 
 class ROCMetrics(NamedTuple):
@@ -153,14 +153,9 @@ def scores_of_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(keys < 0, keys ^ torch.iinfo(keys.dtype).max, keys).view(dtype)
 
 
-def _check_tpr(tpr: float) -> None:
-    if not 0 < tpr <= 1:
-        raise ValueError(f"roc_metrics: tpr must be in (0, 1], got {tpr}")
-
-
 @torch.library.impl("oodk::roc_metrics", "CompositeImplicitAutograd")
 def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
-    _check_tpr(tpr)
+    tpr = check_tpr("roc_metrics", tpr)
     check_floating("roc_metrics", "id_scores", id_scores)
     if ood_scores.dtype != id_scores.dtype:
         raise TypeError(
