@@ -4,55 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
-import operator
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oodkernels._checks import check_integer
 from oodkernels._files import read_json, write_text
+from oodkernels._wordnet import WORDNET_GROUPS, super_classes
+from oodkernels.cluster import kmeans
 
 Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 PathLike: TypeAlias = str | os.PathLike[str]
 
-__all__ = ["WORDNET_GROUPS", "Groups", "as_offsets"]
+__all__ = ["WORDNET_GROUPS", "Groups"]
 
-WORDNET_GROUPS = (
-    "animal",
-    "artifact",
-    "geological formation",
-    "fungus",
-    "misc",
-    "natural object",
-    "person",
-    "plant",
-)
-"""Super-classes of ImageNet-1k in MOS, in the column order of the authors' models."""
-
-# Offsets in WordNet 3.0's data.noun. The first one found in a synset's hypernym closure wins; in
-# the whole database only "bar" and "sandbar" have two, and MOS has sandbar as a natural object.
-_WORDNET_ROOTS = {
-    "animal": 15388,
-    "artifact": 21939,
-    "natural object": 19128,
-    "geological formation": 9287968,
-    "fungus": 12992868,
-    "person": 7846,
-    "plant": 17222,
-}
-_WORDNET_DIRECTORIES = (
-    "/usr/share/wordnet",
-    "/usr/share/wordnet/dict",
-    "/usr/share/wordnet-3.0/dict",
-    "/usr/local/WordNet-3.0/dict",
-)
 _FORMAT, _VERSION = "oodkernels.groups", 1
+_AUTHORS_SIZES = [398, 521, 9, 7, 52, 8, 3, 2]  # MOS's taxonomy_level0.npy
 
 
 class Groups:
@@ -67,18 +41,22 @@ class Groups:
       take targets and return labels as grouped indices;
     - the *column* of the head, 0..C+K-1.
 
-    A ``Groups`` is immutable and compares by value (layout and names, wherever its tensors live).
-    All its tensors are int64. It can be pickled; what comes back lives on the CPU.
+    Whose ids these are is known where ``class_names`` says so: :meth:`matched` then gives the same
+    groups for classes that are counted in another order.
+
+    A ``Groups`` is immutable and compares by value (layout and all names, wherever its tensors
+    live). All its tensors are int64. It can be pickled; what comes back lives on the CPU.
 
     Args:
-        class_to_group: group 0..K-1 of each class id, shape (C,). Every group has a class.
+        class_to_group: Group 0..K-1 of each class id, shape (C,). Every group has a class.
         names: K distinct names; "0".."K-1" by default.
-        index_in_group: rank of each class id among the classes of its group, shape (C,). By
+        index_in_group: Rank of each class id among the classes of its group, shape (C,). By
             default the classes of a group stand in the order of their ids.
+        class_names: C distinct names or WordNet ids, one of each class id; None if not known.
 
     Raises:
-        ValueError: an entry is out of range, a group has no class, or lengths disagree.
-        TypeError: not integers.
+        ValueError: An entry is out of range, a group has no class, or lengths disagree.
+        TypeError: Not integers, or names that are not strings.
     """
 
     def __init__(
@@ -86,6 +64,7 @@ class Groups:
         class_to_group: Ints,
         names: Sequence[str] | None = None,
         index_in_group: Ints | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         group = _ints("Groups: class_to_group", class_to_group)
         end = group.size if names is None else len(names)
@@ -117,7 +96,13 @@ class Groups:
                 rank == expected,
             )
 
-        self.names = _check_names(num_groups, names)
+        self.names = tuple(map(str, range(num_groups))) if names is None else _names("names", names)
+        self.class_names = None if class_names is None else _names("class_names", class_names)
+        if self.class_names is not None and len(self.class_names) != group.size:
+            raise ValueError(
+                f"Groups: class_names must have {group.size} entries, one per class, got "
+                f"{len(self.class_names)}"
+            )
         offsets = np.concatenate(([0], np.cumsum(sizes + 1)))
         grouped = np.empty_like(classes)
         grouped[classes] = np.arange(classes.size)
@@ -130,7 +115,7 @@ class Groups:
         self._grouped = _tensor(grouped)
         self._column = _tensor(column)
         self._class_at = _tensor(class_at)
-        self._key = (self.names, offsets.tobytes(), classes.tobytes())
+        self._key = (self.names, self.class_names, offsets.tobytes(), classes.tobytes())
         self._on: dict[torch.device, Groups] = {self.device: self}
 
     # Constructors
@@ -141,18 +126,20 @@ class Groups:
         class_to_group: Sequence[Hashable] | NDArray[Any] | Tensor,
         names: Sequence[str] | None = None,
         index_in_group: Ints | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> Groups:
         """Groups from one group label per class id.
 
         Args:
             class_to_group: C labels: the ints 0..K-1, or any hashable values such as strings.
                 The latter become the names, in the order in which they are first seen.
-            names: names of the groups 0..K-1; with string labels, the order of the groups.
-            index_in_group: as in :class:`Groups`.
+            names: Names of the groups 0..K-1; with string labels, the order of the groups.
+            index_in_group: As in :class:`Groups`.
+            class_names: As in :class:`Groups`.
 
         Raises:
-            ValueError: as :class:`Groups`, or a label is not among the names.
-            TypeError: labels are floats or not hashable.
+            ValueError: As :class:`Groups`, or a label is not among the names.
+            TypeError: Labels are floats or not hashable.
         """
         where = "Groups.from_labels: class_to_group"
         if isinstance(class_to_group, (str, bytes)):
@@ -161,7 +148,7 @@ class Groups:
             class_to_group = class_to_group.tolist()
         labels = list(class_to_group)
         if labels and all(isinstance(x, (int, np.integer)) for x in labels):
-            return cls(labels, names, index_in_group)
+            return cls(labels, names, index_in_group, class_names)
         if any(isinstance(x, (float, np.floating)) for x in labels):
             raise TypeError(f"{where} must hold ints or hashables such as strings, got floats")
         try:
@@ -179,38 +166,55 @@ class Groups:
                         f"{where} must hold labels that are in names, "
                         f"got {x!r} at index {labels.index(x)}"
                     )
-        return cls(np.array([index[x] for x in labels], np.int64), names, index_in_group)
+        group = np.array([index[x] for x in labels], np.int64)
+        return cls(group, names, index_in_group, class_names)
 
     @classmethod
-    def from_sizes(cls, sizes: Ints, names: Sequence[str] | None = None) -> Groups:
+    def from_sizes(
+        cls,
+        sizes: Ints,
+        names: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Groups:
         """Groups of consecutive class ids: the first ``sizes[0]`` classes, the next, ...
 
         Args:
-            sizes: number of classes per group, others not counted, shape (K,).
-            names: as in :class:`Groups`.
+            sizes: Number of classes per group, others not counted, shape (K,).
+            names: As in :class:`Groups`.
+            class_names: As in :class:`Groups`.
 
         Raises:
-            ValueError: a size is below 1.
+            ValueError: A size is below 1; or these are the sizes of MOS's ``taxonomy_level0.npy``
+                without ``class_names``: the authors count classes in the order of their columns,
+                and taken for ImageNet's class ids 998 of 1,000 would be wrong.
         """
         array = _ints("Groups.from_sizes: sizes", sizes)
         _check("Groups.from_sizes: sizes must be >= 1", array, array >= 1)
-        return cls(np.repeat(np.arange(array.size), array), names)
+        if class_names is None and array.tolist() == _AUTHORS_SIZES:
+            raise ValueError(
+                "Groups.from_sizes: sizes are those of MOS's taxonomy, whose classes are in the "
+                "order of the authors' columns, not of ImageNet's class ids: give class_names in "
+                "that order, or take Groups.from_image_list of the authors' list file"
+            )
+        return cls(np.repeat(np.arange(array.size), array), names, class_names=class_names)
 
     @classmethod
     def from_slices(
         cls,
         slices: Sequence[Sequence[int]] | NDArray[Any] | Tensor,
         names: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> Groups:
         """Groups of consecutive class ids from the ``group_slices`` of MOS's published code.
 
         Args:
-            slices: first and past-the-end column per group, others included, shape (K, 2).
-            names: as in :class:`Groups`.
+            slices: First and past-the-end column per group, others included, shape (K, 2).
+            names: As in :class:`Groups`.
+            class_names: As in :class:`Groups`.
 
         Raises:
-            ValueError: the slices do not follow one another from column 0, or one is narrower
-                than 2 columns.
+            ValueError: The slices do not follow one another from column 0, one is narrower than
+                2 columns, or as :meth:`from_sizes`.
         """
         where = "Groups.from_slices: slices"
         array = _ints(where, slices, ndim=2)
@@ -221,19 +225,20 @@ class Groups:
         _check(f"{where} must start at 0, then where the one before ends", start, follows)
         width = end - start
         _check(f"{where} must be >= 2 columns wide", width, width >= 2)
-        return cls.from_sizes(width - 1, names)
+        return cls.from_sizes(width - 1, names, class_names)
 
     @classmethod
     def from_table(cls, path: PathLike, names: Sequence[str] | None = None) -> Groups:
         """Groups from a CSV file with a header and one row per class, in the order of class ids.
 
         Args:
-            path: the file. Column ``group`` holds the group, as an int or a name; the optional
-                column ``index_in_group`` is as in :class:`Groups`; others are not read.
-            names: as in :meth:`from_labels`.
+            path: The file. Column ``group`` holds the group, as an int or a name. Optional are
+                ``index_in_group``, as in :class:`Groups`, and ``wnid`` or ``class_name``, which
+                becomes ``class_names``. Others are not read.
+            names: As in :meth:`from_labels`.
 
         Raises:
-            ValueError: a column is missing or holds something else.
+            ValueError: A column is missing or holds something else.
         """
         where = f"Groups.from_table: {os.fspath(path)}"
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -255,7 +260,49 @@ class Groups:
                 rank = [int(row["index_in_group"]) for row in rows]
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where}: index_in_group must hold ints: {error}") from None
-        return cls.from_labels(labels, names, rank)
+        called = [column for column in ("wnid", "class_name") if column in rows[0]]
+        if len(called) > 1:
+            raise ValueError(f"{where} must name classes in one column, got wnid and class_name")
+        class_names = [row[called[0]] for row in rows] if called else None
+        return cls.from_labels(labels, names, rank, class_names)
+
+    @classmethod
+    def from_image_list(cls, path: PathLike, names: Sequence[str] | None = None) -> Groups:
+        """Groups from an image list of MOS's published code.
+
+        Such a list (``data_lists/imagenet2012_group_softmax_val_list.txt``) says of each image its
+        group and the index of its class in the group: ``val/n01751748/x.JPEG 0 328``. The folder
+        names the class; class ids count the names in sorted order, which is that of ImageNet's
+        class ids and of torchvision's ``ImageFolder``.
+
+        Args:
+            path: The file. Every class has an image in it.
+            names: As in :class:`Groups`.
+
+        Raises:
+            ValueError: A line is of another form, a class is in two places, or as :class:`Groups`.
+        """
+        where = f"Groups.from_image_list: {os.fspath(path)}"
+        places: dict[str, tuple[int, int]] = {}
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                found = re.fullmatch(r"(?:.*/)?([^/]+)/[^/]+ (\d+) (\d+)", line.strip())
+                if found is None:
+                    raise ValueError(
+                        f"{where}: line {number} must be 'folder/image group index', got "
+                        f"{line.strip()[:80]!r}"
+                    )
+                place = int(found[2]), int(found[3])
+                if places.setdefault(found[1], place) != place:
+                    raise ValueError(
+                        f"{where}: line {number} must have class {found[1]} in group and index "
+                        f"{places[found[1]]}, as above, got {place}"
+                    )
+        class_names = sorted(places)
+        group, rank = (
+            zip(*(places[name] for name in class_names), strict=True) if places else ((), ())
+        )
+        return cls(group, names, rank, class_names)
 
     @classmethod
     def random(cls, num_classes: int, k: int, seed: int = 0) -> Groups:
@@ -272,10 +319,10 @@ class Groups:
             ValueError: an argument is out of its range.
         """
         where = "Groups.random"
-        num_classes = _int(f"{where}: num_classes", num_classes, 1)
-        k = _int(f"{where}: k", k, 1, num_classes)
+        num_classes = _in_range(where, "num_classes", num_classes, 1)
+        k = _in_range(where, "k", k, 1, num_classes)
         # NumPy keeps the raw stream of a bit generator fixed, but not Generator.permutation.
-        draws = np.random.PCG64(_int(f"{where}: seed", seed, 0)).random_raw(num_classes)
+        draws = np.random.PCG64(_in_range(where, "seed", seed, 0)).random_raw(num_classes)
         group = np.empty(num_classes, np.int64)
         group[np.argsort(draws, kind="stable")] = np.arange(num_classes) % k
         return cls(group)
@@ -301,19 +348,17 @@ class Groups:
         x = np.asarray(class_means, np.float64)
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"{where}: class_means must have shape (C, d), got {x.shape}")
-        k = _int(f"{where}: k", k, 1, len(x))
-        seed = _int(f"{where}: seed", seed, 0)
+        k = _in_range(where, "k", k, 1, len(x))
+        seed = _in_range(where, "seed", seed, 0)
         infinite = np.flatnonzero(~np.isfinite(x).all(1))
         if infinite.size:
             raise ValueError(
                 f"{where}: class_means must be finite, got {infinite.size} classes that are "
                 f"not, the first of them {infinite[0]}"
             )
-        from oodkernels.cluster import KMeans  # whose ops import this module
-
-        fitted = KMeans(k, n_init=10, random_state=seed).fit(x)
-        group = fitted.labels_
-        distance = np.linalg.norm(x - fitted.cluster_centers_[group], axis=1)
+        fitted = kmeans(torch.from_numpy(x), k, n_init=10, seed=seed)
+        group = fitted.labels.numpy()
+        distance = np.linalg.norm(x - fitted.centroids.numpy()[group], axis=1)
         sizes = np.bincount(group, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
             farthest = np.where(sizes[group] > 1, distance, -1).argmax()
@@ -342,26 +387,9 @@ class Groups:
             ValueError: an id is malformed or not in the database, or that is not WordNet 3.0.
             FileNotFoundError: there is no ``data.noun``.
         """
-        where = "Groups.from_wordnet"
-        if isinstance(wnids, str):
-            raise TypeError(f"{where}: wnids must hold one id per class, got {wnids!r}")
-        path = _wordnet_file(where, wordnet)
-        hypernyms = _read_hypernyms(where, path)
-        labels = []
-        for i, wnid in enumerate(wnids):
-            if not isinstance(wnid, str) or not re.fullmatch(r"n\d{8}", wnid):
-                raise ValueError(
-                    f"{where}: wnids must look like 'n01440764', got {wnid!r} at index {i}"
-                )
-            if int(wnid[1:]) not in hypernyms:
-                raise ValueError(
-                    f"{where}: wnids must be nouns of {path}, got {wnid!r} at index {i}"
-                )
-            closure = _closure(int(wnid[1:]), hypernyms)
-            labels.append(
-                next((name for name, root in _WORDNET_ROOTS.items() if root in closure), "misc")
-            )
-        return cls.from_labels(labels, [name for name in WORDNET_GROUPS if name in labels])
+        labels = super_classes("Groups.from_wordnet", wnids, wordnet)
+        names = [name for name in WORDNET_GROUPS if name in labels]
+        return cls.from_labels(labels, names, class_names=wnids)
 
     # Layout
 
@@ -401,6 +429,12 @@ class Groups:
         return self._class_to_group
 
     @property
+    def index_in_group(self) -> Tensor:
+        """Rank of each class id among the classes of its group: int64, shape (C,)."""
+        # The columns before a class are those before its group, and its group's "others".
+        return self._column - self._offsets[self._class_to_group] - 1
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self._offsets.device
@@ -408,6 +442,43 @@ class Groups:
     def slices(self) -> Tensor:
         """First and past-the-end column per group, as MOS's published code has it: (K, 2)."""
         return torch.stack((self._offsets[:-1], self._offsets[1:]), 1)
+
+    def matched(self, class_names: Sequence[str]) -> Groups:
+        """These groups for classes that are counted in another order.
+
+        Args:
+            class_names: Name of each class id 0..C-1; the names that these groups have.
+
+        Returns:
+            Groups with the same columns, in which class id i is ``class_names[i]``.
+
+        Raises:
+            ValueError: These groups do not know their classes' names, or know others.
+        """
+        where = "Groups.matched"
+        if self.class_names is None:
+            raise ValueError(
+                f"{where}: the order of the {self.num_classes} classes in these groups is not "
+                "known: make them with class_names (`oodk group taxonomy` of WordNet ids or of a "
+                "table with a column wnid or class_name, `oodk convert groups` of MOS's image list)"
+            )
+        wanted = _names("class_names", class_names)
+        if wanted == self.class_names:
+            return self
+        index = {name: i for i, name in enumerate(self.class_names)}
+        unknown = [name for name in wanted if name not in index]
+        missing = sorted(set(self.class_names) - set(wanted))
+        if unknown or missing:
+            raise ValueError(
+                f"{where}: class_names must be those of the groups, got {len(wanted)} names for "
+                f"{self.num_classes} classes: {len(unknown)} that the groups do not have "
+                f"{unknown[:3]}, {len(missing)} missing {missing[:3]}"
+            )
+        order = torch.tensor([index[name] for name in wanted], device="cpu")
+        here = self.to("cpu")
+        return Groups(
+            here.class_to_group[order], self.names, here.index_in_group[order], wanted
+        ).to(self.device)
 
     # Mappings
 
@@ -505,14 +576,17 @@ class Groups:
         return moved
 
     def to_json(self) -> str:
-        """The groups as JSON: per group its name and its class ids, in the order of columns."""
+        """The groups as JSON: per group its name and class ids in the order of columns; names."""
         here = self.to("cpu")
         members = torch.split(here._classes, here.sizes.tolist())
         groups = [
             {"name": name, "classes": classes.tolist()}
             for name, classes in zip(self.names, members, strict=True)
         ]
-        return json.dumps({"format": _FORMAT, "version": _VERSION, "groups": groups})
+        content = {"format": _FORMAT, "version": _VERSION, "groups": groups}
+        if self.class_names is not None:
+            content["class_names"] = self.class_names
+        return json.dumps(content)
 
     @classmethod
     def from_json(cls, text: str) -> Groups:
@@ -525,8 +599,7 @@ class Groups:
         where = "Groups.from_json"
         content = read_json(where, text, _FORMAT, _VERSION)
         try:
-            names = [group["name"] for group in content["groups"]]
-            _check_names(len(names), names)
+            names = _names("names", [group["name"] for group in content["groups"]])
             members = [_ints("classes", group["classes"]) for group in content["groups"]]
             classes = np.concatenate(members)
         except (KeyError, TypeError, ValueError) as error:
@@ -540,7 +613,10 @@ class Groups:
         group, rank = np.empty_like(classes), np.empty_like(classes)
         group[classes] = np.repeat(np.arange(len(members)), [m.size for m in members])
         rank[classes] = np.concatenate([np.arange(m.size) for m in members])
-        return cls(group, names, rank)
+        try:
+            return cls(group, names, rank, content.get("class_names"))
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def save(self, path: PathLike) -> None:
         """Write the groups to a JSON file. The file is replaced whole or not at all."""
@@ -582,25 +658,6 @@ class Groups:
         return f"Groups({self.num_classes} classes in {len(self)} groups: {shown}{more})"
 
 
-def as_offsets(groups: Groups | Tensor, like: Tensor | None = None) -> Tensor:
-    """The offsets that an op takes as ``groups``: shape (K + 1,).
-
-    Args:
-        groups: a :class:`Groups`, or offsets, which are returned as they are.
-        like: where a ``Groups``' offsets have to be; copied there once and kept.
-
-    Raises:
-        TypeError: ``groups`` is neither.
-    """
-    if isinstance(groups, Tensor):
-        return groups
-    if not isinstance(groups, Groups):
-        raise TypeError(
-            f"groups must be Groups or a Tensor of offsets, got {type(groups).__name__}"
-        )
-    return groups.offsets if like is None else groups.to(like.device).offsets
-
-
 def _tensor(array: NDArray[Any]) -> Tensor:
     # from_numpy, because torch's factories follow its default device; and no inference tensor,
     # because autograd refuses to save one.
@@ -634,15 +691,15 @@ def _check_ids(what: str, ids: Tensor, end: int, other: int | None = None) -> No
         raise ValueError(f"{what} must be {allowed}, got {int(ids[at])} at index {index}")
 
 
-def _check_names(num_groups: int, names: Sequence[str] | None) -> tuple[str, ...]:
-    if names is None:
-        return tuple(str(k) for k in range(num_groups))
+def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"Groups: {what} must be a sequence of strings, got {names!r}")
     seen: set[str] = set()
     for k, name in enumerate(names):
         if not isinstance(name, str):
-            raise TypeError(f"Groups: names must be strings, got {name!r} at index {k}")
+            raise TypeError(f"Groups: {what} must be strings, got {name!r} at index {k}")
         if name in seen:
-            raise ValueError(f"Groups: names must be distinct, got {name!r} again at index {k}")
+            raise ValueError(f"Groups: {what} must be distinct, got {name!r} again at index {k}")
         seen.add(name)
     return tuple(names)
 
@@ -653,14 +710,11 @@ def _check(expectation: str, array: NDArray[np.int64], fine: NDArray[np.bool_]) 
         raise ValueError(f"{expectation}, got {array[wrong[0]]} at index {wrong[0]}")
 
 
-def _int(what: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} must be an int, got {value!r}") from None
+def _in_range(where: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    value = check_integer(where, name, value)
     if value < low or (high is not None and value > high):
         allowed = f">= {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{what} must be {allowed}, got {value}")
+        raise ValueError(f"{where}: {name} must be {allowed}, got {value}")
     return value
 
 
@@ -680,56 +734,3 @@ def _ints(what: str, values: Any, ndim: int = 1) -> NDArray[np.int64]:
     if array.ndim != ndim:
         raise ValueError(f"{what} must be {ndim}-dimensional, got shape {array.shape}")
     return array.astype(np.int64)
-
-
-def _wordnet_file(where: str, wordnet: PathLike | None) -> Path:
-    given = wordnet or os.environ.get("WNSEARCHDIR")
-    directories = [given] if given else _WORDNET_DIRECTORIES
-    for directory in directories:
-        path = Path(directory, "data.noun")
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"{where}: no data.noun in {', '.join(map(str, directories))}: install WordNet 3.0 "
-        "(Debian: wordnet-base) or give its directory as wordnet"
-    )
-
-
-def _read_hypernyms(where: str, path: Path) -> dict[int, list[int]]:
-    """Hypernyms of each synset, by offset. File format: WordNet's manual page wndb(5)."""
-    hypernyms: dict[int, list[int]] = {}
-    roots = {offset: name.replace(" ", "_") for name, offset in _WORDNET_ROOTS.items()}
-    try:
-        with path.open(encoding="latin-1") as file:
-            for line in file:
-                if line.startswith(" "):  # the licence
-                    continue
-                fields = line.partition("|")[0].split()
-                offset, words = int(fields[0]), int(fields[3], 16)
-                pointers = fields[5 + 2 * words :]  # symbol, offset, part of speech, source/target
-                hypernyms[offset] = [
-                    int(target)
-                    for symbol, target in zip(pointers[::4], pointers[1::4], strict=True)
-                    if symbol in ("@", "@i")
-                ]
-                if roots.get(offset) == fields[4]:
-                    del roots[offset]
-    except (IndexError, ValueError) as error:
-        raise ValueError(f"{where}: {path} must be a WordNet database: {error}") from None
-    if roots:
-        raise ValueError(
-            f"{where}: {path} must be of WordNet 3.0, whose numbers ImageNet uses: it has no "
-            f"{roots.popitem()[1]!r} where that has it"
-        )
-    return hypernyms
-
-
-def _closure(synset: int, hypernyms: dict[int, list[int]]) -> set[int]:
-    closure: set[int] = set()
-    pending = [synset]
-    while pending:
-        synset = pending.pop()
-        if synset not in closure:
-            closure.add(synset)
-            pending += hypernyms[synset]
-    return closure

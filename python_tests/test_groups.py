@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from oodkernels.groups import WORDNET_GROUPS, Groups, as_offsets
+from oodkernels.groups import WORDNET_GROUPS, Groups
+from oodkernels.ops.mos import as_offsets
 
 IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet1k_groups.csv"
 
@@ -261,7 +262,9 @@ def _table(tmp_path, text):
 
 def test_from_table(tmp_path):
     path = _table(tmp_path, "wnid,group,index_in_group\nn1,0,1\nn2,1,0\nn3,0,0\n")
-    assert Groups.from_table(path) == Groups([0, 1, 0], index_in_group=[1, 0, 0])
+    assert Groups.from_table(path) == Groups(
+        [0, 1, 0], index_in_group=[1, 0, 0], class_names=["n1", "n2", "n3"]
+    )
     path = _table(tmp_path, "group,class\ncat,0\ndog,1\ncat,2\n")
     assert Groups.from_table(path) == Groups([0, 1, 0], ["cat", "dog"])
     assert Groups.from_table(path, ["dog", "cat"]) == Groups([1, 0, 1], ["dog", "cat"])
@@ -282,6 +285,128 @@ def test_from_table(tmp_path):
 def test_from_table_refuses(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         Groups.from_table(_table(tmp_path, text))
+
+
+# Order of the classes
+
+
+def test_matched_gives_each_class_its_columns_by_name():
+    groups = Groups([0, 1, 0, 1], ["a", "b"], [1, 0, 0, 1], ["w", "x", "y", "z"])
+    wanted = ["z", "y", "x", "w"]
+    matched = groups.matched(wanted)
+    assert matched.class_names == tuple(wanted)
+    assert matched.names == groups.names
+    assert torch.equal(matched.offsets, groups.offsets)
+    ids = torch.arange(4)
+    assert torch.equal(matched.to_column(ids), groups.to_column(ids.flip(0)))
+    assert matched != groups
+    assert matched.matched(groups.class_names) == groups
+    assert groups.matched(groups.class_names) is groups
+
+
+@pytest.mark.parametrize(
+    ("class_names", "message"),
+    [
+        (["x", "y"], r"got 2 names for 3 classes: 0 that the groups do not have \[\], 1 missing"),
+        (["x", "y", "q"], r"1 that the groups do not have \['q'\], 1 missing \['z'\]"),
+        (["x", "y", "z", "q"], "1 that the groups do not have"),
+        (["x", "y", "y"], "class_names must be distinct, got 'y' again at index 2"),
+    ],
+)
+def test_matched_refuses_other_classes(class_names, message):
+    with pytest.raises(ValueError, match=message):
+        Groups([0, 1, 0], class_names=["x", "y", "z"]).matched(class_names)
+
+
+def test_matched_refuses_an_unknown_order_and_says_how_to_convert():
+    with pytest.raises(
+        ValueError, match=r"order of the 3 classes .*not known.*oodk convert groups"
+    ):
+        Groups([0, 1, 0]).matched(["x", "y", "z"])
+
+
+def test_class_names_are_kept(tmp_path):
+    groups = Groups([0, 1, 0], class_names=["x", "y", "z"])
+    groups.save(tmp_path / "groups.json")
+    assert Groups.load(tmp_path / "groups.json") == groups
+    assert pickle.loads(pickle.dumps(groups)).class_names == groups.to("meta").class_names
+    assert groups != Groups([0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("class_names", "error", "message"),
+    [
+        (["x"], ValueError, "class_names must have 2 entries, one per class, got 1"),
+        (["x", 1], TypeError, "class_names must be strings, got 1 at index 1"),
+        ("xy", TypeError, "class_names must be a sequence of strings, got 'xy'"),
+    ],
+)
+def test_class_names_are_checked(class_names, error, message):
+    with pytest.raises(error, match=message):
+        Groups([0, 0], class_names=class_names)
+
+
+AUTHORS = np.array([398, 521, 9, 7, 52, 8, 3, 2])
+
+
+@pytest.mark.parametrize("kind", ["sizes", "slices"])
+def test_the_authors_taxonomy_is_not_taken_for_imagenets_class_ids(kind):
+    ends = np.cumsum(AUTHORS + 1)
+    content = {"sizes": AUTHORS, "slices": np.stack([ends - AUTHORS - 1, ends], 1)}[kind]
+    make = getattr(Groups, f"from_{kind}")
+    with pytest.raises(ValueError, match=r"authors' columns.*give class_names.*from_image_list"):
+        make(content)
+    said = make(content, class_names=[str(i) for i in range(1000)])
+    assert said.sizes.tolist() == AUTHORS.tolist()
+
+
+IMAGE_LIST = "val/n2/a.JPEG 0 1\nval/n3/b c.JPEG 1 0\nval/n1/c.JPEG 0 0\nval/n2/d.JPEG 0 1\n"
+
+
+def test_from_image_list_counts_classes_as_imagenet_does(tmp_path):
+    path = _table(tmp_path, IMAGE_LIST)
+    groups = Groups.from_image_list(path, ["animal", "rest"])
+    assert groups == Groups([0, 0, 1], ["animal", "rest"], [0, 1, 0], ["n1", "n2", "n3"])
+    grouped_order = Groups.from_sizes([2, 1], class_names=["n1", "n2", "n3"])
+    assert groups.matched(["n3", "n1", "n2"]).to_column(torch.arange(3)).tolist() == [4, 1, 2]
+    assert torch.equal(groups.offsets, grouped_order.offsets)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must not be empty"),
+        ("x.JPEG 0 1\n", "line 1 must be 'folder/image group index', got 'x.JPEG 0 1'"),
+        ("n1/x.JPEG 0\n", "line 1 must be"),
+        ("n1/x 0 0\nn1/y 0 1\n", r"line 2 must have class n1 in group and index \(0, 0\)"),
+        ("n1/x 0 0\nn2/y 0 2\n", "index_in_group must number"),
+    ],
+)
+def test_from_image_list_refuses(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        Groups.from_image_list(_table(tmp_path, text))
+
+
+@pytest.mark.skipif(not IMAGENET.exists(), reason="needs the taxonomy of MOS in ../shared/data")
+def test_matching_moves_998_of_imagenets_classes():
+    """The authors' sizes alone, taken for class ids as they were, get all but two columns wrong."""
+    table = Groups.from_table(IMAGENET)
+    in_columns = [table.class_names[c] for c in table.classes]
+    authors = Groups.from_sizes(table.sizes, class_names=in_columns)
+    ids = torch.arange(1000)
+    assert (authors.to_column(ids) != table.to_column(ids)).sum() == 998
+    matched = authors.matched(table.class_names)
+    assert torch.equal(matched.to_column(ids), table.to_column(ids))
+
+
+def test_numpy_scalars_are_taken():
+    assert Groups.random(np.int64(10), np.int32(3), np.uint8(4)) == Groups.random(10, 3, 4)
+    groups = Groups([np.int64(1), np.int32(0)])
+    assert groups.to_grouped(torch.tensor([-1, 0]), np.int64(-1)).tolist() == [-1, 1]
+    means = np.eye(4, 16)
+    assert Groups.from_features(means, np.int64(2), np.int64(1)) == Groups.from_features(
+        means, 2, 1
+    )
 
 
 # Feature clustering
@@ -523,7 +648,7 @@ def test_cuda(monkeypatch):
     ids = torch.arange(100, device="cuda")
     assert groups.to_grouped(ids).device == ids.device
     assert torch.equal(groups.to_class(groups.to_grouped(ids)), ids)
-    assert as_offsets(groups, ids) is cuda.offsets
+    assert as_offsets("f", groups, ids) is cuda.offsets
     assert groups.to_grouped(ids[:1] + 100).item() == 100
     assert groups.to_column(ids[:1] + 100).item() == -1
     monkeypatch.setenv("OODK_VALIDATE", "1")
@@ -534,13 +659,9 @@ def test_cuda(monkeypatch):
 def test_as_offsets():
     groups = Groups.random(20, 4)
     offsets = groups.offsets
-    assert as_offsets(groups) is offsets
-    assert as_offsets(groups, torch.zeros(1)) is offsets
-    assert as_offsets(offsets) is offsets
-    assert as_offsets(offsets, torch.zeros(1, device="meta")) is offsets
-    assert as_offsets(groups, torch.zeros(1, device="meta")) is groups.to("meta").offsets
-    with pytest.raises(TypeError, match="must be Groups or a Tensor of offsets, got list"):
-        as_offsets([0, 3])
+    assert as_offsets("f", groups, torch.zeros(1)) is offsets
+    assert as_offsets("f", offsets, torch.zeros(1, device="meta")) is offsets
+    assert as_offsets("f", groups, torch.zeros(1, device="meta")) is groups.to("meta").offsets
 
 
 def test_made_in_inference_mode_still_trains():
@@ -563,7 +684,7 @@ def test_compiles_in_one_graph():
     groups = Groups.random(20, 4)
 
     def use(x, ids):
-        others = x[:, as_offsets(groups, x)[:-1]]
+        others = x[:, as_offsets("use", groups, x)[:-1]]
         return others, groups.to_class(groups.to_grouped(ids)), groups.to_column(ids)
 
     x, ids = torch.randn(3, 24), torch.tensor([0, 7, 19])

@@ -14,11 +14,12 @@ PACKAGE = Path(oodkernels.__file__).parent
 
 # From the ground up; rooms of one line do not know each other.
 STOREYS = [
-    ["_C", "_cuda", "_checks", "_files", "_optional", "_version", "reference"],
-    ["_extension"],
+    ["_C", "_cuda", "_checks", "_digest", "_files", "_optional", "_version", "_wordnet"],
+    ["reference"],
+    ["_extension", "_progress"],
     ["ops"],
     ["cluster"],
-    ["groups", "_wordnet"],
+    ["groups"],
     ["nn", "metrics"],
     ["metrics.streaming"],
     ["detectors"],
@@ -32,7 +33,18 @@ STOREYS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 # Modules without a room of their own, which every room may use by their public names.
-SHARED = {"_checks", "_extension", "_files", "_optional", "_version", "_wordnet", "_C", "_cuda"}
+SHARED = {
+    "_checks",
+    "_digest",
+    "_extension",
+    "_files",
+    "_optional",
+    "_progress",
+    "_version",
+    "_wordnet",
+    "_C",
+    "_cuda",
+}
 
 
 def room_of(module: str) -> str:

@@ -1,4 +1,4 @@
-"""What the commands share: errors, configuration files, progress."""
+"""What the commands share: errors, configuration files."""
 
 from __future__ import annotations
 
@@ -6,22 +6,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from typer.core import TyperGroup
 
 import oodkernels
@@ -137,8 +127,8 @@ GroupsOption: TypeAlias = Annotated[
     typer.Option(
         exists=True,
         dir_okay=False,
-        help="Groups of a MOS head: a file of `oodk group`, a CSV with a column `group`, or the "
-        "official .npy.",
+        help="Groups of a MOS head: a file of `oodk group`, a CSV with a column `group`, or an "
+        "image list or .npy of the official code.",
     ),
 ]
 
@@ -208,41 +198,40 @@ def require_writable_file(path: Path | None, option: str = "--out") -> None:
 # --- files ------------------------------------------------------------------------------------
 
 
-def read_groups(path: Path) -> oodkernels.Groups:
+def read_groups(path: Path, class_names: Sequence[str] | None = None) -> oodkernels.Groups:
     """Groups from any of their files.
 
+    Args:
+        path: .json, .csv, an image list of MOS's code (.txt), or its .npy.
+        class_names: Names of the classes of a .npy, in the order of the columns.
+
     Raises:
-        ValueError: It is none of them.
+        ValueError: It is none of them, or a .npy for 1,000 classes in an order that is not known.
     """
     groups = oodkernels.Groups
     if path.suffix == ".json":
         return groups.load(path)
     if path.suffix == ".csv":
         return groups.from_table(path)
+    if path.suffix == ".txt":
+        return groups.from_image_list(path)
     if path.suffix != ".npy":
-        raise ValueError(f"{path} must end in .json, .csv or .npy")
+        raise ValueError(f"{path} must end in .json, .csv, .txt or .npy")
     from oodkernels.data.samples import open_arrays
 
     (array,) = open_arrays(path).values()
     content = array.read()
-    return groups.from_slices(content) if content.ndim == 2 else groups.from_sizes(content)
-
-
-# --- progress ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(quiet: bool, *, remaining: bool = True) -> Iterator[Progress]:
-    """A progress display on standard error."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        *([TimeRemainingColumn()] if remaining else []),
-    ]
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as shown:
-        yield shown
+    flat = content.ndim == 1
+    count = content.sum() if flat else content[-1:].max() - len(content) if content.ndim == 2 else 0
+    if class_names is None and int(count) == 1000:
+        raise ValueError(
+            f"{path}: its 1000 classes are in the order of the head's columns, which is not that "
+            "of ImageNet's class ids. Convert the authors' list instead: oodk convert groups "
+            "imagenet2012_group_softmax_val_list.txt groups.json; or name the classes in the "
+            f"order of the columns: oodk convert groups {path} groups.json --class-names FILE"
+        )
+    make = groups.from_sizes if flat else groups.from_slices
+    return make(content, class_names=class_names)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

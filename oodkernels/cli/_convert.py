@@ -32,25 +32,45 @@ def groups(
         typer.Argument(
             exists=True,
             dir_okay=False,
-            help="Official MOS groups: `taxonomy_level0.npy` (classes per group, (K,)) or "
-            "`group_slices` (first and past-the-end column, (K, 2)); or .json, .csv.",
+            help="Official MOS groups: an image list (.txt with `folder/image group index`), "
+            "`taxonomy_level0.npy` (classes per group, (K,)) or `group_slices` (first and "
+            "past-the-end column, (K, 2)); or .json, .csv.",
         ),
     ],
     target: Annotated[Path, typer.Argument(dir_okay=False, help="File to write: .json or .npy.")],
     names: Annotated[
         str | None, typer.Option(help="Names of the groups, separated by commas.")
     ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text file with the class names or WordNet ids of a .npy, one a line, in the "
+            "order of the columns.",
+        ),
+    ] = None,
+    order: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text file with the same class names in the order of your class ids, one a line.",
+        ),
+    ] = None,
     form: Annotated[Form, typer.Option(help="What a .npy file is to hold.")] = Form.sizes,
     config: ConfigOption = None,
 ) -> None:
     """Groups of the official MOS code, and back.
 
-    The official files know classes in grouped order, so that class ids become grouped indices: the
-    order of the columns of the authors' models, which is that of their data lists.
+    Its .npy files count classes in the order of the columns of the authors' models, which is not
+    that of ImageNet's class ids; its image lists name them, and become groups in ImageNet's order.
 
     **Examples**
 
-        oodk convert groups taxonomy_level0.npy groups.json
+        oodk convert groups imagenet2012_group_softmax_val_list.txt groups.json
+
+        oodk convert groups taxonomy_level0.npy groups.json --class-names names.txt
 
         oodk convert groups groups.json group_slices.npy --form slices
     """
@@ -61,19 +81,19 @@ def groups(
 
     if target.suffix not in (".json", ".npy"):
         raise typer.BadParameter("must end in .json or .npy", param_hint="'TARGET'")
+    if class_names is not None and source.suffix != ".npy":
+        raise typer.BadParameter("is for .npy alone", param_hint="'--class-names'")
     require_writable_file(target, "TARGET")
-    found = read_groups(source)
+    found = read_groups(source, _lines(class_names))
+    if order is not None:
+        found = found.matched(_lines(order) or ())
     if names is not None:
         given = [name.strip() for name in names.split(",")]
         if len(given) != len(found):
             raise typer.BadParameter(
                 f"must be {len(found)}, got {len(given)}", param_hint="'--names'"
             )
-        old = dict(zip(found.names, given, strict=True))
-        group = [old[found.names[k]] for k in found.class_to_group.tolist()]
-        rank = torch.empty_like(found.classes)
-        rank[found.classes] = torch.cat([torch.arange(n) for n in found.sizes.tolist()])
-        found = Groups.from_labels(group, given, rank)
+        found = Groups(found.class_to_group, given, found.index_in_group, found.class_names)
     if target.suffix == ".json":
         found.save(target)
     else:
@@ -84,6 +104,10 @@ def groups(
             )
         save_arrays(target, {form.value: found.sizes if form is Form.sizes else found.slices()})
     typer.echo(target)
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    return None if path is None else path.read_text(encoding="utf-8").splitlines()
 
 
 @app.command()
@@ -119,7 +143,7 @@ def openood(
 
         oodk convert openood ood.csv results.md
     """
-    from oodkernels.data.samples import FORMATS, open_arrays, save_arrays
+    from oodkernels.data import FORMATS, open_arrays, save_arrays
 
     is_results = source.suffix == ".csv"
     suffixes = (".csv", ".md", ".tex") if is_results else tuple(FORMATS)

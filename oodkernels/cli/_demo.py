@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 import oodkernels
+from oodkernels._progress import progress
 from oodkernels.cli._common import (
     JsonOption,
     QuietOption,
     print_json,
-    progress,
     require_writable,
 )
 from oodkernels.cli._tables import results_table
@@ -76,7 +76,7 @@ def demo(
         oodk demo --method mos --method dos --seed 1
     """
     # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
-    from oodkernels.demo.protocol import METHODS, Settings, run
+    from oodkernels.demo import METHODS, Settings, run
     from oodkernels.demo.report import averages, kinds, write_report
     from oodkernels.training.trainer import TrainConfig
 
@@ -85,7 +85,7 @@ def demo(
     recipe = TrainConfig(epochs=epochs, accelerator="cpu")
     methods = [name.value for name in method or ()] or tuple(METHODS)
     settings = Settings(seed=seed, num_groups=groups, recipe=recipe, methods=methods)
-    with progress(quiet, remaining=False) as shown:
+    with progress(not quiet, remaining=False) as shown:
         tasks = {model: shown.add_task(f"train {model}", total=epochs) for model in settings.models}
         writing = shown.add_task("write report", total=1, start=False)
         result = run(settings, lambda model, epoch: shown.update(tasks[model], completed=epoch))

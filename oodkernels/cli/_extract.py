@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from oodkernels._progress import progress
 from oodkernels.cli._common import (
     ConfigOption,
     QuietOption,
-    progress,
     require_writable,
     write_config,
 )
@@ -148,7 +148,7 @@ def extract(
     if not is_extracted(out, plan, file_format.value):
         write_config(ctx, out)
     total = None if isinstance(images, Shards) else len(images)
-    with progress(quiet) as shown:
+    with progress(not quiet) as shown:
         task = shown.add_task("extract", total=total)
         paths = extract_images(
             network,

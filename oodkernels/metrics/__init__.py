@@ -11,7 +11,7 @@ from oodkernels.metrics.ood import (
     fpr_name,
     ood_metrics,
 )
-from oodkernels.metrics.threshold import Threshold
+from oodkernels.metrics.threshold import Threshold, ThresholdSource
 
 __all__ = [
     "CONVENTIONS",
@@ -20,6 +20,7 @@ __all__ = [
     "OODResult",
     "OODResults",
     "Threshold",
+    "ThresholdSource",
     "auroc_interval",
     "clopper_pearson",
     "compare_conventions",

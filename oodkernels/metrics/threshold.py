@@ -5,33 +5,104 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from oodkernels._checks import check_confidence, check_tpr, plain
 from oodkernels._files import read_json, write_text
 from oodkernels.metrics.intervals import Interval, clopper_pearson
-from oodkernels.metrics.ood import Scores, as_tensor, check_shares
-from oodkernels.ops.roc import exact_ceil, scores_of_keys, sort_keys
-
-if TYPE_CHECKING:
-    from oodkernels.metrics.streaming.ood import OODMetrics
+from oodkernels.metrics.ood import Scores, as_tensor
+from oodkernels.ops.keys import scores_of_keys
+from oodkernels.ops.roc import exact_ceil, sort_keys
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-__all__ = ["Threshold"]
+__all__ = ["CountedScores", "Threshold", "ThresholdSource", "is_below"]
 
 _FORMAT, _VERSION = "oodkernels.threshold", 1
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
-_TENSOR_SIZE = 1024
+_TENSOR_SIZE = 4096
 _RANKS = 64
+
+
+@dataclass(frozen=True)
+class ThresholdSource:
+    """Where the scores of a threshold come from: what scores must share to be judged by it.
+
+    Attributes:
+        detector: Name of the detector, as in :data:`oodkernels.DETECTORS`.
+        settings: Its settings by name: numbers, text, bools, None, and lists and mappings of them.
+            They are kept as JSON keeps them, so NumPy scalars become Python's, tuples lists, and
+            infinities text.
+        groups: Digest of the partition of the classes, where the detector has one.
+        model: Digest of the weights that the scores depend on; None where they are not known.
+
+    Raises:
+        TypeError: A setting is something else, or another field is not text.
+    """
+
+    detector: str
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    groups: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("detector", "groups", "model"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "detector"):
+                raise TypeError(f"ThresholdSource: {name} must be text, got {value!r}")
+        if not isinstance(self.settings, Mapping):
+            raise TypeError(
+                f"ThresholdSource: settings must be a mapping, got {type(self.settings).__name__}"
+            )
+        settings = {str(k): _to_json(f"settings[{k!r}]", v) for k, v in self.settings.items()}
+        object.__setattr__(self, "settings", settings)
+
+    def differences(self, other: ThresholdSource) -> list[str]:
+        """What tells two sources apart, each as ``"what = mine, got theirs"``; [] if nothing."""
+        if self.detector != other.detector:
+            return [f"detector = {self.detector!r}, got {other.detector!r}"]
+        found = []
+        for name in sorted({*self.settings, *other.settings}):
+            mine, theirs = (s.settings.get(name, "(not given)") for s in (self, other))
+            if mine != theirs:
+                found.append(f"{self.detector}'s {name} = {mine!r}, got {theirs!r}")
+        for name in ("groups", "model"):
+            mine, theirs = (getattr(s, name) or "(not known)" for s in (self, other))
+            if mine != theirs:
+                found.append(f"{name} = {mine}, got {theirs}")
+        return found
+
+
+class CountedScores(NamedTuple):
+    """How many scores lie in each of some intervals, which may overlap."""
+
+    counts: NDArray[np.int64]
+    """(n,) scores in each interval."""
+    least: NDArray[np.float64]
+    """(n,) the least score that each may stand for."""
+    most: NDArray[np.float64]
+    """(n,) the largest."""
+    dtype: torch.dtype
+    """Type of the scores; float32 once they have been counted in bins."""
+
+
+class _CountsScores(Protocol):
+    """What :meth:`Threshold.from_metric` asks of a metric."""
+
+    tpr: float
+
+    def id_counts(self) -> CountedScores: ...
 
 
 @dataclass(frozen=True)
@@ -64,10 +135,13 @@ class Threshold:
         value_bounds: What the largest threshold that keeps a share ``tpr`` of the ID scores
             certainly lies between. ``value`` is the lower end; equal where it is known.
         interval: (low, high) of the share of the population that is kept, as above.
+        source: Where the scores come from, or None where that was not said: what
+            :meth:`check_source` compares.
 
     Raises:
         ValueError: A field is out of its range.
-        TypeError: ``dtype`` is not float64, float32, bfloat16 or float16.
+        TypeError: ``dtype`` is not float64, float32, bfloat16 or float16, or a field is not of
+            its type.
     """
 
     value: float
@@ -79,17 +153,29 @@ class Threshold:
     achieved_tpr_bounds: Interval
     value_bounds: Interval
     interval: Interval
+    source: ThresholdSource | None = None
 
     def __post_init__(self) -> None:
+        for name in ("value", "achieved_tpr"):
+            object.__setattr__(self, name, float(plain(getattr(self, name))))
+        for name in ("achieved_tpr_bounds", "value_bounds", "interval"):
+            low, high = (float(plain(end)) for end in getattr(self, name))
+            object.__setattr__(self, name, (low, high))
+        object.__setattr__(self, "tpr", check_tpr("Threshold", self.tpr))
+        object.__setattr__(self, "confidence", check_confidence("Threshold", self.confidence))
+        object.__setattr__(self, "n_id", plain(self.n_id))
+        if self.n_id < 1:
+            raise ValueError(f"Threshold: n_id must be >= 1, got {self.n_id}")
+        if not isinstance(self.source, ThresholdSource | None):
+            raise TypeError(
+                f"Threshold: source must be a ThresholdSource, got {type(self.source).__name__}"
+            )
         if self.dtype not in _DTYPES.values():
             raise TypeError(
                 f"Threshold: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}"
             )
         if math.isnan(self.value):
             raise ValueError("Threshold: value must not be NaN")
-        check_shares("Threshold", self.tpr, self.confidence)
-        if self.n_id < 1:
-            raise ValueError(f"Threshold: n_id must be >= 1, got {self.n_id}")
         for name in ("achieved_tpr_bounds", "interval"):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= 1:
@@ -107,7 +193,14 @@ class Threshold:
             )
 
     @classmethod
-    def calibrate(cls, id_scores: Scores, tpr: float = 0.95, confidence: float = 0.95) -> Threshold:
+    def calibrate(
+        cls,
+        id_scores: Scores,
+        tpr: float = 0.95,
+        confidence: float = 0.95,
+        *,
+        source: ThresholdSource | None = None,
+    ) -> Threshold:
         """The largest threshold t at which a share >= ``tpr`` of the ID scores is >= t.
 
         Exact: by counts, in the type of the scores.
@@ -119,6 +212,7 @@ class Threshold:
                 predicted: rounding afterwards may move scores across the threshold.
             tpr: 0 < tpr <= 1, read as the decimal it prints as: 0.95 of 20 scores are 19.
             confidence: Of the interval, in (0, 1).
+            source: Where the scores come from, for :meth:`check_source`.
 
         Returns:
             A :class:`Threshold` on the host.
@@ -128,8 +222,8 @@ class Threshold:
                 ``tpr`` or ``confidence`` is out of range.
             TypeError: Scores are not of a type above.
         """
-        where, tpr, confidence = "Threshold.calibrate", float(tpr), float(confidence)
-        check_shares(where, tpr, confidence)
+        where = "Threshold.calibrate"
+        tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
         scores = as_tensor(where, "id_scores", id_scores)
         keys = sort_keys(scores, where, "id_scores")
         n = len(keys)
@@ -149,11 +243,17 @@ class Threshold:
             achieved_tpr_bounds=(achieved, achieved),
             value_bounds=(value, value),
             interval=interval,
+            source=source,
         )
 
     @classmethod
     def from_metric(
-        cls, metric: OODMetrics, tpr: float | None = None, confidence: float = 0.95
+        cls,
+        metric: _CountsScores,
+        tpr: float | None = None,
+        confidence: float = 0.95,
+        *,
+        source: ThresholdSource | None = None,
     ) -> Threshold:
         """The threshold of the ID scores that a metric has seen; OOD scores are not needed.
 
@@ -170,6 +270,7 @@ class Threshold:
             metric: An :class:`oodkernels.metrics.streaming.OODMetrics`.
             tpr: 0 < tpr <= 1; None for the metric's.
             confidence: Of the interval, in (0, 1).
+            source: Where the scores come from, for :meth:`check_source`.
 
         Returns:
             A :class:`Threshold`; ``dtype`` is float32 once scores have been counted in bins.
@@ -179,26 +280,18 @@ class Threshold:
                 out of range.
             TypeError: ``metric`` is not an ``OODMetrics``.
         """
-        from oodkernels.metrics.streaming.ood import OODMetrics
-
         where = "Threshold.from_metric"
-        if not isinstance(metric, OODMetrics):
+        if not hasattr(metric, "id_counts"):
             raise TypeError(f"{where}: metric must be an OODMetrics, got {type(metric).__name__}")
-        tpr, confidence = float(metric.tpr if tpr is None else tpr), float(confidence)
-        check_shares(where, tpr, confidence)
-        with metric._synced():
-            _, cells = next(iter(metric._sides(allow_empty=True).values()))
-            binned = bool(metric.counts.numel() or metric.archive_codes.numel())
-            kept = [torch.empty(0, dtype=s.dtype) for s in metric.pending_scores]
-        counts = cells.n_id
+        tpr = check_tpr(where, metric.tpr if tpr is None else tpr)
+        confidence = check_confidence(where, confidence)
+        counts, lowest, highest, dtype = metric.id_counts()
         n = int(counts.sum())
         if n == 0:
             raise ValueError(f"{where}: metric must have seen ID scores, got none")
-        dtype = torch.float32 if binned else torch.cat(kept).dtype
-        lowest, highest = cells.decode(cells.low)[0], cells.decode(cells.high)[1]
         k = exact_ceil(tpr, n)
 
-        def from_top(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+        def from_top(values: NDArray[np.float64]) -> float:
             order = np.argsort(-values, kind="stable")
             return float(values[order[np.searchsorted(np.cumsum(counts[order]), k)]]) + 0.0
 
@@ -220,7 +313,30 @@ class Threshold:
             achieved_tpr_bounds=(least / n, most / n),
             value_bounds=(value, bound),
             interval=(clopper_pearson(k, n, confidence)[0], high),
+            source=source,
         )
+
+    def check_source(self, source: ThresholdSource, where: str = "Threshold.check_source") -> None:
+        """Refuse to judge scores that do not come from where this threshold's do.
+
+        Args:
+            source: Where the scores to be judged come from.
+            where: Whom errors name.
+
+        Raises:
+            ValueError: The threshold does not know where its scores come from, or the detector, one
+                of its settings, the groups or the model is another; the message names each.
+        """
+        if self.source is None:
+            raise ValueError(
+                f"{where}: threshold does not say what its scores come from: calibrate it anew "
+                "with source=..., or compare the scores with threshold.predict(scores)"
+            )
+        if found := self.source.differences(source):
+            raise ValueError(
+                f"{where}: threshold is of other scores: its {'; its '.join(found)}: calibrate "
+                "one on ID scores of the same detector, settings, groups and model"
+            )
 
     def predict(self, scores: Scores) -> Tensor:
         """Which scores are OOD: those not >= ``value``, NaN among them.
@@ -247,6 +363,9 @@ class Threshold:
         content["dtype"] = str(self.dtype).removeprefix("torch.")
         content["value"] = _to_plain(self.value)
         content["value_bounds"] = [_to_plain(v) for v in self.value_bounds]
+        content["source"] = self.source and {
+            f.name: getattr(self.source, f.name) for f in fields(ThresholdSource)
+        }
         return json.dumps({"format": _FORMAT, "version": _VERSION, **content}, allow_nan=False)
 
     @classmethod
@@ -271,7 +390,7 @@ class Threshold:
                 raise ValueError(f"{where}: {name} cannot be {str(value)[:80]!r}") from None
         try:
             return cls(**read)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
 
     def save(self, path: PathLike) -> None:
@@ -294,14 +413,23 @@ class Threshold:
     def to_tensor(self) -> Tensor:
         """The threshold as a tensor, to be a buffer in the state dict of a model.
 
-        Always uint8 of shape (1024,), JSON padded with spaces: it loads into the buffer of a model
+        Always uint8 of shape (4096,), JSON padded with spaces: it loads into the buffer of a model
         that has another threshold, or zeros, and neither ``half()`` nor ``to(dtype)`` rounds it.
 
         Example:
             >>> model.register_buffer("ood_threshold", threshold.to_tensor())
             >>> Threshold.from_tensor(model.ood_threshold).predict(scores)
+
+        Raises:
+            ValueError: The JSON is longer than that, for settings that are.
         """
-        text = self.to_json().encode().ljust(_TENSOR_SIZE)
+        text = self.to_json().encode()
+        if len(text) > _TENSOR_SIZE:
+            raise ValueError(
+                f"Threshold.to_tensor: the threshold must fit {_TENSOR_SIZE} bytes, got "
+                f"{len(text)}: its source's settings are too long, keep it in a file (save)"
+            )
+        text = text.ljust(_TENSOR_SIZE)
         return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
     @classmethod
@@ -349,6 +477,23 @@ def is_below(scores: Scores, value: float, function: str) -> Tensor:
     return torch.logical_not(scores >= edge)
 
 
+def _to_json(name: str, value: Any) -> Any:
+    """A setting as what JSON gives back for it."""
+    value = plain(value)
+    if isinstance(value, float):
+        return _to_plain(value)
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _to_json(f"{name}[{k!r}]", v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_to_json(f"{name}[{i}]", v) for i, v in enumerate(value)]
+    raise TypeError(
+        f"ThresholdSource: {name} must be a number, text, bool, None, or a list or mapping of "
+        f"these, got {type(value).__name__}"
+    )
+
+
 def _to_plain(value: float) -> float | str:
     """What JSON, which has no infinities, can hold."""
     return value if math.isfinite(value) else str(value)
@@ -371,6 +516,10 @@ def _pair(values: Any) -> Interval:
     return _number(low), _number(high)
 
 
+def _source(content: Any) -> ThresholdSource | None:
+    return None if content is None else ThresholdSource(**content)
+
+
 _READ = {
     "value": _number,
     "dtype": _DTYPES.__getitem__,
@@ -381,4 +530,5 @@ _READ = {
     "achieved_tpr_bounds": _pair,
     "value_bounds": _pair,
     "interval": _pair,
+    "source": _source,
 }

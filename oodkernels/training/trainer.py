@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ from torch.utils.data import (
 )
 
 from oodkernels._files import replacing, write_text
+from oodkernels._progress import progress
 from oodkernels.training._batches import Batch, Batches, rng_state, seeded, set_rng_state
 from oodkernels.training.objectives import (
     OBJECTIVES,
@@ -861,10 +862,15 @@ class _Run:
             ) from error
         return [logger]
 
-    def _bar(self) -> AbstractContextManager[Callable[[int, float], None]]:
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[int, float], None]]:
         if not (self.trainer._progress and self.fabric.is_global_zero):
-            return nullcontext(lambda step, loss: None)
-        return _bar(self.objective, self.step, self.steps)
+            yield lambda step, loss: None
+            return
+        with progress(field="loss") as shown:
+            name = f"train {self.config.objective}"
+            task = shown.add_task(name, total=self.steps, completed=self.step, loss="")
+            yield lambda step, loss: shown.update(task, completed=step, loss=f"loss {loss:.4f}")
 
 
 class _Log:
@@ -1039,33 +1045,6 @@ def _sigint() -> Iterator[_Interrupted]:
         yield found
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _bar(objective: Objective, done: int, steps: int) -> Iterator[Callable[[int, float], None]]:
-    _import("rich", "Trainer: progress=True")
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        name = type(objective).__name__
-        task = progress.add_task(f"train {name}", total=steps, completed=done, loss="")
-        yield lambda step, loss: progress.update(task, completed=step, loss=f"loss {loss:.4f}")
 
 
 def _import(module: str, who: str) -> Any:

@@ -128,8 +128,10 @@ def test_interrupt_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("missing", "command"), [("typer", "--version"), ("skimage", "demo")])
-def test_missing_extra_is_named_in_one_line(missing: str, command: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"), [("typer", "--version", "cli"), ("skimage", "demo", "demo")]
+)
+def test_missing_extra_is_named_in_one_line(missing: str, command: str, extra: str) -> None:
     found = python(
         "-c",
         f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['oodk', {command!r}]\n"
@@ -138,7 +140,7 @@ def test_missing_extra_is_named_in_one_line(missing: str, command: str) -> None:
     assert found.returncode == 1
     assert found.stderr == (
         f"oodk: {missing} is not installed; to get all that oodk needs: "
-        'pip install "oodkernels[demo]"\n'
+        f'pip install "oodkernels[{extra}]"\n'
     )
 
 
@@ -463,6 +465,35 @@ def test_official_groups_there_and_back(tmp_path: Path) -> None:
     found = oodk("convert", "groups", source, tmp_path / "x.json", "--names", "animal")
     assert found.exit_code == 2
     assert "must be 2, got 1" in plain(found)
+
+
+def test_official_groups_of_imagenet_are_matched_by_name(
+    data: dict[str, Path], tmp_path: Path
+) -> None:
+    """A .npy for 1,000 classes does not say in which order they are, and is refused."""
+    source, out = tmp_path / "taxonomy_level0.npy", tmp_path / "groups.json"
+    np.save(source, np.array([398, 521, 9, 7, 52, 8, 3, 2]))
+    for command in (
+        ("convert", "groups", source, out),
+        ("eval", "--id", data["id"], "--ood", data["far"], "--groups", source),
+    ):
+        found = oodk(*command)
+        assert found.exit_code == 1
+        assert "1000 classes are in the order of the head's columns" in plain(found)
+        assert "oodk convert groups imagenet2012_group_softmax_val_list.txt" in plain(found)
+    columns = [f"n{i * 7 % 1000:08d}" for i in range(1000)]
+    (tmp_path / "columns.txt").write_text("\n".join(columns))
+    (tmp_path / "ids.txt").write_text("\n".join(sorted(columns)))
+    given = ("--class-names", tmp_path / "columns.txt", "--order", tmp_path / "ids.txt")
+    assert oodk("convert", "groups", source, out, *given).exit_code == 0
+    by_npy = oodkernels.Groups.load(out)
+    assert by_npy.class_names == tuple(sorted(columns))
+    assert by_npy.to_column(torch.tensor([0, 7])).tolist() == [1, 2]
+    places = [(k, i) for k, size in enumerate(np.load(source)) for i in range(size)]
+    lines = [f"val/{c}/x.JPEG {k} {i}" for c, (k, i) in zip(columns, places, strict=True)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert oodk("convert", "groups", tmp_path / "list.txt", out).exit_code == 0
+    assert oodkernels.Groups.load(out) == by_npy
 
 
 def test_openood_scores_and_results(tmp_path: Path) -> None:

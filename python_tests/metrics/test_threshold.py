@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from oodkernels._digest import digest
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.metrics.threshold import Threshold
+from oodkernels.metrics.threshold import Threshold, ThresholdSource
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -289,6 +290,107 @@ def test_longest_fits_a_tensor():
     assert Threshold.from_tensor(threshold.to_tensor()) == threshold
 
 
+# --- whose scores ---------------------------------------------------------------------------------
+
+ENERGY = ThresholdSource("energy", {"temperature": 1.0}, model="12ab")
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (replace(ENERGY, detector="msp"), "its detector = 'energy', got 'msp'"),
+        (replace(ENERGY, settings={"temperature": 2}), "energy's temperature = 1.0, got 2"),
+        (replace(ENERGY, settings={}), r"temperature = 1.0, got '\(not given\)'"),
+        (replace(ENERGY, groups="cd"), r"its groups = \(not known\), got cd"),
+        (replace(ENERGY, model=None), r"its model = 12ab, got \(not known\)"),
+    ],
+)
+def test_others_scores_are_refused(other, match):
+    threshold = Threshold.calibrate([1.0, 2.0], source=ENERGY)
+    threshold.check_source(replace(ENERGY, settings={"temperature": 1}))
+    with pytest.raises(ValueError, match=f"^predict: threshold is of other scores: .*{match}"):
+        threshold.check_source(other, "predict")
+
+
+def test_a_threshold_without_source_judges_no_ones_scores():
+    with pytest.raises(ValueError, match=r"check_source: threshold does not say what its scores"):
+        Threshold.calibrate([1.0]).check_source(ENERGY)
+
+
+def test_source_is_kept(tmp_path):
+    settings = {"k": np.int64(5), "t": np.float32(0.1), "flag": np.True_, "p": (1, math.inf)}
+    source = ThresholdSource("knn", settings, groups="a" * 16)
+    assert source.settings == {"k": 5, "t": 0.1, "flag": True, "p": [1, "inf"]}
+    threshold = Threshold.calibrate([1.0, 2.0], source=source)
+    threshold.save(tmp_path / "t.json")
+    for kept in (
+        Threshold.load(tmp_path / "t.json"),
+        Threshold.from_tensor(threshold.to_tensor()),
+    ):
+        assert kept == threshold
+        kept.check_source(source)
+        assert hash(kept) == hash(threshold)
+    with pytest.raises(ValueError, match=r"must fit 4096 bytes, got .*settings are too long"):
+        Threshold.calibrate([1.0], source=replace(source, settings={"x": "y" * 5000})).to_tensor()
+
+
+def test_source_refuses_what_is_no_plain_value():
+    with pytest.raises(TypeError, match=r"settings\['a'\]\[1\] must be a number.* got Tensor"):
+        ThresholdSource("knn", {"a": [1, torch.zeros(2)]})
+    with pytest.raises(TypeError, match="model must be text, got 3"):
+        ThresholdSource("knn", model=3)
+    with pytest.raises(TypeError, match="source must be a ThresholdSource, got str"):
+        Threshold.calibrate([1.0], source="energy")
+    content = json.loads(Threshold.calibrate([1.0]).to_json())
+    with pytest.raises(ValueError, match="source cannot be"):
+        Threshold.from_json(json.dumps({**content, "source": {"name": "knn"}}))
+
+
+def test_digest_tells_content_apart():
+    x = torch.arange(6.0)
+    same = [digest(x), digest(x.reshape(2, 3).T.T.reshape(6)), digest(torch.arange(12.0)[::2] / 2)]
+    assert same[0] == same[1] == same[2]
+    assert len(same[0]) == 16
+    others = [
+        digest(x.double()),
+        digest(x.reshape(2, 3)),
+        digest({"x": x}),
+        digest({"y": x}),
+        digest(x, x),
+        digest(x, None),
+        digest(x, ""),
+        digest({}),
+        digest(""),
+        digest(None),
+        digest(),
+        digest("a", "b"),
+        digest("ab"),
+    ]
+    assert len({same[0], *others}) == len(others) + 1
+    assert digest({"a": x, "b": x[0]}) == digest({"b": x[0], "a": x})
+
+
+# --- NumPy's numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_numpy_numbers_are_those_they_print_as(tmp_path, kind):
+    """float32's 0.95 is 0.949999988: of 20 scores, 19 are kept, whatever the type."""
+    threshold = Threshold.calibrate(list(range(20)), kind(0.95), kind(0.9))
+    assert (threshold.tpr, threshold.confidence) == (0.95, 0.9)
+    assert threshold == Threshold.calibrate(list(range(20)), 0.95, 0.9)
+    fields = {k: getattr(threshold, k) for k in asdict(threshold)}
+    given = {
+        "value": kind(1),
+        "tpr": kind(0.95),
+        "n_id": np.int64(20),
+        "achieved_tpr_bounds": np.array([0.95, 0.95]),
+        "value_bounds": [kind(1), np.int32(1)],
+    }
+    Threshold(**{**fields, **given}).save(tmp_path / "t.json")
+    assert Threshold.load(tmp_path / "t.json") == threshold
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
@@ -370,11 +472,11 @@ def test_from_json_refuses(text):
 
 def test_from_tensor_refuses():
     with pytest.raises(TypeError, match=r"must be uint8, got torch.float32"):
-        Threshold.from_tensor(torch.zeros(1024))
-    with pytest.raises(ValueError, match=r"shape \(1024,\), got \(3,\)"):
+        Threshold.from_tensor(torch.zeros(4096))
+    with pytest.raises(ValueError, match=r"shape \(4096,\), got \(3,\)"):
         Threshold.from_tensor(torch.zeros(3, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"Threshold.from_tensor: .*JSON"):
-        Threshold.from_tensor(torch.zeros(1024, dtype=torch.uint8))
+        Threshold.from_tensor(torch.zeros(4096, dtype=torch.uint8))
 
 
 def test_fields_are_checked():

@@ -21,6 +21,7 @@ from torch import Tensor
 from oodkernels.metrics.ood import FIGURES, fpr_name, ood_metrics
 from oodkernels.metrics.streaming._bounds import Bounded, Floats, Intervals, Ints, curves, figures
 from oodkernels.metrics.streaming._sketch import Cells, Layout, Sketch
+from oodkernels.metrics.threshold import CountedScores
 from oodkernels.ops.histogram import N_FACTS
 
 try:
@@ -476,6 +477,21 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
         figure = ax.get_figure(root=True)
         assert figure is not None
         return figure, ax
+
+    def id_counts(self) -> CountedScores:
+        """How many ID scores lie where, for :meth:`oodkernels.Threshold.from_metric`.
+
+        Under ``torch.distributed`` every process must call it, and gets those of all.
+
+        Raises:
+            ValueError: NaN was among the scores (see ``update``).
+        """
+        with self._synced():
+            _, side = next(iter(self._sides(allow_empty=True).values()))
+            binned = bool(self.counts.numel() or self.archive_codes.numel())
+            kept = [torch.empty(0, dtype=s.dtype) for s in self.pending_scores]
+        dtype = torch.float32 if binned or not kept else torch.cat(kept).dtype
+        return CountedScores(side.n_id, side.decode(side.low)[0], side.decode(side.high)[1], dtype)
 
     def _synced(self) -> Any:
         return self.sync_context(
