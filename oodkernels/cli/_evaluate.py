@@ -266,7 +266,7 @@ def score(
     import torch
 
     from oodkernels import Threshold
-    from oodkernels.data.samples import FORMATS, save_arrays
+    from oodkernels.data import FORMATS, save_arrays
 
     if out is not None and out.suffix not in FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(FORMATS)}", param_hint="'--out'")
