@@ -35,8 +35,8 @@ from oodkernels.metrics.ood import CONVENTIONS, OODResults, ood_metrics
 from oodkernels.ops import mos_log_others
 
 if TYPE_CHECKING:
-    from oodkernels.metrics.calibration import CalibrationBins, CalibrationError
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics import CalibrationBins
+    from oodkernels.metrics.streaming import CalibrationError, OODMetrics
 
 Array: TypeAlias = NDArray[Any]
 Detectors: TypeAlias = Mapping[str, OODDetector | str] | Sequence[OODDetector | str]
@@ -695,7 +695,7 @@ class _Run:
             self.kept.setdefault(score, {}).setdefault(name, []).append(values)
             return
         if score not in self.metrics:
-            from oodkernels.metrics.streaming.ood import OODMetrics
+            from oodkernels.metrics.streaming import OODMetrics
 
             self.metrics[score] = OODMetrics(memory=self.memory, sets=len(self.ood_sets))
         if name == ID:
@@ -748,7 +748,7 @@ class _Run:
         self.right += int(correct.sum())
         self.labelled += len(labels)
         if self.calibration is None:
-            from oodkernels.metrics.calibration import CalibrationError
+            from oodkernels.metrics.streaming import CalibrationError
 
             self.calibration = CalibrationError()
         self.calibration.update(confidence.cpu().clamp(max=1), correct.cpu())
@@ -765,7 +765,7 @@ class _Run:
             methods.append(Method(model, score, accuracy, inside, arrays, convention))
         reliability = {}
         if self.calibration is not None:
-            reliability[model] = self.calibration._totals("evaluate")
+            reliability[model] = self.calibration.calibration_bins()
         return Evaluation(methods, self._grouped(model), reliability)
 
     def _grouped(self, model: str) -> list[GroupOthers]:

@@ -27,6 +27,7 @@ from oodkernels.evaluation._evaluate import (
     software,
 )
 from oodkernels.evaluation.tables import AVERAGE, METRIC_NAMES, lines, ood_sets
+from oodkernels.metrics.plots import STYLE, draw_reliability
 
 _ID_COLOR = "#4477aa"
 _OOD_COLORS = ("#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bb5500", "#882255")
@@ -37,23 +38,6 @@ _METHOD_COLORS = (
 )
 _BARS = 12
 """Groups up to which their "others" are drawn as bars."""
-_RC: dict[Any, Any] = {
-    "svg.hashsalt": "oodkernels",
-    "svg.fonttype": "path",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": "#333333",
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "legend.frameon": False,
-}
 
 
 def to_html(
@@ -79,7 +63,7 @@ def to_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         drawn = {name: _data_uri(figure) for name, figure in (draw or figures)(evaluation).items()}
     names = ("histograms", "roc", "others", "reliability", "sweep")
     return environment.get_template(template).render(
@@ -289,13 +273,11 @@ def _bars(
 
 def reliability(evaluation: Evaluation) -> Figure:
     """Per model, the share of right answers on ID samples against their confidence."""
-    from oodkernels.metrics.calibration import _draw  # which brings torchmetrics, and that pyplot
-
     count = len(evaluation.reliability)
     figure = Figure(figsize=(11, _height(count, 3.2, 3)), layout="constrained")
     panels = _panels(figure, count, 3, even=False)
     for axes, (model, bins) in zip(panels, evaluation.reliability.items(), strict=True):
-        _draw("report.reliability", bins, axes)
+        draw_reliability(bins, axes)
         axes.set_title(model)
     return figure
 

@@ -13,8 +13,8 @@ from processes import python
 
 pytest.importorskip("torchmetrics")
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.metrics.streaming._sketch import Cells, Layout, Sketch
-from oodkernels.metrics.streaming.ood import OODMetrics
+from oodkernels.metrics.streaming import OODMetrics
+from oodkernels.metrics.streaming._sketch import Layout, Sketch
 
 
 @pytest.fixture(autouse=True)
@@ -220,20 +220,7 @@ def prefix_counts(cells):
 
 def all_cells(metric):
     """Everything the metric holds."""
-    n_rows, parts = len(metric._names()) + 1, []
-    if metric.counts.numel():
-        cells = metric._sketch().cells()
-        counts = np.zeros((n_rows, cells.key.size), np.int64)
-        counts[: len(cells.counts)] = cells.counts[:n_rows]
-        parts.append(Cells(cells.key, cells.shift, counts))
-    if metric.archive_codes.numel():
-        counts = metric.archive_counts
-        counts = torch.nn.functional.pad(counts, (0, 0, 0, n_rows - len(counts)))
-        parts.append(Cells.of_codes(metric.archive_codes, counts))
-    if metric.pending_scores:
-        scores, rows = torch.cat(metric.pending_scores), torch.cat(metric.pending_rows)
-        parts.append(Cells.of_scores(scores, rows, n_rows))
-    return Cells.sum(parts)
+    return metric._state().cells()
 
 
 def test_short_streams_are_exact():
@@ -344,7 +331,12 @@ def test_nan_is_refused_with_its_place():
         (torch.zeros(3), torch.zeros(2, dtype=torch.bool), ValueError, "shape of scores"),
         (torch.zeros(3), torch.zeros(3), TypeError, "labels must be bool"),
         (torch.zeros(3), 1, TypeError, "labels must be a bool or integer tensor, or a bool"),
-        (torch.zeros(3, dtype=torch.bool), False, TypeError, "scores must be floating-point"),
+        (
+            torch.zeros(3, dtype=torch.bool),
+            False,
+            TypeError,
+            "scores must be numbers, got torch.bool",
+        ),
         (torch.zeros(3, device="meta"), False, ValueError, "move it with"),
     ],
 )
@@ -484,7 +476,7 @@ def test_saved_state_in_another_process(tmp_path):
     metric.persistent(True)
     torch.save(metric.state_dict(), tmp_path / "state.pt")
     code = (
-        "import torch, sys; from oodkernels.metrics.streaming.ood import OODMetrics\n"
+        "import torch, sys; from oodkernels.metrics.streaming import OODMetrics\n"
         "metric = OODMetrics(); metric.load_state_dict(torch.load(sys.argv[1]))\n"
         "metric.merge_state(metric.clone()); print(repr(metric.compute()['auroc_lower']))"
     )
@@ -546,7 +538,7 @@ def worker(rank, world, path):
         results = half.compute(), single.compute()
         single.sync()
         counts = prefix_counts(all_cells(single))
-        names = single._names()
+        names = single._state().set_names()
         single.unsync()
         n_own = single.counts.sum() if single.counts.numel() else 0
         torch.save((results, counts, names, n_own), f"{path}/{world}-{rank}.pt")
@@ -615,7 +607,7 @@ def test_without_torchmetrics():
     code = (
         "import sys; sys.modules['torchmetrics'] = None\n"
         "import oodkernels\n"
-        "try: import oodkernels.metrics.streaming.ood\n"
+        "try: import oodkernels.metrics.streaming\n"
         "except ImportError as error: print(error)"
     )
     out = python("-c", code)
