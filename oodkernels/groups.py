@@ -22,7 +22,7 @@ from oodkernels._wordnet import WORDNET_GROUPS, super_classes
 Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 PathLike: TypeAlias = str | os.PathLike[str]
 
-__all__ = ["WORDNET_GROUPS", "Groups", "as_offsets"]
+__all__ = ["WORDNET_GROUPS", "Groups"]
 
 _FORMAT, _VERSION = "oodkernels.groups", 1
 _AUTHORS_SIZES = [398, 521, 9, 7, 52, 8, 3, 2]  # MOS's taxonomy_level0.npy
@@ -657,25 +657,6 @@ class Groups:
         )
         more = ", ..." if len(self) > 8 else ""
         return f"Groups({self.num_classes} classes in {len(self)} groups: {shown}{more})"
-
-
-def as_offsets(groups: Groups | Tensor, like: Tensor | None = None) -> Tensor:
-    """The offsets that an op takes as ``groups``: shape (K + 1,).
-
-    Args:
-        groups: a :class:`Groups`, or offsets, which are returned as they are.
-        like: where a ``Groups``' offsets have to be; copied there once and kept.
-
-    Raises:
-        TypeError: ``groups`` is neither.
-    """
-    if isinstance(groups, Tensor):
-        return groups
-    if not isinstance(groups, Groups):
-        raise TypeError(
-            f"groups must be Groups or a Tensor of offsets, got {type(groups).__name__}"
-        )
-    return groups.offsets if like is None else groups.to(like.device).offsets
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

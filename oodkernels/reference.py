@@ -98,7 +98,7 @@ def logit_scores(
 
 
 def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
-    """The fields of ``ops.ROCMetrics`` in one vector, from counts at each distinct score."""
+    """The fields of ``ops.ROCMetricsResult`` in one vector, from counts at each distinct score."""
     x, y = id_scores.double().flatten(), ood_scores.double().flatten()
     n, m = len(x), len(y)
     level = torch.cat([x, y]).unique()
@@ -212,7 +212,7 @@ def kmeans_points(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
 
 
 def kmeans_init(
-    x: Tensor, k: int, n_init: int = 1, n_trials: int = 0, seed: int = 0, normalize: bool = True
+    x: Tensor, k: int, n_init: int = 1, n_trials: int = 0, seed: int = 0, normalize: bool = False
 ) -> Tensor:
     """Greedy k-means++ (Arthur & Vassilvitskii, SODA 2007): the best of some candidates a step.
 
@@ -321,7 +321,7 @@ def kmeans(
     init: Tensor,
     max_iter: int = 300,
     tol: float = 1e-4,
-    normalize: bool = True,
+    normalize: bool = False,
     renormalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lloyd's iteration from rows of x (..., n_init, k) or centroids (..., k, d): the best."""
@@ -396,8 +396,8 @@ def dos_select(
     mode: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Diverse outlier sampling: Jiang et al., ICLR 2024."""
-    init = kmeans_init(features, k, n_init, seed=seed)
-    centroids, labels, inertia, _ = kmeans(features, init, max_iter, tol)
+    init = kmeans_init(features, k, n_init, seed=seed, normalize=True)
+    centroids, labels, inertia, _ = kmeans(features, init, max_iter, tol, normalize=True)
     selected = [
         dos_selection(labels[index], scores[index], k, n_select, seed, mode)
         for index in itertools.product(*map(range, labels.shape[:-1]))

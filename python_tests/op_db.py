@@ -291,7 +291,7 @@ def clusterings(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, 
 
 def kmeans_init_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for name, x, k in clusterings(device, dtype):
-        yield Sample((x, k, 3), name=name)
+        yield Sample((x, k, 3, 0, 0, True), name=name)
         yield Sample((x, k, 2, 1, 2**40 + 7, False), name=f"{name}, plain, as they are")
 
 
@@ -311,7 +311,7 @@ def kmeans_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         )
         if name == "special":  # zero is as far from all directions: nothing but rounding decides
             continue
-        yield Sample((x, init_of(x, k)), name=name)
+        yield Sample((x, init_of(x, k), 300, 1e-4, True), name=name)
         if x.shape[-2] != 1:  # whose shift and variance are both nothing but rounding
             yield Sample((x, init_of(x, k, 1), 5, 1e-3, True, True), name=f"{name}, renormalised")
     x = points_of(60, 8, device=device, dtype=dtype)

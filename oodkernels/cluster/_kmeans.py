@@ -18,8 +18,7 @@ from torch import Tensor
 
 from oodkernels import reference
 from oodkernels._checks import accumulate_type, check_floating
-from oodkernels.ops import KMeansResult, kmeans_init, nearest_centroid
-from oodkernels.ops import kmeans as lloyd
+from oodkernels.ops import KMeansResult, kmeans_init, kmeans_lloyd, nearest_centroid
 
 Backend = Literal["native", "faiss"]
 
@@ -72,7 +71,7 @@ def kmeans(
         raise ValueError(f"kmeans: backend must be native or faiss, got {backend!r}")
     if backend == "native" and group is None:
         init = kmeans_init(x, k, n_init, seed=seed, normalize=normalize)
-        return lloyd(x, init, max_iter, tol, normalize, renormalize)
+        return kmeans_lloyd(x, init, max_iter, tol, normalize, renormalize)
     check_floating("kmeans", "x", x)
     if x.dim() != 2:
         raise ValueError(
@@ -381,7 +380,9 @@ class KMeans:
                     f"KMeans.fit: init must have shape {(self.n_clusters, x.shape[1])}, got "
                     f"{tuple(init.shape)}"
                 )
-            result = lloyd(x, init, self.max_iter, self.tol, self.normalize, self.renormalize)
+            result = kmeans_lloyd(
+                x, init, self.max_iter, self.tol, self.normalize, self.renormalize
+            )
         self.cluster_centers_ = _like(X, result.centroids)
         self.labels_ = _like(X, result.labels)
         self.inertia_ = float(result.inertia)

@@ -25,7 +25,8 @@ from oodkernels.metrics.intervals import (
     delong,
     quantile_ranks,
 )
-from oodkernels.ops.roc import exact_ceil, roc_counts, scores_of_keys, sort_keys
+from oodkernels.ops.keys import scores_of_keys
+from oodkernels.ops.roc import exact_ceil, roc_counts, sort_keys
 
 Scores = Tensor | ArrayLike
 

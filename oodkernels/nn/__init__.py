@@ -1,23 +1,26 @@
-"""What one puts in a network: heads and losses."""
+"""What one puts in a network: heads and losses, and the files of weights."""
 
+from oodkernels.nn.gan import (
+    Discriminator,
+    Generator,
+    JointGANLoss,
+    discriminator_loss,
+    generator_loss,
+    joint_gan_loss,
+)
 from oodkernels.nn.heads import Head
 from oodkernels.nn.losses import (
     AbsentClassLoss,
     ConfidenceLoss,
-    Discriminator,
     EnergyBoundedLoss,
-    Generator,
-    JointGANLoss,
     OutlierExposureLoss,
     absent_class_loss,
     confidence_loss,
-    discriminator_loss,
     energy_bounded_loss,
-    generator_loss,
-    joint_gan_loss,
     outlier_exposure_loss,
 )
 from oodkernels.nn.mos import MOSHead, MOSLoss
+from oodkernels.nn.weights import Weights, align_names, load_into, read_weights, save_weights
 
 __all__ = [
     "AbsentClassLoss",
@@ -30,11 +33,16 @@ __all__ = [
     "MOSHead",
     "MOSLoss",
     "OutlierExposureLoss",
+    "Weights",
     "absent_class_loss",
+    "align_names",
     "confidence_loss",
     "discriminator_loss",
     "energy_bounded_loss",
     "generator_loss",
     "joint_gan_loss",
+    "load_into",
     "outlier_exposure_loss",
+    "read_weights",
+    "save_weights",
 ]

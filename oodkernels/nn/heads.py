@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from oodkernels._files import replacing
+from oodkernels._optional import require
 from oodkernels.groups import Groups
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -20,19 +25,32 @@ _FORMAT, _VERSION = "oodkernels.head", 1
 
 
 class Head(nn.Module):
-    """A linear classifier on features: (N, d) -> logits, or (logits, confidence logit).
+    """A classifier on features: (N, d) -> logits, or (logits, confidence logit).
 
-    It starts at zero, as the head of MOS does (Huang & Li, CVPR 2021).
+    Its last layer starts at zero, as the head of MOS does (Huang & Li, CVPR 2021).
 
     Args:
         in_features: d.
         columns: C, C + K for groups, C + 1 with an absent class.
         groups: Of a MOS head; None for a flat one.
         confidence: Whether it has a confidence branch (DeVries & Taylor, 2018).
+        absent: Whether the last column is that of an absent class, no class of the data.
+        hidden: Widths of hidden layers, each with a ReLU; none: a linear classifier.
+        class_names: By class id; None: not known.
+
+    Attributes:
+        num_classes: C.
+        absent: Column of the absent class, the last; None without one.
+        mean: (d,) that is taken from features, 0 until :meth:`standardize`.
+        std: (d,) by which they are divided, 1 until :meth:`standardize`.
 
     Raises:
-        ValueError: ``columns`` is not the width of ``groups``.
+        ValueError: ``columns`` is not the width of ``groups``, there are groups and an absent
+            class, or not as many names as classes.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -40,39 +58,96 @@ class Head(nn.Module):
         columns: int,
         groups: Groups | None = None,
         confidence: bool = False,
+        *,
+        absent: bool = False,
+        hidden: Sequence[int] = (),
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        # NumPy's integers would not go into the file.
+        in_features, columns = operator.index(in_features), operator.index(columns)
+        hidden = [operator.index(width) for width in hidden]
         if groups is not None and groups.width != columns:
             raise ValueError(
                 f"Head: columns must be C + K = {groups.width} of the groups, got {columns}"
             )
+        if groups is not None and absent:
+            raise ValueError("Head: groups have no absent class, got absent=True")
         self.groups = groups
-        self.linear = nn.Linear(in_features, columns)
-        self.confidence = nn.Linear(in_features, 1) if confidence else None
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        self.absent = columns - 1 if absent else None
+        self.num_classes = columns - bool(absent) if groups is None else groups.num_classes
+        if class_names is not None and len(class_names) != self.num_classes:
+            raise ValueError(
+                f"Head: class_names must be {self.num_classes}, one a class, got {len(class_names)}"
+            )
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("std", torch.ones(in_features))
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise([in_features, *hidden]):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.hidden = nn.Sequential(*layers)
+        width = hidden[-1] if hidden else in_features
+        self.linear = nn.Linear(width, columns)
+        self.confidence = nn.Linear(width, 1) if confidence else None
+        for layer in (self.linear, self.confidence):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or (logits, confidence logit)."""
-        features = features.to(self.linear.weight.dtype)
+        features = (features.to(self.linear.weight.dtype) - self.mean) / self.std
+        features = self.hidden(features)
         logits: Tensor = self.linear(features)
         if self.confidence is None:
             return logits
         return logits, self.confidence(features)
 
+    @torch.no_grad()
+    def standardize(self, features: Tensor) -> None:
+        """Make mean 0 and standard deviation 1 of each of these features, here and from now on.
+
+        A feature that never varies is left at its scale.
+
+        Args:
+            features: (N, d), those to be trained on.
+
+        Raises:
+            ValueError: Another width, no samples, or a mean that is not finite.
+        """
+        if features.dim() != 2 or features.shape[1] != len(self.mean) or not len(features):
+            raise ValueError(
+                f"Head.standardize: features must be (N, {len(self.mean)}), N at least 1, got "
+                f"{tuple(features.shape)}"
+            )
+        n, rows = len(features), 1 << 14  # converted a part at a time
+        mean = sum(part.double().sum(0) for part in features.split(rows)) / n
+        square = sum((part.double() - mean).square().sum(0) for part in features.split(rows)) / n
+        if not torch.isfinite(square).all():
+            raise ValueError("Head.standardize: features must be finite, got some that are not")
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(square > 0, square.sqrt(), 1))
+
     def save(self, path: PathLike) -> None:
         """Write to a safetensors file, replaced whole or not at all; extra "files".
 
         Raises:
-            ImportError: safetensors is missing.
+            ModuleNotFoundError: safetensors is missing.
             OSError: The file cannot be written.
         """
-        groups = None if self.groups is None else self.groups.to_json()
+        library = require("safetensors.torch", "files", "Head.save: a head's file")
+        content = {
+            "version": _VERSION,
+            "groups": None if self.groups is None else self.groups.to_json(),
+            "absent": self.absent,
+            "class_names": self.class_names,
+        }
         # One entry: several come in any order, and the same head would give other bytes.
-        metadata = {_FORMAT: json.dumps({"version": _VERSION, "groups": groups})}
+        metadata = {_FORMAT: json.dumps(content)}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         with replacing(path) as temporary:
-            _safetensors("Head.save").torch.save_file(tensors, temporary, metadata)
+            library.save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: PathLike) -> Head:
@@ -80,11 +155,11 @@ class Head(nn.Module):
 
         Raises:
             ValueError: The file is none of these, or of another version.
-            ImportError: safetensors is missing.
+            ModuleNotFoundError: safetensors is missing.
             OSError: The file cannot be read.
         """
         where = f"Head.load: {os.fspath(path)}"
-        library = _safetensors("Head.load")
+        library = require("safetensors", "files", "Head.load: a head's file")
         with Path(path).open("rb"):
             pass
         try:
@@ -96,23 +171,28 @@ class Head(nn.Module):
         if _FORMAT not in metadata:
             raise ValueError(f"{where}: must be the file of a head, got one without {_FORMAT!r}")
         try:
-            content = json.loads(metadata[_FORMAT])
-            if content["version"] != _VERSION:
-                raise ValueError(f"version must be {_VERSION}, got {content['version']!r}")
-            groups = None if content["groups"] is None else Groups.from_json(content["groups"])
-            weight: Tensor = tensors["linear.weight"]
-            head = cls(weight.shape[1], weight.shape[0], groups, "confidence.weight" in tensors)
-            head.to(weight.dtype).load_state_dict(tensors)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            head = cls._of(json.loads(metadata[_FORMAT]), tensors)
+        except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{where}: {' '.join(str(e).split())}") from None
         return head.eval()
 
-
-def _safetensors(where: str) -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"{where}: a head's file needs safetensors: pip install 'oodkernels[files]'"
-        ) from error
-    return safetensors
+    @classmethod
+    def _of(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+        if content["version"] != _VERSION:
+            raise ValueError(f"version must be {_VERSION}, got {content['version']!r}")
+        groups = None if content["groups"] is None else Groups.from_json(content["groups"])
+        weight = tensors["linear.weight"]
+        hidden: list[int] = []
+        while f"hidden.{2 * len(hidden)}.weight" in tensors:
+            hidden.append(len(tensors[f"hidden.{2 * len(hidden)}.weight"]))
+        head = cls(
+            len(tensors["mean"]),
+            len(weight),
+            groups,
+            "confidence.weight" in tensors,
+            absent=content["absent"] is not None,
+            hidden=hidden,
+            class_names=content["class_names"],
+        )
+        head.to(weight.dtype).load_state_dict(tensors)
+        return head

@@ -18,13 +18,11 @@ from torch.nn import functional as F  # noqa: N812
 from oodkernels.detectors.abnormality import AbnormalityModule
 from oodkernels.detectors.model import as_outputs, extract
 from oodkernels.groups import Groups
+from oodkernels.nn.gan import Discriminator, Generator, JointGANLoss
 from oodkernels.nn.losses import (
     AbsentClassLoss,
     ConfidenceLoss,
-    Discriminator,
     EnergyBoundedLoss,
-    Generator,
-    JointGANLoss,
     OutlierExposureLoss,
 )
 from oodkernels.nn.mos import MOSHead, MOSLoss
@@ -510,7 +508,10 @@ def outlier_exposure(weight: float = 0.5) -> OutlierObjective:
 
 
 def energy_bounded(
-    weight: float = 0.1, m_in: float = -25.0, m_out: float = -7.0, temperature: float = 1.0
+    weight: float = 0.1,
+    m_in: float | None = None,
+    m_out: float | None = None,
+    temperature: float = 1.0,
 ) -> OutlierObjective:
     """Energy-bounded learning (Liu et al., NeurIPS 2020)."""
     return OutlierObjective(EnergyBoundedLoss(weight, m_in, m_out, temperature))
@@ -547,8 +548,8 @@ def ntom(
 
 def poem(
     weight: float = 0.1,
-    m_in: float = -25.0,
-    m_out: float = -7.0,
+    m_in: float | None = None,
+    m_out: float | None = None,
     per_sample: float = 1.0,
     candidates: int | None = None,
     **miner: Any,

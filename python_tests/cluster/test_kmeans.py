@@ -11,23 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from points import INF, NAN, distributed_problems, features, problems, same
 from torch import Tensor
 
 from oodkernels import KMeans, KMeansResult, kmeans, kmeans_init, nearest_centroid
 from oodkernels import reference as ref
 from oodkernels.cluster import _kmeans as cluster
-from oodkernels.ops import kmeans as lloyd
+from oodkernels.ops import kmeans_lloyd as lloyd
 
 HERE = Path(__file__).parent
-NAN, INF = float("nan"), float("inf")
-
-
-def features(n: int, d: int, classes: int = 100, noise: float = 1.0, seed: int = 0) -> Tensor:
-    """Like a network's penultimate features: not negative, clustered, overlapping."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, d, generator=generator)
-    label = torch.randint(classes, (n,), generator=generator)
-    return (centres[label] + noise * torch.randn(n, d, generator=generator) - 0.3).relu()
 
 
 def inertia(x: Tensor, centroids: Tensor) -> float:
@@ -37,11 +29,6 @@ def inertia(x: Tensor, centroids: Tensor) -> float:
 
 def directions(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x.double(), dim=-1)
-
-
-def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 # --- quality gates --------------------------------------------------------------------------------
@@ -145,8 +132,14 @@ def test_own_seeding_is_as_good_as_scikit_learns_on_more_points() -> None:
 
 def test_greedy_seeding_is_better_than_plain() -> None:
     x = features(600, 64, 200)
-    greedy = [float(lloyd(x, kmeans_init(x, 40, seed=s), 0).inertia) for s in range(20)]
-    plain = [float(lloyd(x, kmeans_init(x, 40, 1, 1, seed=s), 0).inertia) for s in range(20)]
+    greedy = [
+        float(lloyd(x, kmeans_init(x, 40, seed=s, normalize=True), 0, normalize=True).inertia)
+        for s in range(20)
+    ]
+    plain = [
+        float(lloyd(x, kmeans_init(x, 40, 1, 1, seed=s, normalize=True), 0, normalize=True).inertia)
+        for s in range(20)
+    ]
     assert np.mean(greedy) < np.mean(plain)
 
 
@@ -174,14 +167,17 @@ def test_philox_gives_the_known_answers() -> None:
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63)])
 def test_seeds_of_any_size_draw_as_the_reference(seed: int) -> None:
     x = features(50, 10)
-    assert torch.equal(kmeans_init(x, 6, 3, seed=seed), ref.kmeans_init(x.double(), 6, 3, 0, seed))
+    assert torch.equal(
+        kmeans_init(x, 6, 3, seed=seed, normalize=True),
+        ref.kmeans_init(x.double(), 6, 3, 0, seed, normalize=True),
+    )
     expected = [ref.uniform(ref.random_bits(seed, ref.SAMPLE, 0, 0, i)) for i in range(7)]
     assert cluster._uniforms(seed, ref.SAMPLE, 7).tolist() == expected
 
 
 def test_first_centres_are_uniform() -> None:
     x = features(10, 4)
-    first = torch.stack([kmeans_init(x, 1, seed=s)[0, 0] for s in range(2000)])
+    first = torch.stack([kmeans_init(x, 1, seed=s, normalize=True)[0, 0] for s in range(2000)])
     assert first.bincount(minlength=10).sub(200).abs().max() < 60
 
 
@@ -200,8 +196,8 @@ def test_bits_do_not_depend_on_threads_or_repetition(n: int, d: int, k: int, n_i
     try:
         for count in (1, 2, 3, 4, 4):
             torch.set_num_threads(count)
-            init = kmeans_init(x, k, n_init)
-            results.append((init, *lloyd(x, init, 20)))
+            init = kmeans_init(x, k, n_init, normalize=True)
+            results.append((init, *lloyd(x, init, 20, normalize=True)))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -211,12 +207,12 @@ def test_bits_do_not_depend_on_threads_or_repetition(n: int, d: int, k: int, n_i
 @pytest.mark.parametrize("batch", [2, 5, 9])
 def test_bits_do_not_depend_on_the_place_in_a_batch(batch: int) -> None:
     x = torch.stack([features(90, 20, seed=b) for b in range(batch)])
-    init = kmeans_init(x, 8, 2, seed=3)
-    result = lloyd(x, init)
+    init = kmeans_init(x, 8, 2, seed=3, normalize=True)
+    result = lloyd(x, init, normalize=True)
     for b in range(batch):
-        assert torch.equal(init[b], kmeans_init(x[b], 8, 2, seed=3))
-        same(tuple(output[b] for output in result), lloyd(x[b], init[b]))
-    nothing = lloyd(x[:0], init[:0])
+        assert torch.equal(init[b], kmeans_init(x[b], 8, 2, seed=3, normalize=True))
+        same(tuple(output[b] for output in result), lloyd(x[b], init[b], normalize=True))
+    nothing = lloyd(x[:0], init[:0], normalize=True)
     assert [tuple(t.shape) for t in nothing] == [(0, 8, 20), (0, 90), (0,), (0,)]
 
 
@@ -225,14 +221,14 @@ def test_bits_do_not_depend_on_the_number_of_restarts(n_init: int) -> None:
     """Which decides whether all products of points are computed, and how many are at once."""
     for n, k in ((700, 30), (3000, 3)):
         x = features(n, 40)
-        many = kmeans_init(x, k, 40, seed=2)
-        assert torch.equal(kmeans_init(x, k, n_init, seed=2), many[:n_init])
+        many = kmeans_init(x, k, 40, seed=2, normalize=True)
+        assert torch.equal(kmeans_init(x, k, n_init, seed=2, normalize=True), many[:n_init])
 
 
 def test_labels_are_those_of_nearest_centroid() -> None:
     for n, k, max_iter in ((384, 64, 300), (384, 64, 1), (3000, 10, 2)):
         x = features(n, 50)
-        result = lloyd(x, kmeans_init(x, k, 3), max_iter)
+        result = lloyd(x, kmeans_init(x, k, 3, normalize=True), max_iter, normalize=True)
         labels, distance = nearest_centroid(x, result.centroids, normalize=True)
         assert torch.equal(labels, result.labels)
         assert float(distance.double().sum()) == pytest.approx(float(result.inertia), rel=1e-12)
@@ -241,7 +237,7 @@ def test_labels_are_those_of_nearest_centroid() -> None:
 def test_input_is_left_alone() -> None:
     x = features(200, 30)
     before = x.clone()
-    lloyd(x, kmeans_init(x, 9, 2))
+    lloyd(x, kmeans_init(x, 9, 2, normalize=True), normalize=True)
     assert torch.equal(x, before)
 
 
@@ -250,9 +246,9 @@ def test_input_is_left_alone() -> None:
 
 def test_all_points_equal() -> None:
     x = torch.full((20, 6), 0.3)
-    init = kmeans_init(x, 5, 2)
+    init = kmeans_init(x, 5, 2, normalize=True)
     assert all(len(set(rows)) == 5 for rows in init.tolist())
-    result = lloyd(x, init)
+    result = lloyd(x, init, normalize=True)
     assert (result.labels == 0).all()
     assert float(result.inertia) == pytest.approx(0, abs=1e-10)
     assert result.centroids.isfinite().all()
@@ -269,9 +265,9 @@ def test_one_cluster_is_the_mean() -> None:
 @pytest.mark.parametrize("n", [1, 2, 14, 65])
 def test_as_many_clusters_as_points(n: int) -> None:
     x = features(n, 12)
-    init = kmeans_init(x, n, 2)
+    init = kmeans_init(x, n, 2, normalize=True)
     assert all(sorted(rows) == list(range(n)) for rows in init.tolist())
-    result = lloyd(x, init)
+    result = lloyd(x, init, normalize=True)
     assert sorted(result.labels.tolist()) == list(range(n))
     assert float(result.inertia) == pytest.approx(0, abs=1e-10)
 
@@ -279,11 +275,11 @@ def test_as_many_clusters_as_points(n: int) -> None:
 def test_fewer_points_than_clusters() -> None:
     x = features(8, 12)
     x[[1, 4]] = NAN
-    init = kmeans_init(x, 9, 2)
+    init = kmeans_init(x, 9, 2, normalize=True)
     for rows in init.tolist():
         assert sorted(rows[:6]) == [0, 2, 3, 5, 6, 7]
         assert rows[6:] == [-1] * 3
-    result = lloyd(x, init)
+    result = lloyd(x, init, normalize=True)
     assert result.centroids.isnan().any(-1).tolist() == [False] * 6 + [True] * 3
     assert result.labels[[1, 4]].tolist() == [-1, -1]
     assert sorted(result.labels.tolist())[2:] == list(range(6))
@@ -311,10 +307,10 @@ def test_rows_that_are_not_finite_change_nothing_else(value: float) -> None:
     bad = torch.tensor([0, 33, 34, 119])
     good = torch.tensor([i for i in range(120) if i not in bad.tolist()])
     x[bad, torch.tensor([0, 19, 7, 5])] = value
-    init = kmeans_init(x, 10, 3)
-    alone = kmeans_init(x[good], 10, 3)
+    init = kmeans_init(x, 10, 3, normalize=True)
+    alone = kmeans_init(x[good], 10, 3, normalize=True)
     assert torch.equal(init, good[alone])
-    a, b = lloyd(x, init), lloyd(x[good], alone)
+    a, b = lloyd(x, init, normalize=True), lloyd(x[good], alone, normalize=True)
     same((a.centroids, a.labels[good], a.inertia, a.n_iter), tuple(b))
     assert (a.labels[bad] == -1).all()
     labels, distance = nearest_centroid(x, b.centroids, normalize=True)
@@ -326,8 +322,8 @@ def test_rows_that_are_not_finite_change_nothing_else(value: float) -> None:
 def test_extreme_norms() -> None:
     x = features(60, 8)
     scale = torch.logspace(-30, 30, 60)[:, None]
-    labels = lloyd(x, torch.arange(5)[None]).labels
-    assert torch.equal(lloyd(x * scale, torch.arange(5)[None]).labels, labels)
+    labels = lloyd(x, torch.arange(5)[None], normalize=True).labels
+    assert torch.equal(lloyd(x * scale, torch.arange(5)[None], normalize=True).labels, labels)
     huge = torch.full((3, 4), 1e30)  # squares overflow
     assert nearest_centroid(huge, huge)[0].tolist() == [-1] * 3
     assert nearest_centroid(huge.double(), huge)[0].tolist() == [0] * 3
@@ -367,7 +363,7 @@ def test_stops_as_scikit_learn_does() -> None:
 
 def test_renormalised_centroids_are_directions() -> None:
     x = features(500, 20)
-    result = lloyd(x, kmeans_init(x, 7), renormalize=True)
+    result = lloyd(x, kmeans_init(x, 7, normalize=True), renormalize=True, normalize=True)
     norms = result.centroids.double().norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-6, atol=0)
 
@@ -392,22 +388,6 @@ def test_vmap_over_centroids() -> None:
 
 
 # --- properties -----------------------------------------------------------------------------------
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[Tensor, int]:
-    n, d, k = draw(st.integers(1, 60)), draw(st.integers(1, 40)), draw(st.integers(1, 20))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    x = torch.randn(n, d, generator=generator)
-    if draw(st.booleans()):  # duplicates, zeros, ties
-        x = x.round()
-    for value in draw(st.lists(st.sampled_from([NAN, INF, -INF, 0.0]), max_size=4)):
-        row = draw(st.integers(0, n - 1))
-        x[row, draw(st.integers(0, d - 1))] = value
-        if value == 0:
-            x[row] = 0
-    return x.to(dtype), k
 
 
 @settings(max_examples=150, deadline=None)
@@ -446,9 +426,9 @@ def test_properties(
 @given(problems(), st.integers(0, 10))
 def test_inertia_never_grows(problem: tuple[Tensor, int], max_iter: int) -> None:
     x, k = problem
-    init = kmeans_init(x, k)
-    before = float(lloyd(x, init, max_iter, 0.0).inertia)
-    after = float(lloyd(x, init, max_iter + 1, 0.0).inertia)
+    init = kmeans_init(x, k, normalize=True)
+    before = float(lloyd(x, init, max_iter, 0.0, normalize=True).inertia)
+    after = float(lloyd(x, init, max_iter + 1, 0.0, normalize=True).inertia)
     assert after <= before * (1 + 1e-5) + 1e-6
 
 
@@ -537,7 +517,7 @@ def test_missing_faiss_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-from test_kmeans import distributed_problems
+from points import distributed_problems
 from oodkernels import kmeans
 rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -549,21 +529,6 @@ for x, k, options in distributed_problems():
 torch.save(results, f"{out}/{rank}.pt")
 dist.destroy_process_group()
 """
-
-
-def distributed_problems() -> list[tuple[Tensor, int, dict[str, object]]]:
-    x = features(900, 24)
-    x[5, 5] = x[800, 0] = NAN
-    few = features(6, 24)
-    lumps = torch.cat([torch.zeros(40, 3), torch.ones(2, 3), torch.full((1, 3), 9.0)])
-    return [
-        (x, 20, {"n_init": 3, "normalize": True, "seed": 4}),
-        (x, 7, {"max_iter": 3, "tol": 0.0}),
-        (x.double(), 7, {"renormalize": True, "normalize": True, "tol": 1e-2}),
-        (few, 8, {}),
-        (lumps, 5, {}),
-        (torch.randn(66000, 3, generator=torch.Generator().manual_seed(0)), 4, {"max_iter": 5}),
-    ]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -579,7 +544,7 @@ def test_distributed(world: int, tmp_path: Path) -> None:
                 str(tmp_path / "s"),
                 str(tmp_path),
             ],
-            cwd=HERE,
+            cwd=HERE.parent,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -15,8 +15,9 @@ from cuda_emulator import DTYPES, Emulator, needs_compiler, unwritten
 from torch import Tensor
 
 from oodkernels import reference
-from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, order_key
-from oodkernels.ops.roc import scores_of_keys, sort_keys
+from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
+from oodkernels.ops.keys import order_key, scores_of_keys
+from oodkernels.ops.roc import sort_keys
 
 pytestmark = needs_compiler
 

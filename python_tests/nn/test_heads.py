@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("safetensors")
 
@@ -53,6 +55,44 @@ def test_a_new_head_gives_zeros() -> None:
     assert not confidence.any()
     with pytest.raises(ValueError, match=r"C \+ K = 5 of the groups, got 3"):
         Head(4, 3, GROUPS)
+
+
+def test_what_the_columns_mean_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    Head(4, np.int64(3), absent=True, class_names=["a", "b"]).save(path)  # type: ignore[arg-type]
+    head = Head.load(path)
+    assert (head.absent, head.num_classes, head.class_names) == (2, 2, ["a", "b"])
+    Head(4, 5, GROUPS).save(path)
+    head = Head.load(path)
+    assert (head.absent, head.num_classes, head.class_names) == (None, 3, None)
+    with pytest.raises(ValueError, match="groups have no absent class"):
+        Head(4, 5, GROUPS, absent=True)
+    with pytest.raises(ValueError, match="class_names must be 2, one a class, got 3"):
+        Head(4, 3, absent=True, class_names=["a", "b", "c"])
+
+
+def test_hidden_layers_and_scales_are_in_the_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50_000, 4, generator=generator) * torch.tensor([1e-3, 1.0, 50.0, 0.0]) + 7
+    head = Head(4, 3, hidden=[6, np.int64(5)], confidence=True)  # type: ignore[list-item]
+    assert not head(x)[0].any()
+    nn.init.normal_(head.linear.weight, generator=generator)
+    head.standardize(x)
+    seen: list[torch.Tensor] = []
+    head.hidden[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    found = head(x)
+    assert seen[0].mean(0).abs().max() < 1e-2
+    torch.testing.assert_close(
+        seen[0].std(0), torch.tensor([1.0, 1.0, 1.0, 0.0]), rtol=1e-2, atol=1e-3
+    )
+    head.save(tmp_path / "head.safetensors")
+    loaded = Head.load(tmp_path / "head.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(loaded(x), found, strict=True))
+    with pytest.raises(ValueError, match=r"features must be \(N, 4\), N at least 1, got \(0, 4\)"):
+        head.standardize(x[:0])
+    x[3, 1] = float("nan")
+    with pytest.raises(ValueError, match="features must be finite"):
+        head.standardize(x)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

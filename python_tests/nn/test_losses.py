@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from processes import python
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import oodkernels as oodk
 from oodkernels import reference
-from oodkernels.nn import losses
+from oodkernels.nn import JointGANLoss, joint_gan_loss, losses
 from oodkernels.ops.outlier import outlier_loss
 
 LOSSES = {  # name -> functional form, module, both with settings that are not the defaults
@@ -41,8 +42,8 @@ LOSSES = {  # name -> functional form, module, both with settings that are not t
         lambda **k: losses.AbsentClassLoss(0.4, **k),
     ),
     "joint GAN": (
-        lambda z, t, **k: losses.joint_gan_loss(z, t, 0.6, **k),
-        lambda **k: losses.JointGANLoss(0.6, **k),
+        lambda z, t, **k: joint_gan_loss(z, t, 0.6, **k),
+        lambda **k: JointGANLoss(0.6, **k),
     ),
 }
 SIZES = {"both": (5, 8), "ID": (6, 0), "OOD": (0, 7), "none": (0, 0)}
@@ -219,11 +220,48 @@ def test_refuses(name: str) -> None:
             function(logits, target.index_fill(0, torch.tensor(3), bad))
 
 
-def test_absent_class_takes_its_own_index_for_ood() -> None:
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_absent_class_is_no_target(reduction: Any) -> None:
+    """A model without a column for the absent class would never answer its last class."""
     logits, target = batch(5, 8)
-    as_class = torch.where(target == -1, 10, target)
-    expected = losses.absent_class_loss(logits, target)
-    assert torch.equal(losses.absent_class_loss(logits, as_class), expected)
+    target[4] = 10
+    message = (
+        r"^absent_class_loss: target must be a class in 0\.\.9, or -1 for OOD, the last of 11 "
+        r"logits being the absent class's, got 10 in row 4$"
+    )
+    for z in (logits, logits.clone().requires_grad_()):
+        with pytest.raises(ValueError, match=message):
+            losses.absent_class_loss(z, target, reduction=reduction)
+    each = torch.func.vmap(lambda z, t: losses.absent_class_loss(z, t, reduction="none"))
+    with pytest.raises(ValueError, match="target must be in"):  # the op's own
+        each(logits, target)
+
+
+def test_margins_follow_the_number_of_classes() -> None:
+    """As for CIFAR-10 by the authors' script, and as far from logits that say nothing for any C."""
+    for classes, m_in, m_out in ((10, -23.0, -5.0), (1307, -23 - 4.872905, -5 - 4.872905)):
+        logits = 3 * torch.randn(20, classes, dtype=torch.float64)
+        target = torch.arange(20) % 3 - 1
+        found = losses.energy_bounded_loss(logits, target)
+        torch.testing.assert_close(
+            found, losses.energy_bounded_loss(logits, target, m_in=m_in, m_out=m_out)
+        )
+        nothing = torch.zeros(2, classes, dtype=torch.float64)
+        each = losses.energy_bounded_loss(nothing, torch.tensor([0, -1]), 1.0, reduction="none")
+        each = each - torch.tensor([math.log(classes), 0])
+        torch.testing.assert_close(each, torch.tensor([20.6974149, 0.0]).double() ** 2)
+        warm = losses.energy_bounded_loss(2 * nothing, torch.tensor([0, -1]), 1.0, temperature=2.0)
+        assert float(warm) - math.log(classes) == pytest.approx(20.6974149**2)
+
+
+def test_numpy_scalars_are_settings() -> None:
+    logits, target = batch(5, 8)
+    for kind in (np.float64, np.float32):
+        loss = losses.EnergyBoundedLoss(kind(0.5), kind(-3), kind(-1), kind(2))
+        expected = losses.EnergyBoundedLoss(0.5, -3, -1, 2)
+        assert repr(loss) == repr(expected)
+        assert torch.equal(loss(logits.float(), target), expected(logits.float(), target))
+        assert losses.ConfidenceLoss(weight=kind(0.5)).weight.dtype == torch.float32
 
 
 def test_settings_refused() -> None:
@@ -241,15 +279,15 @@ def test_defaults_are_the_papers() -> None:
         losses.OutlierExposureLoss()(logits, target),
         each[~is_ood].mean() + 0.5 * each[is_ood].mean(),
     )
-    outside = (25 - energy[~is_ood]).relu().square().mean()
-    outside = outside + (energy[is_ood] - 7).relu().square().mean()
+    moved = math.log(11 / 10)  # the authors' for CIFAR-10, of ten classes
+    outside = (23 + moved - energy[~is_ood]).relu().square().mean()
+    outside = outside + (energy[is_ood] - 5 - moved).relu().square().mean()
     torch.testing.assert_close(
         losses.EnergyBoundedLoss()(logits, target), each[~is_ood].mean() + 0.1 * outside
     )
 
 
 def test_names() -> None:
-    assert losses.MOSLoss is oodk.MOSLoss
     for name in losses.__all__:
         assert hasattr(losses, name)
 
@@ -383,7 +421,14 @@ def test_one_read_as_an_op() -> None:
 def test_one_read_on_each_instruction_set(capability: str) -> None:
     if capability not in oodk.build_info()["cpu_capabilities"]:
         pytest.skip(f"this processor has no {capability}")
-    tests = ("-m", "pytest", "test_losses.py", "-q", "-k", "one_read_is_the_reference or read_of")
+    tests = (
+        "-m",
+        "pytest",
+        "nn/test_losses.py",
+        "-q",
+        "-k",
+        "one_read_is_the_reference or read_of",
+    )
     result = python(*tests, OODK_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout
@@ -575,87 +620,6 @@ def test_confidence_refuses() -> None:
         losses.confidence_loss(logits, k, target, hints=hints[1:])
     with pytest.raises(ValueError, match="ConfidenceLoss: reduction must be"):
         losses.ConfidenceLoss(reduction="avg")
-
-
-# --- joint GAN ------------------------------------------------------------------------------------
-
-
-def test_gan_losses_are_the_rule() -> None:
-    random = torch.Generator().manual_seed(0)
-    real, fake = torch.randn(5, 1, generator=random).double(), torch.randn(7).double()
-    logits, _ = batch(7, 0)
-    d = [1 / (1 + math.exp(-x)) for x in real.flatten().tolist()]
-    g = [1 / (1 + math.exp(-x)) for x in fake.tolist()]
-    loss = losses.JointGANLoss(0.6)
-    expected = mean([-math.log(x) for x in d]) + mean([-math.log(1 - x) for x in g])
-    assert float(loss.discriminator(real, fake)) == pytest.approx(expected)
-    divergence = mean([restated("joint GAN", z, -1) for z in logits.tolist()])
-    expected = mean([-math.log(x) for x in g]) + divergence
-    assert float(loss.generator(fake, logits)) == pytest.approx(expected)
-    assert loss.generator(fake.half(), logits.half()).dtype == torch.float32
-    assert losses.discriminator_loss(real[:0], fake[:0]) == 0
-    with pytest.raises(TypeError, match="discriminator_loss: generated must be float64"):
-        losses.discriminator_loss(real, fake.long())
-    with pytest.raises(TypeError, match="generator_loss: generated must be float64"):
-        losses.generator_loss(fake.long(), logits)
-
-
-def test_uniform_classifier_has_no_divergence() -> None:
-    target = torch.full((3,), -1)
-    torch.testing.assert_close(losses.joint_gan_loss(torch.ones(3, 9), target), torch.tensor(0.0))
-
-
-@pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3), (28, 1), (6, 2), (7, 1), (64, 3)])
-def test_generator_and_discriminator_fit(size: int, channels: int) -> None:
-    generator = losses.Generator(size, channels, latent=10, width=4)
-    images = generator.sample(3)
-    assert images.shape == (3, channels, size, size)
-    assert images.amin() >= 0
-    assert images.amax() <= 1
-    logits = losses.Discriminator(size, channels, width=4)(images)
-    assert logits.shape == (3,)
-    logits.sum().backward()
-    assert all(p.grad is not None for p in generator.parameters())
-
-
-@pytest.mark.parametrize("network", [losses.Generator, losses.Discriminator])
-def test_network_refuses(network: Any) -> None:
-    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
-        network(0)
-
-
-def test_gan_steps_do_what_they_are_for() -> None:
-    """Two blobs and a generator: the classifier learns them, and to be unsure of what is made."""
-    torch.manual_seed(0)
-    loss = losses.JointGANLoss(beta=1.0)
-    classifier = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2))
-    generator = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
-    discriminator = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1))
-    optimizers = {
-        network: torch.optim.Adam(network.parameters(), lr, (0.5, 0.999))
-        for network, lr in ((classifier, 1e-2), (generator, 2e-3), (discriminator, 2e-3))
-    }
-
-    def update(network: nn.Module, value: Tensor) -> None:
-        optimizers[network].zero_grad()
-        value.backward()
-        optimizers[network].step()
-
-    for _ in range(75):
-        y = torch.randint(2, (64,))
-        x = (2.0 * y - 1)[:, None] * 2 + 0.3 * torch.randn(64, 2)
-        made = generator(torch.randn(64, 4))
-        real, fake = discriminator(x), discriminator(made.detach())
-        update(discriminator, loss.discriminator(real, fake))
-        update(generator, loss.generator(discriminator(made), classifier(made)))
-        target = torch.cat([y, torch.full((64,), -1)])
-        update(classifier, loss(classifier(torch.cat([x, made.detach()])), target))
-    with torch.no_grad():
-        logits = classifier(x)
-        confidence = logits.softmax(-1).amax(-1).mean()
-        made_confidence = classifier(generator(torch.randn(64, 4))).softmax(-1).amax(-1).mean()
-    assert (logits.argmax(-1) == y).float().mean() > 0.9
-    assert made_confidence < confidence - 0.2
 
 
 # --- what they are for ----------------------------------------------------------------------------

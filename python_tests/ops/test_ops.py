@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from op_db import FLOATS, OPS, Op, Sample
@@ -189,16 +190,77 @@ def test_double_backward_is_refused(op: Op, device: str) -> None:
         torch.autograd.grad(grad.sum(), x)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not op.differentiable], ids=lambda op: op.name)
-def test_no_gradient_leaks(op: Op, device: str) -> None:
+class OfAHead(torch.nn.Module):
+    """An op on what a layer with parameters puts out, as in a network that is being trained."""
+
+    def __init__(self, op: Op, sample: Sample) -> None:
+        super().__init__()
+        self.call, self.kwargs = op.call, sample.kwargs
+        self.scale = torch.nn.Parameter(torch.ones((), device=sample.args[0].device))
+
+    def forward(self, *args: Any) -> Any:
+        return self.call(*(a * self.scale if is_score(a) else a for a in args), **self.kwargs)
+
+
+@ops
+def test_outputs_of_a_head(op: Op, device: str) -> None:
+    """Eager, compiled and exported: the same outputs, and the same gradients or none."""
     sample = next(op.samples(device, torch.float32))
-    args = [a.clone().requires_grad_() if is_score(a) else a for a in sample.args]
-    leak = sum(a.sum() for a in args if is_score(a))
-    for out in outputs(op.call(*args, **sample.kwargs)):
-        assert out.requires_grad == out.is_floating_point()
-        if out.requires_grad:
-            with pytest.raises(RuntimeError, match=f"{op.name} is not differentiable"):
-                (out.sum() + leak).backward()
+    head = OfAHead(op, sample)
+    torch._dynamo.reset()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(head, sample.args).module()
+    expected = outputs(head(*sample.args))
+    for way in (head, compiled, exported):
+        found = outputs(way(*sample.args))
+        same(tuple(o.detach() for o in found), tuple(o.detach() for o in expected))
+        for out in found:
+            assert out.requires_grad == (op.differentiable and out.is_floating_point())
+        if op.differentiable:
+            (scale,) = way.parameters()
+            grads = [
+                torch.autograd.grad(sum(o.sum() for o in outs), parameter, retain_graph=True)
+                for outs, parameter in ((found, scale), (expected, head.scale))
+            ]
+            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+
+
+@ops
+def test_gradient_by_torch_func(op: Op, device: str) -> None:
+    """``torch.func.grad``, its vmap over rows, and both compiled: the gradient of eager mode."""
+    samples = op.samples(device, torch.float32)
+    sample = next(s for s in samples if s.args[0].dim() == (3 if op.problem else 2))
+    mapped = op.problem or op.rowwise
+    position = next(i for i, a in enumerate(sample.args) if is_score(a))
+
+    def total(*args: Any) -> Tensor:
+        found = outputs(op.call(*args, **sample.kwargs))
+        return sum((o.sum() for o in found if o.is_floating_point()), (2 * args[position]).sum())
+
+    args = [a.clone().requires_grad_() if i == position else a for i, a in enumerate(sample.args)]
+    (expected,) = torch.autograd.grad(total(*args), args[position])
+    assert op.differentiable or (expected == 2).all()
+    grad = torch.func.grad(total, argnums=position)
+    in_dims = tuple(0 if i in mapped else None for i in range(len(sample.args)))
+    each = torch.func.vmap(grad, in_dims=in_dims)
+    torch._dynamo.reset()
+    compiled = torch.compile(grad, fullgraph=True, backend="aot_eager")
+    compiled_each = torch.compile(each, backend="aot_eager")
+    for way in (grad, each, compiled, compiled_each):
+        torch.testing.assert_close(way(*sample.args), expected, rtol=1e-6, atol=1e-6)
+
+
+def as_numpy(x: Any) -> Any:
+    kinds = {bool: np.bool_, int: np.int64, float: np.float64}
+    return kinds[type(x)](x) if type(x) in kinds else x
+
+
+@ops
+def test_numpy_scalars(op: Op) -> None:
+    for sample in list(op.samples("cpu", torch.float32))[:6]:
+        args = tuple(map(as_numpy, sample.args))
+        kwargs = {name: as_numpy(value) for name, value in sample.kwargs.items()}
+        same(op.call(*args, **kwargs), op.call(*sample.args, **sample.kwargs))
 
 
 @ops
@@ -219,19 +281,6 @@ def test_compile_dynamic(op: Op, device: str) -> None:
     compiled = torch.compile(op.call, fullgraph=True, dynamic=True)
     for sample in list(op.samples(device, torch.float32))[:4]:
         same(compiled(*sample.args, **sample.kwargs), op.call(*sample.args, **sample.kwargs))
-
-
-@ops
-def test_export(op: Op, device: str) -> None:
-    sample = next(op.samples(device, torch.float32))
-    n_args = len(sample.args)
-
-    class Module(torch.nn.Module):
-        def forward(self, *args: Any) -> Any:
-            return op.call(*args)
-
-    exported = torch.export.export(Module(), sample.args[:n_args])
-    same(exported.module()(*sample.args), op.call(*sample.args))
 
 
 @ops

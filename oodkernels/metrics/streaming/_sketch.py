@@ -1,6 +1,6 @@
 """A histogram of scores in bounded memory, whose bins go where the scores are.
 
-An axis of float32 keys (:func:`~oodkernels.ops.histogram.order_key`) is cut into 65536 prefixes, a
+An axis of float32 keys (:func:`~oodkernels.ops.keys.order_key`) is cut into 65536 prefixes, a
 prefix into blocks of 1, 4, 16 ... or 65536 equal bins. At first each prefix has one block, which
 resolves every bfloat16 and, where memory allows, every float16 number. Before scores are counted, a
 sample of them tells which bins hold, or are about to hold, too large a share of one side's scores.
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodkernels.metrics.streaming._bounds import Floats, Intervals, Ints
-from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, order_key, roc_histogram_
+from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, roc_histogram_
+from oodkernels.ops.keys import order_key
 
 LEVELS = 9
 """A block of level l has 4^l bins."""
