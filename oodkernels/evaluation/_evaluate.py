@@ -37,6 +37,7 @@ from oodkernels.ops import mos_log_others
 if TYPE_CHECKING:
     from oodkernels.metrics import CalibrationBins
     from oodkernels.metrics.streaming import CalibrationError, OODMetrics
+    from oodkernels.metrics.streaming.ood import ScoreLevels
 
 Array: TypeAlias = NDArray[Any]
 Detectors: TypeAlias = Mapping[str, OODDetector | str] | Sequence[OODDetector | str]
@@ -150,15 +151,11 @@ class StreamedMethod:
 
     def levels(self, ood_set: str) -> Levels:
         """The bins of the scores, by their lower ends."""
-        _, side = self._sides[ood_set]
-        order = np.argsort(side.low, kind="stable")
-        values = side.decode(side.low[order])[0]
-        return Levels(values, side.n_id[order], side.n_ood[order])
+        return Levels(*self._levels[ood_set])
 
     @cached_property
-    def _sides(self) -> dict[str, Any]:
-        with self.metric._synced():
-            return self.metric._sides()
+    def _levels(self) -> dict[str, ScoreLevels]:
+        return self.metric.levels()
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from oodkernels._checks import check_count, check_no_nan
+from oodkernels._checks import check_count, check_device, check_no_nan
 from oodkernels.metrics.ood import as_tensor, from_array
 from oodkernels.metrics.plots import draw_reliability, new_axes
 
@@ -192,11 +192,7 @@ def check_answers(
             f"{function}: correct must have the shape of confidence, {tuple(confidence.shape)}, "
             f"got {tuple(correct.shape)}"
         )
-    if correct.device != confidence.device:
-        raise ValueError(
-            f"{function}: correct must be on the device of confidence, {confidence.device}, got "
-            f"{correct.device}"
-        )
+    check_device(function, "correct", correct, "confidence", confidence)
     return confidence.reshape(-1), correct.reshape(-1)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 
-from oodkernels._checks import check_integers, check_number
+from oodkernels._checks import check_device, check_integers, check_number
 from oodkernels.metrics.calibration import check_answers
 from oodkernels.metrics.ood import fpr_name, from_array
 from oodkernels.metrics.streaming._metric import StreamMetric
@@ -145,11 +145,7 @@ class MisclassificationMetrics(StreamMetric):
                     f"{where}: label must have the shape of answer, {tuple(answer.shape)}, got "
                     f"{tuple(label.shape)}"
                 )
-            if label.device != answer.device:
-                raise ValueError(
-                    f"{where}: label must be on the device of answer, {answer.device}, got "
-                    f"{label.device}"
-                )
+            check_device(where, "label", label, "answer", answer)
             correct, is_ood = answer == label, (label < 0).reshape(-1)
         confidence, correct = check_answers(where, confidence, correct, self.device)
         rows = torch.where(correct, _RIGHT, _WRONG).to(torch.uint8)

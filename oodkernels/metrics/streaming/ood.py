@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from oodkernels._checks import plain
+from oodkernels._checks import check_device, plain
 from oodkernels.metrics.ood import as_tensor, fpr_name, from_array
 from oodkernels.metrics.streaming._bounds import Intervals
 from oodkernels.metrics.streaming._metric import StreamMetric
@@ -151,11 +151,7 @@ class OODMetrics(StreamMetric):
                 f"{where}: labels must have the shape of scores, {tuple(scores.shape)}, "
                 f"got {tuple(labels.shape)}"
             )
-        if labels.device != scores.device:
-            raise ValueError(
-                f"{where}: labels must be on the device of scores, {scores.device}, got "
-                f"{labels.device}"
-            )
+        check_device(where, "labels", labels, "scores", scores)
         return labels if labels.dtype == torch.bool else labels < 0
 
     def _for_batch(self) -> OODMetrics:
