@@ -27,7 +27,8 @@ from oodkernels.evaluation._evaluate import (
     software,
 )
 from oodkernels.evaluation.tables import AVERAGE, METRIC_NAMES, lines, ood_sets
-from oodkernels.metrics.plots import STYLE, draw_reliability
+from oodkernels.metrics.calibration import draw_reliability
+from oodkernels.metrics.plots import STYLE
 
 _ID_COLOR = "#4477aa"
 _OOD_COLORS = ("#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bb5500", "#882255")

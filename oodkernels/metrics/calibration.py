@@ -31,7 +31,7 @@ from torch import Tensor
 
 from oodkernels._checks import check_count, check_device, check_no_nan
 from oodkernels.metrics.ood import as_tensor, from_array
-from oodkernels.metrics.plots import draw_reliability, new_axes
+from oodkernels.metrics.plots import figure_of, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,6 +159,29 @@ def reliability_diagram(
     where = "reliability_diagram"
     found = _bins(where, confidence, correct, bins, binning)
     return draw_reliability(found, new_axes(where) if ax is None else ax)
+
+
+def draw_reliability(bins: CalibrationBins, axes: Axes) -> tuple[Figure, Axes]:
+    """Draw bins on axes as :func:`reliability_diagram` does.
+
+    Returns:
+        The figure and the axes.
+    """
+    used = bins.count > 0
+    left, width = bins.edges[:-1][used], np.diff(bins.edges)[used]
+    confidence, accuracy = bins.confidence[used], bins.accuracy[used]
+    share = bins.count[used] / bins.count.sum()
+    axes.bar(left, accuracy, width, align="edge", color="#c6d7ea", edgecolor="white", lw=0.8)
+    axes.plot([0, 1], [0, 1], color="0.6", lw=0.8, ls="--")
+    axes.vlines(confidence, confidence, accuracy, color="#b5442e", lw=1.5)
+    axes.scatter(
+        confidence, accuracy, 12 + 150 * share, color="#1f4e79", lw=0, zorder=3, clip_on=False
+    )
+    behind = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.5}
+    axes.text(0.04, 0.95, f"ECE {bins.ece:.4f}", va="top", transform=axes.transAxes, bbox=behind)
+    axes.set(xlabel="confidence", ylabel="share of answers that are right")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    return figure_of(axes), axes
 
 
 def check_answers(

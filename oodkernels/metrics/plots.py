@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oodkernels._optional import require
+from oodkernels.metrics.ood import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from oodkernels.metrics.calibration import CalibrationBins
 
 Curve = NDArray[np.float64]
 
@@ -60,34 +59,6 @@ def as_label(name: str) -> str:
     return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
 
 
-def printable(name: str) -> str:
-    """A name in one line of text, with escapes in place of what cannot be printed."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
-def draw_reliability(bins: CalibrationBins, axes: Axes) -> tuple[Figure, Axes]:
-    """Draw accuracy against confidence, see :func:`oodkernels.metrics.reliability_diagram`.
-
-    Returns:
-        The figure and the axes.
-    """
-    used = bins.count > 0
-    left, width = bins.edges[:-1][used], np.diff(bins.edges)[used]
-    confidence, accuracy = bins.confidence[used], bins.accuracy[used]
-    share = bins.count[used] / bins.count.sum()
-    axes.bar(left, accuracy, width, align="edge", color="#c6d7ea", edgecolor="white", lw=0.8)
-    axes.plot([0, 1], [0, 1], color="0.6", lw=0.8, ls="--")
-    axes.vlines(confidence, confidence, accuracy, color="#b5442e", lw=1.5)
-    axes.scatter(
-        confidence, accuracy, 12 + 150 * share, color="#1f4e79", lw=0, zorder=3, clip_on=False
-    )
-    behind = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.5}
-    axes.text(0.04, 0.95, f"ECE {bins.ece:.4f}", va="top", transform=axes.transAxes, bbox=behind)
-    axes.set(xlabel="confidence", ylabel="share of answers that are right")
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    return _figure_of(axes), axes
-
-
 def draw_roc(
     curves: Mapping[str, tuple[Curve, Curve]], tpr: float, axes: Axes
 ) -> tuple[Figure, Axes]:
@@ -110,10 +81,11 @@ def draw_roc(
     axes.set(xlabel="FPR: share of OOD kept", ylabel="TPR: share of ID kept")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.legend(loc="lower right", frameon=False)
-    return _figure_of(axes), axes
+    return figure_of(axes), axes
 
 
-def _figure_of(axes: Axes) -> Figure:
+def figure_of(axes: Axes) -> Figure:
+    """The figure that axes are on."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     return figure

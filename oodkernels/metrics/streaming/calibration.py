@@ -16,10 +16,11 @@ from oodkernels.metrics.calibration import (
     bins_of_sums,
     check_answers,
     check_probabilities,
+    draw_reliability,
     even_edges,
     places,
 )
-from oodkernels.metrics.plots import draw_reliability, new_axes
+from oodkernels.metrics.plots import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
