@@ -89,7 +89,7 @@ def fpr_name(tpr: float) -> str:
     return f"fpr{100 * tpr:.10g}"
 
 
-def printable(name: str) -> str:
+def in_one_line(name: str) -> str:
     """A name in one line of text, with escapes in place of what cannot be printed."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
@@ -223,7 +223,7 @@ class OODResults(Mapping[str, OODResult]):
         for (name, values), positive in zip(figures.items(), positives, strict=True):
             percent = [f"{100 * values[key]:.2f}" for key in rows[0][1:5]]
             threshold = "" if math.isnan(values["threshold"]) else f"{values['threshold']:.6g}"
-            rows.append([printable(name), *percent, threshold, positive])
+            rows.append([in_one_line(name), *percent, threshold, positive])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(

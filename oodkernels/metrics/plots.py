@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oodkernels._optional import require
-from oodkernels.metrics.ood import printable
+from oodkernels.metrics.ood import in_one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,11 +52,11 @@ def new_axes(function: str) -> Axes:
 def as_label(name: str) -> str:
     """A name as matplotlib shows it: no mathematics between dollars, in legends from ``_`` on.
 
-    Whatever cannot be printed, line breaks included, is shown as Python escapes it.
+    Lines stay lines; whatever else cannot be printed is shown as Python escapes it.
     """
-    text = printable(name).replace("\\", "\\\\").replace("$", r"\$")
+    text = "\n".join(map(in_one_line, name.split("\n"))).replace("$", r"\$")
     # A label that begins with an underscore is left out of legends.
-    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
+    return f" {text}" if text.startswith("_") else text
 
 
 def draw_roc(
