@@ -234,7 +234,8 @@ FPR95 in per cent of linear heads of one budget on synthetic hierarchical featur
 (`oodkernels.data.synthetic`; not images). Far are unseen super-classes, near unseen classes. On far
 OOD it is as in the MOS paper, taxonomy best where classes are many; on near OOD random groups win
 here, which the paper did not look at. `scale-mos.json`, by `benchmarks/scale.py`, which also
-studies the selection of outliers (`scale-dos.json`): DOS, greedy and uniform end level, NTOM behind.
+studies the selection of outliers (`scale-dos.json`): DOS, greedy and uniform end level, NTOM is
+behind.
 
 {_table(["OOD", "classes", *methods], lines)}
 """
