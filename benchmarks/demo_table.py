@@ -21,7 +21,7 @@ from oodkernels._files import write_text
 from oodkernels.demo.protocol import Settings, run
 from oodkernels.demo.report import kinds, to_json
 from oodkernels.evaluation.tables import LOWER_IS_BETTER, METRIC_NAMES
-from oodkernels.training.trainer import TrainConfig
+from oodkernels.training import TrainConfig
 
 FIGURES = ("id_accuracy", *METRIC_NAMES)
 

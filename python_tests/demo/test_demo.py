@@ -32,8 +32,7 @@ from oodkernels.detectors import DETECTORS
 from oodkernels.evaluation._evaluate import CONVENTION, OTHER, OWN
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.training import objectives
-from oodkernels.training.trainer import TrainConfig, reproducible
+from oodkernels.training import TrainConfig, objectives, reproducible
 
 SETTINGS = demo.Settings(seed=1, recipe=TrainConfig(epochs=3, accelerator="cpu"))
 
