@@ -462,7 +462,7 @@ def kmeans_rows(s: Setting) -> Iterator[Row]:
             "kmeans iteration",
             name,
             torch.float32,
-            lambda x, start: ops.kmeans(x, start, ITERATIONS, 0.0, normalize=False),
+            lambda x, start: ops.kmeans_lloyd(x, start, ITERATIONS, 0.0, normalize=False),
             inputs,
             flop=flop * ITERATIONS,
             steps=ITERATIONS,

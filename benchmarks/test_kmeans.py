@@ -33,7 +33,7 @@ from clustering import (
 )
 
 from oodkernels import kmeans, kmeans_init
-from oodkernels.ops import kmeans as lloyd
+from oodkernels.ops import kmeans_lloyd as lloyd
 
 SHAPES = (
     (384, 342, 64),

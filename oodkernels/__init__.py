@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
-from oodkernels.cluster import KMeans, kmeans
+from oodkernels.cluster import kmeans
 from oodkernels.detectors import (
     DETECTORS,
     OODDetector,
@@ -19,7 +19,17 @@ from oodkernels.detectors import (
 )
 from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.groups import Groups
-from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.metrics import (
+    OODResult,
+    OODResults,
+    Threshold,
+    ThresholdSource,
+    compare_conventions,
+    expected_calibration_error,
+    misclassification_metrics,
+    ood_metrics,
+    reliability_diagram,
+)
 from oodkernels.nn import (
     AbsentClassLoss,
     ConfidenceLoss,
@@ -39,8 +49,8 @@ from oodkernels.ops import (
     KMeansResult,
     LogitScores,
     MOSPrediction,
-    OutlierCrossEntropy,
-    ROCMetrics,
+    OutlierCrossEntropyResult,
+    ROCMetricsResult,
     cluster_argmax,
     dos_select,
     kmeans_init,
@@ -63,35 +73,23 @@ from oodkernels.training import (
 )
 
 if TYPE_CHECKING:
+    from oodkernels.cluster import KMeans
     from oodkernels.data import open_samples
     from oodkernels.evaluation import Evaluation, evaluate
-    from oodkernels.metrics import Threshold
-    from oodkernels.metrics.calibration import (
-        CalibrationError,
-        expected_calibration_error,
-        reliability_diagram,
-    )
-    from oodkernels.metrics.misclassification import (
-        MisclassificationMetrics,
-        misclassification_metrics,
-    )
-    from oodkernels.metrics.streaming import OODMetrics
+    from oodkernels.metrics.streaming import CalibrationError, MisclassificationMetrics, OODMetrics
     from oodkernels.training import TrainConfig, Trainer
 
 # Loaded when asked for: they bring torchmetrics and others that take longer than all the rest.
 _LATER = {
-    "CalibrationError": "metrics.calibration",
+    "CalibrationError": "metrics.streaming",
     "Evaluation": "evaluation",
-    "MisclassificationMetrics": "metrics.misclassification",
+    "KMeans": "cluster",
+    "MisclassificationMetrics": "metrics.streaming",
     "OODMetrics": "metrics.streaming",
-    "Threshold": "metrics",
     "TrainConfig": "training",
     "Trainer": "training",
     "evaluate": "evaluation",
-    "expected_calibration_error": "metrics.calibration",
-    "misclassification_metrics": "metrics.misclassification",
     "open_samples": "data",
-    "reliability_diagram": "metrics.calibration",
 }
 
 __all__ = [
@@ -119,13 +117,14 @@ __all__ = [
     "OODMetrics",
     "OODResult",
     "OODResults",
-    "OutlierCrossEntropy",
+    "OutlierCrossEntropyResult",
     "OutlierExposureLoss",
     "OutlierMiner",
     "POEMMiner",
     "Prediction",
-    "ROCMetrics",
+    "ROCMetricsResult",
     "Threshold",
+    "ThresholdSource",
     "TrainConfig",
     "Trainer",
     "UniformMiner",

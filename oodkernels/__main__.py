@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-# Import names of the packages of the extra "demo".
-_EXTRA = ("jinja2", "lightning_fabric", "matplotlib", "rich", "skimage", "sklearn", "typer")
+# Extra by the import names of its packages.
+_EXTRA = dict.fromkeys(("jinja2", "lightning_fabric", "matplotlib", "rich", "typer"), "cli")
+_EXTRA |= {"skimage": "demo", "sklearn": "demo"}
 
 
 def main() -> int:
@@ -20,7 +21,7 @@ def main() -> int:
             raise
         print(
             f"oodk: {missing} is not installed; to get all that oodk needs: "
-            'pip install "oodkernels[demo]"',
+            f'pip install "oodkernels[{_EXTRA[missing]}]"',
             file=sys.stderr,
         )
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -9,17 +10,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types of scores, logits and features."""
+
+
+def check_dtype(op: str, name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    """Raise TypeError unless x is of one of ``dtypes``."""
+    if x.dtype not in dtypes:
+        *others, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise TypeError(f"{op}: {name} must be {expected}, got {x.dtype}")
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless x holds one of the four floating-point types of scores and logits."""
-    if x.dtype not in _FLOATS:
-        raise TypeError(
-            f"{op}: {name} must be float64, float32, bfloat16 or float16, got {x.dtype}"
-        )
+    """Raise unless x is of one of the types :data:`FLOATS`, and not a scalar."""
+    check_dtype(op, name, x, *FLOATS)
     if x.dim() < 1:
         raise ValueError(f"{op}: {name} must have at least one dimension, got a scalar")
+
+
+def check_same_dtype(op: str, name: str, t: Tensor, other: str, x: Tensor) -> None:
+    """Raise TypeError unless t is of the type of x."""
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have the type of {other}, {x.dtype}, got {t.dtype}")
+
+
+def check_device(op: str, name: str, t: Tensor, other: str, x: Tensor) -> None:
+    """Raise ValueError unless t is on the device of x."""
+    if t.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {other}, {x.device}, got {t.device}"
+        )
+
+
+def check_at_least(op: str, name: str, value: int, least: int) -> None:
+    """Raise ValueError unless least <= value < 2^31 - 1."""
+    if not least <= value < 2**31 - 1:
+        raise ValueError(
+            f"{op}: {name} must be at least {least} and less than 2^31 - 1, got {value}"
+        )
 
 
 def check_classes(op: str, logits: Tensor) -> None:
@@ -33,17 +62,13 @@ def check_classes(op: str, logits: Tensor) -> None:
 
 def check_target(op: str, logits: Tensor, target: Tensor) -> None:
     """Raise unless target is int64, one class a row of logits, on their device."""
-    if target.dtype != torch.int64:
-        raise TypeError(f"{op}: target must be int64, got {target.dtype}")
+    check_dtype(op, "target", target, torch.int64)
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"{op}: target must have shape logits.shape[:-1], one class a row, got "
             f"{tuple(target.shape)} for logits {tuple(logits.shape)}"
         )
-    if target.device != logits.device:
-        raise ValueError(
-            f"{op}: target must be on the device of logits, {logits.device}, got {target.device}"
-        )
+    check_device(op, "target", target, "logits", logits)
 
 
 def accumulate_type(dtype: torch.dtype) -> torch.dtype:
@@ -81,6 +106,24 @@ def _share(op: str, name: str, value: Any, range_: str, *, with_one: bool) -> fl
     return share
 
 
+def check_number(op: str, name: str, value: Any) -> float:
+    """A number as a float; raise where it is none or NaN."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    if math.isnan(number):
+        raise ValueError(f"{op}: {name} must not be NaN")
+    return float(number)
+
+
+def check_integer(op: str, name: str, value: Any) -> int:
+    """An integer of any size as an int, NumPy's included; raise TypeError unless it is one."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    return value
+
+
 def check_count(op: str, name: str, value: Any, least: int = 1) -> int:
     """A number of things as an int; raise unless it is an integer of at least ``least``."""
     count = plain(value)
@@ -97,10 +140,10 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     return flag
 
 
-def check_integers(op: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless x holds integers, which bool is not."""
+def check_integers(op: str, name: str, x: Tensor, when: str = "") -> None:
+    """Raise TypeError unless x holds integers, which bool is not; ``when`` says where it must."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be integers{when}, got {x.dtype}")
 
 
 def check_no_nan(op: str, name: str, x: Tensor) -> None:
@@ -111,3 +154,31 @@ def check_no_nan(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name} must not be NaN, got {int(nan.sum())} NaN, the first at index "
             f"{int(nan.reshape(-1).nonzero()[0])}"
         )
+
+
+def check_int(op: str, name: str, value: Any) -> int:
+    """An int of either sign, NumPy's included; raise unless it is one."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{op}: {name} must be an int, got {number!r}")
+    return number
+
+
+def check_real(op: str, name: str, value: Any) -> float:
+    """A number as a float; raise unless it is one, NumPy's included."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    return float(number)
+
+
+def check_class_ids(op: str, labels: Any, n: int) -> Tensor:
+    """Labels of n samples as int64; raise unless they are class ids, or -1 for OOD."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
+    check_integers(op, "labels", labels)
+    if labels.shape != (n,):
+        raise ValueError(f"{op}: labels must be ({n},), got {tuple(labels.shape)}")
+    if n and (low := int(labels.min())) < -1:
+        raise ValueError(f"{op}: labels must be class ids or -1 for OOD, got {low}")
+    return labels.long()

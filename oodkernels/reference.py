@@ -32,7 +32,7 @@ def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
 
 def mos_predict(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score, log-odds, class, group and probability of the class."""
-    log_odds, prob, label = [], [], []
+    log_odds, prob, label, rest = [], [], [], []
     first_class = 0
     for z in _split(logits, groups):
         p = z.softmax(-1)
@@ -43,9 +43,12 @@ def mos_predict(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor,
         index = best[..., 1:].argmax(-1)
         prob.append(p[..., 1:].gather(-1, index.unsqueeze(-1)).squeeze(-1))
         label.append(index + first_class)
+        # (1 - p) / p in logs, which tells probabilities apart that round to 1.
+        others = z.scatter(-1, index.unsqueeze(-1) + 1, -math.inf).logsumexp(-1)
+        odds = others - z[..., 1:].gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        rest.append(torch.where(p.isnan().any(-1), math.nan, odds))
         first_class += z.shape[-1] - 1
-    probs = torch.stack(prob, -1)
-    group = probs.argmax(-1)
+    group = torch.stack(rest, -1).argmin(-1)
 
     def pick(per_group: list[Tensor]) -> Tensor:
         return torch.stack(per_group, -1).gather(-1, group.unsqueeze(-1)).squeeze(-1)
@@ -98,7 +101,7 @@ def logit_scores(
 
 
 def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
-    """The fields of ``ops.ROCMetrics`` in one vector, from counts at each distinct score."""
+    """The fields of ``ops.ROCMetricsResult`` in one vector, from counts at each distinct score."""
     x, y = id_scores.double().flatten(), ood_scores.double().flatten()
     n, m = len(x), len(y)
     level = torch.cat([x, y]).unique()
@@ -212,7 +215,7 @@ def kmeans_points(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
 
 
 def kmeans_init(
-    x: Tensor, k: int, n_init: int = 1, n_trials: int = 0, seed: int = 0, normalize: bool = True
+    x: Tensor, k: int, n_init: int = 1, n_trials: int = 0, seed: int = 0, normalize: bool = False
 ) -> Tensor:
     """Greedy k-means++ (Arthur & Vassilvitskii, SODA 2007): the best of some candidates a step.
 
@@ -321,7 +324,7 @@ def kmeans(
     init: Tensor,
     max_iter: int = 300,
     tol: float = 1e-4,
-    normalize: bool = True,
+    normalize: bool = False,
     renormalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lloyd's iteration from rows of x (..., n_init, k) or centroids (..., k, d): the best."""
@@ -396,8 +399,8 @@ def dos_select(
     mode: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Diverse outlier sampling: Jiang et al., ICLR 2024."""
-    init = kmeans_init(features, k, n_init, seed=seed)
-    centroids, labels, inertia, _ = kmeans(features, init, max_iter, tol)
+    init = kmeans_init(features, k, n_init, seed=seed, normalize=True)
+    centroids, labels, inertia, _ = kmeans(features, init, max_iter, tol, normalize=True)
     selected = [
         dos_selection(labels[index], scores[index], k, n_select, seed, mode)
         for index in itertools.product(*map(range, labels.shape[:-1]))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from oodkernels.groups import WORDNET_GROUPS, Groups, as_offsets
+from oodkernels.groups import WORDNET_GROUPS, Groups
+from oodkernels.ops.mos import as_offsets
 
 IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet1k_groups.csv"
 
@@ -647,7 +648,7 @@ def test_cuda(monkeypatch):
     ids = torch.arange(100, device="cuda")
     assert groups.to_grouped(ids).device == ids.device
     assert torch.equal(groups.to_class(groups.to_grouped(ids)), ids)
-    assert as_offsets(groups, ids) is cuda.offsets
+    assert as_offsets("f", groups, ids) is cuda.offsets
     assert groups.to_grouped(ids[:1] + 100).item() == 100
     assert groups.to_column(ids[:1] + 100).item() == -1
     monkeypatch.setenv("OODK_VALIDATE", "1")
@@ -658,13 +659,9 @@ def test_cuda(monkeypatch):
 def test_as_offsets():
     groups = Groups.random(20, 4)
     offsets = groups.offsets
-    assert as_offsets(groups) is offsets
-    assert as_offsets(groups, torch.zeros(1)) is offsets
-    assert as_offsets(offsets) is offsets
-    assert as_offsets(offsets, torch.zeros(1, device="meta")) is offsets
-    assert as_offsets(groups, torch.zeros(1, device="meta")) is groups.to("meta").offsets
-    with pytest.raises(TypeError, match="must be Groups or a Tensor of offsets, got list"):
-        as_offsets([0, 3])
+    assert as_offsets("f", groups, torch.zeros(1)) is offsets
+    assert as_offsets("f", offsets, torch.zeros(1, device="meta")) is offsets
+    assert as_offsets("f", groups, torch.zeros(1, device="meta")) is groups.to("meta").offsets
 
 
 def test_made_in_inference_mode_still_trains():
@@ -687,7 +684,7 @@ def test_compiles_in_one_graph():
     groups = Groups.random(20, 4)
 
     def use(x, ids):
-        others = x[:, as_offsets(groups, x)[:-1]]
+        others = x[:, as_offsets("use", groups, x)[:-1]]
         return others, groups.to_class(groups.to_grouped(ids)), groups.to_column(ids)
 
     x, ids = torch.randn(3, 24), torch.tensor([0, 7, 19])

@@ -143,7 +143,7 @@ def openood(
 
         oodk convert openood ood.csv results.md
     """
-    from oodkernels.data.samples import FORMATS, open_arrays, save_arrays
+    from oodkernels.data import FORMATS, open_arrays, save_arrays
 
     is_results = source.suffix == ".csv"
     suffixes = (".csv", ".md", ".tex") if is_results else tuple(FORMATS)

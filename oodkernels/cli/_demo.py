@@ -76,7 +76,7 @@ def demo(
         oodk demo --method mos --method dos --seed 1
     """
     # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
-    from oodkernels.demo.protocol import METHODS, Settings, run
+    from oodkernels.demo import METHODS, Settings, run
     from oodkernels.demo.report import averages, kinds, write_report
     from oodkernels.training import TrainConfig
 

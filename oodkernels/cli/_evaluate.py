@@ -266,7 +266,7 @@ def score(
     import torch
 
     from oodkernels import Threshold
-    from oodkernels.data.samples import FORMATS, save_arrays
+    from oodkernels.data import FORMATS, save_arrays
 
     if out is not None and out.suffix not in FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(FORMATS)}", param_hint="'--out'")
@@ -406,33 +406,25 @@ class _Common:
             raise typer.BadParameter(
                 f"is needed for {', '.join(detectors)}", param_hint="'--train'"
             )
-        from oodkernels.evaluation import read_parts
+        from oodkernels.evaluation import fit_detectors
 
-        for part in read_parts(self.head, self.open(self.train)):
-            given = {"logits": part.batch.logits, "features": part.batch.features}
-            given["labels"] = part.labels
-            for detector in detectors.values():
-                wanted = {k: v for k, v in given.items() if k in detector.trained_on}
-                detector.partial_fit(**wanted)
+        fit_detectors("--train", detectors.values(), self.open(self.train), self.head)
 
 
 def _scores(common: _Common, samples: Samples, quiet: bool) -> dict[str, Tensor]:
     """All scores of all samples."""
     import torch
 
-    from oodkernels.evaluation import read_parts, score_part
+    from oodkernels.evaluation import score_sets
 
+    sets = {samples.name: samples}
     detectors = common.detectors(samples)
     kept: dict[str, list[Tensor]] = {}
-    with _watching(quiet, {samples.name: samples}) as on_batch:
-        done = 0
-        for part in read_parts(common.head, samples):
-            for name, values in score_part(detectors, part, samples.name, done).items():
+    with _watching(quiet, sets) as on_batch:
+        for found in score_sets("score", sets, detectors, model=common.head):
+            for name, values in found.scores.items():
                 kept.setdefault(name, []).append(values)
-            done += len(part)
-            on_batch(samples.name, done)
-    if not kept:
-        raise ValueError(f"{samples.name} has no samples")
+            on_batch(found.name, found.done)
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 

@@ -1,5 +1,6 @@
 """Samples and their files, images, and the outputs of a model over them."""
 
+from oodkernels.data.arrays import ROLES, Array, FileError
 from oodkernels.data.extract import (
     ImageFiles,
     Plan,
@@ -12,11 +13,10 @@ from oodkernels.data.extract import (
     load_model,
     open_images,
 )
+from oodkernels.data.formats import FORMATS, FileFormat
 from oodkernels.data.samples import (
-    FORMATS,
-    ROLES,
-    Array,
     Samples,
+    match_classes,
     open_arrays,
     open_samples,
     save_arrays,
@@ -27,6 +27,8 @@ __all__ = [
     "FORMATS",
     "ROLES",
     "Array",
+    "FileError",
+    "FileFormat",
     "HierarchicalFeatures",
     "ImageFiles",
     "Plan",
@@ -39,6 +41,7 @@ __all__ = [
     "extract_images",
     "is_extracted",
     "load_model",
+    "match_classes",
     "open_arrays",
     "open_images",
     "open_samples",

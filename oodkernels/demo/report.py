@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
-from oodkernels._files import write_text
 from oodkernels.demo.protocol import ID_SET, METHODS, DemoResult
-from oodkernels.evaluation import Array, Evaluation, report, software
+from oodkernels.evaluation import Array, Evaluation, report, software, write_texts
 from oodkernels.evaluation.tables import AVERAGE, Row, lines
 
 _PACKAGES = ("scikit-learn", "scikit-image", "matplotlib")
@@ -34,15 +34,12 @@ def write_report(result: DemoResult, out: Path) -> list[Path]:
     Raises:
         OSError: The folder or a file cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "results.csv": result.evaluation.to_csv(),
-        "results.json": to_json(result),
-        "report.html": to_html(result),
+    writers = {
+        "results.csv": result.evaluation.to_csv,
+        "results.json": partial(to_json, result),
+        "report.html": partial(to_html, result),
     }
-    for name, text in texts.items():
-        write_text(out / name, text)
-    return [out / name for name in texts]
+    return write_texts(out, writers)
 
 
 def to_json(result: DemoResult) -> str:
@@ -72,8 +69,7 @@ def to_html(result: DemoResult) -> str:
     found = kinds(result.evaluation)
     if _OUTLIERS in found:
         sheets["outliers"] = (result.outliers, f"{len(result.outliers)} to train on")
-    return report.to_html(
-        result.evaluation,
+    return result.evaluation.to_html(
         "Which images are not digits?",
         "demo.html.j2",
         _figures,

@@ -1,19 +1,22 @@
 """Detectors compared on data sets, their tables and reports."""
 
-from oodkernels.evaluation._evaluate import (
-    DEFAULT_DETECTORS,
+from oodkernels.evaluation.evaluate import evaluate
+from oodkernels.evaluation.methods import (
     Array,
-    Evaluation,
     GroupOthers,
-    Method,
-    StreamedMethod,
+    Levels,
+    MethodResult,
+    StreamedMethodResult,
     Sweep,
+)
+from oodkernels.evaluation.results import Evaluation, combine, plain, software, write_texts
+from oodkernels.evaluation.scoring import (
+    DEFAULT_DETECTORS,
+    ScoredBatch,
     as_detectors,
-    combine,
-    evaluate,
-    read_parts,
-    score_part,
-    software,
+    fit_detectors,
+    make_detector,
+    score_sets,
 )
 
 __all__ = [
@@ -21,13 +24,18 @@ __all__ = [
     "Array",
     "Evaluation",
     "GroupOthers",
-    "Method",
-    "StreamedMethod",
+    "Levels",
+    "MethodResult",
+    "ScoredBatch",
+    "StreamedMethodResult",
     "Sweep",
     "as_detectors",
     "combine",
     "evaluate",
-    "read_parts",
-    "score_part",
+    "fit_detectors",
+    "make_detector",
+    "plain",
+    "score_sets",
     "software",
+    "write_texts",
 ]

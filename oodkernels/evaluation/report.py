@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import jinja2
 import matplotlib
@@ -15,18 +14,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from oodkernels.evaluation._evaluate import (
+from oodkernels.evaluation.methods import (
     OTHER,
     Array,
-    Evaluation,
     GroupOthers,
     Levels,
-    Method,
-    StreamedMethod,
+    MethodResult,
+    StreamedMethodResult,
     Sweep,
-    software,
+    ood_set_names,
 )
-from oodkernels.evaluation.tables import AVERAGE, METRIC_NAMES, lines, ood_sets
+from oodkernels.metrics.calibration import draw_reliability
+from oodkernels.metrics.plots import STYLE, as_label
+
+if TYPE_CHECKING:
+    from oodkernels.metrics.calibration import CalibrationBins
+
+Methods: TypeAlias = MethodResult | StreamedMethodResult
 
 _ID_COLOR = "#4477aa"
 _OOD_COLORS = ("#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#bb5500", "#882255")
@@ -37,67 +41,45 @@ _METHOD_COLORS = (
 )
 _BARS = 12
 """Groups up to which their "others" are drawn as bars."""
-_RC: dict[Any, Any] = {
-    "svg.hashsalt": "oodkernels",
-    "svg.fonttype": "path",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": "#333333",
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "legend.frameon": False,
-}
 
 
-def to_html(
-    evaluation: Evaluation,
-    title: str = "Out-of-distribution detection",
-    template: str = "report.html.j2",
-    draw: Callable[[Evaluation], dict[str, Figure]] | None = None,
-    **more: Any,
-) -> str:
-    """The report as one HTML page: styles and pictures are inside, nothing is loaded.
+def render(template: str, draw: Callable[[], dict[str, Figure]], facts: Mapping[str, Any]) -> str:
+    """A report as one HTML page: styles and pictures are inside, nothing is loaded.
 
     Args:
-        evaluation: What to report.
-        title: Heading of the page.
         template: A file in ``templates``.
-        draw: Makes the pictures; :func:`figures` by default.
-        **more: What that file shows beside the evaluation.
+        draw: Makes the pictures.
+        facts: What that file shows beside them.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        loader=jinja2.PackageLoader("oodkernels"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    with matplotlib.rc_context(_RC):
-        drawn = {name: _data_uri(figure) for name, figure in (draw or figures)(evaluation).items()}
+    with matplotlib.rc_context(STYLE):
+        drawn = {name: _data_uri(figure) for name, figure in draw().items()}
     names = ("histograms", "roc", "others", "reliability", "sweep")
     return environment.get_template(template).render(
-        {
-            "title": title,
-            "evaluation": evaluation,
-            "ood_sets": ood_sets(evaluation.rows)[:-1],
-            "figures": dict.fromkeys(names) | drawn,
-            "table": lines(evaluation.rows),
-            "average": AVERAGE,
-            "metric_names": METRIC_NAMES,
-            "software": software("matplotlib"),
-            **more,
-        }
+        {"figures": dict.fromkeys(names) | drawn, **facts}
     )
 
 
-def figures(evaluation: Evaluation, without: Sequence[str] = ()) -> dict[str, Figure]:
+class Shown(Protocol):
+    """What there are pictures of: an :class:`oodkernels.evaluation.Evaluation`."""
+
+    @property
+    def methods(self) -> list[Methods]: ...  # noqa: D102
+    @property
+    def others(self) -> list[GroupOthers]: ...  # noqa: D102
+    @property
+    def reliability(self) -> dict[str, CalibrationBins]: ...  # noqa: D102
+    @property
+    def sweep(self) -> Sweep | None: ...  # noqa: D102
+
+
+def figures(evaluation: Shown, without: Sequence[str] = ()) -> dict[str, Figure]:
     """The report's pictures by name, those for which there is something to show.
 
     Args:
@@ -109,7 +91,7 @@ def figures(evaluation: Evaluation, without: Sequence[str] = ()) -> dict[str, Fi
     if evaluation.others:
         found["others"] = others_per_group(evaluation.others)
     if evaluation.reliability:
-        found["reliability"] = reliability(evaluation)
+        found["reliability"] = reliability(evaluation.reliability)
     if evaluation.sweep is not None:
         found["sweep"] = sweep(evaluation.sweep)
     return found
@@ -135,21 +117,30 @@ def _height(count: int, each: float, columns: int = 4) -> float:
     return 0.9 + each * -(-count // columns)
 
 
-def histograms(methods: Sequence[Method | StreamedMethod]) -> Figure:
+def histograms(methods: Sequence[Methods]) -> Figure:
     """Per method, the distribution of its score on ID and on each OOD set."""
     figure = Figure(figsize=(11, _height(len(methods), 2.3)), layout="constrained")
     axes = _panels(figure, len(methods))
+    colors = {name: _ood_color(i) for i, name in enumerate(ood_set_names(methods))}
     for one, method in zip(axes, methods, strict=True):
-        _histogram(one, method)
-    for one in axes:
+        _histogram(one, method, colors)
         if one.get_subplotspec().is_first_col():  # type: ignore[union-attr]
             one.set_ylabel("% of samples")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(6, len(labels)))
+    _legend(figure, axes, 6, loc="outside upper left")
     return figure
 
 
-def _histogram(axes: Axes, method: Method | StreamedMethod) -> None:
+def _legend(figure: Figure, panels: Sequence[Axes], columns: int, **options: Any) -> None:
+    """Of all panels together, each label once."""
+    entries = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), ncols=min(columns, len(entries)), **options)
+
+
+def _histogram(axes: Axes, method: Methods, colors: Mapping[str, str]) -> None:
     levels = {name: method.levels(name) for name in method.sizes[1]}
     first = next(iter(levels.values()))
     ranges = [_range(first.values, first.n_id)]
@@ -163,10 +154,10 @@ def _histogram(axes: Axes, method: Method | StreamedMethod) -> None:
         axes.stairs(share, bins, **style)
 
     draw(first.values, first.n_id, color=_ID_COLOR, alpha=0.45, fill=True, label="ID")
-    for i, (name, level) in enumerate(levels.items()):
-        draw(level.values, level.n_ood, color=_ood_color(i), lw=1.4, label=name)
+    for name, level in levels.items():
+        draw(level.values, level.n_ood, color=colors[name], lw=1.4, label=as_label(name))
     axes.axvline(method.threshold, color="#333333", lw=1, ls="--", label="95 % of ID at or above")
-    axes.set(title=method.name, yscale="log", ylim=(0.1, 100))
+    axes.set(title=as_label(method.name), yscale="log", ylim=(0.1, 100))
     axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y")
@@ -187,10 +178,10 @@ def _ood_color(i: int) -> str:
     return _OOD_COLORS[i % len(_OOD_COLORS)]
 
 
-def roc_curves(methods: Sequence[Method | StreamedMethod]) -> Figure:
+def roc_curves(methods: Sequence[Methods]) -> Figure:
     """Per OOD set, the share of ID kept against the share of OOD kept, one line a method."""
-    names = list(methods[0].sizes[1])
-    worst = max(m.figures[name]["fpr95"] for m in methods for name in names)
+    names = ood_set_names(methods)
+    worst = max(m.figures[name]["fpr95"] for m in methods for name in m.sizes[1])
     right, bottom = (50, 70) if worst <= 0.5 else (100, 0)
     legend_rows = -(-len(methods) // 4)
     height = _height(len(names), 3.1) + 0.2 * legend_rows
@@ -198,18 +189,21 @@ def roc_curves(methods: Sequence[Method | StreamedMethod]) -> Figure:
     panels = _panels(figure, len(names), sharey=True)
     for axes, name in zip(panels, names, strict=True):
         for i, method in enumerate(methods):
+            if name not in method.sizes[1]:
+                continue
             fpr, tpr = _roc(method.levels(name))
             color = _METHOD_COLORS[i % len(_METHOD_COLORS)]
             style = ("-", (0, (4, 2)))[(i + i // len(_METHOD_COLORS)) % 2]
-            axes.plot(100 * fpr, 100 * tpr, label=method.name, color=color, ls=style, lw=1.7)
+            axes.plot(
+                100 * fpr, 100 * tpr, label=as_label(method.name), color=color, ls=style, lw=1.7
+            )
         axes.axhline(95, color="#333333", lw=1, ls="--")
-        axes.set(title=name, xlabel="OOD kept, %", xlim=(0, right))
+        axes.set(title=as_label(name), xlabel="OOD kept, %", xlim=(0, right))
         axes.set_ylim(bottom, 100 + 0.004 * (100 - bottom))
         axes.grid()
         if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
             axes.set_ylabel("ID kept, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    _legend(figure, panels, 4, loc="outside lower center")
     return figure
 
 
@@ -235,17 +229,16 @@ def others_per_group(models: Sequence[GroupOthers]) -> Figure:
         ood = [_ood_color(i) for i in range(len(model.min_others) - 1)]
         own = [_ID_COLOR, _OTHER_ID_COLOR] if OTHER in model.others else [_ID_COLOR]
         _bars(axes, np.arange(len(model.groups)), model.others, [*own, *ood])
-        # Matplotlib leaves labels that start with "_" out of the legend.
-        least = {f"_{name}": [value] for name, value in model.min_others.items()}
+        labels = [next(iter(model.others)), *list(model.min_others)[1:]]
+        least = {name: [v] for name, v in zip(labels, model.min_others.values(), strict=True)}
         _bars(axes, np.array([last]), least, [_ID_COLOR, *ood])
         axes.axvline(last - 0.65, color="#bbbbbb", lw=1)
         axes.set_xticks([*range(len(model.groups)), last], [*_names(model), "least of\nall groups"])
-        axes.set(title=model.name, ylim=(0, 1), xlabel="group")
+        axes.set(title=as_label(model.name), ylim=(0, 1), xlabel="group")
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
     panels[0].set_ylabel("mean p(others)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    _legend(figure, panels, 12, loc="outside upper left")
     return figure
 
 
@@ -258,8 +251,8 @@ def _others_as_map(models: Sequence[GroupOthers]) -> Figure:
     for axes, model in zip(panels, models, strict=True):
         shown = np.array(list(model.others.values()))
         image = axes.imshow(shown, aspect="auto", vmin=0, vmax=1, cmap="Blues")
-        axes.set_yticks(range(len(model.others)), list(model.others))
-        axes.set(title=model.name)
+        axes.set_yticks(range(len(model.others)), list(map(as_label, model.others)))
+        axes.set(title=as_label(model.name))
         if len(model.groups) <= 50:
             axes.set_xticks(range(len(model.groups)), _names(model), rotation=90, fontsize=7)
         else:
@@ -274,7 +267,7 @@ def _names(model: GroupOthers) -> list[str]:
     numbered = model.names == [str(i) for i in range(len(model.names))]
     if numbered and max(map(len, model.groups)) <= 8:
         return [" ".join(map(str, group)) for group in model.groups]
-    return model.names
+    return list(map(as_label, model.names))
 
 
 def _bars(
@@ -284,19 +277,17 @@ def _bars(
     width = 0.84 / len(series)
     for i, (label, values) in enumerate(series.items()):
         left = x + (i - len(series) / 2) * width
-        axes.bar(left, values, 0.92 * width, color=colors[i], label=label, align="edge")
+        axes.bar(left, values, 0.92 * width, color=colors[i], label=as_label(label), align="edge")
 
 
-def reliability(evaluation: Evaluation) -> Figure:
+def reliability(given: Mapping[str, CalibrationBins]) -> Figure:
     """Per model, the share of right answers on ID samples against their confidence."""
-    from oodkernels.metrics.calibration import _draw  # which brings torchmetrics, and that pyplot
-
-    count = len(evaluation.reliability)
+    count = len(given)
     figure = Figure(figsize=(11, _height(count, 3.2, 3)), layout="constrained")
     panels = _panels(figure, count, 3, even=False)
-    for axes, (model, bins) in zip(panels, evaluation.reliability.items(), strict=True):
-        _draw("report.reliability", bins, axes)
-        axes.set_title(model)
+    for axes, (model, bins) in zip(panels, given.items(), strict=True):
+        draw_reliability(bins, axes)
+        axes.set_title(as_label(model))
     return figure
 
 
@@ -312,7 +303,7 @@ def sweep(given: Sweep) -> Figure:
         mean = np.array([np.mean(ys) for ys in by_x.values()])
         spread = np.array([np.std(ys, ddof=1) if len(ys) > 1 else 0 for ys in by_x.values()])
         color = _METHOD_COLORS[(2 + i) % len(_METHOD_COLORS)]
-        axes.plot(xs, mean, "o-", color=color, lw=1.7, ms=4, label=name)
+        axes.plot(xs, mean, "o-", color=color, lw=1.7, ms=4, label=as_label(name))
         axes.fill_between(xs, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
     every = [x for points in given.series.values() for x, _ in points]
     if min(every) > 0 and max(every) >= 10 * min(every):
@@ -321,7 +312,7 @@ def sweep(given: Sweep) -> Figure:
     if len(ticks) <= 12:
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel=given.x, ylabel=f"{given.y}, %")
+    axes.set(xlabel=as_label(given.x), ylabel=f"{as_label(given.y)}, %")
     axes.grid()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 AVERAGE = "average"
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
@@ -54,10 +55,11 @@ class Line(NamedTuple):
     cells: list[Cell]
 
 
-def best(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+def best(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     """(OOD set, metric) -> best value over the methods; the smallest for FPR95, else the largest.
 
-    For ``id_accuracy`` too. Where all methods are equal, none is the best.
+    For ``id_accuracy`` too. Where all methods are equal, none is the best; nor of averages, where
+    methods were tried on different sets.
     """
     values: dict[tuple[str, str], set[float]] = {}
     for row in rows:
@@ -65,6 +67,8 @@ def best(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
             value = getattr(row, metric)
             if not math.isnan(value):
                 values.setdefault((row.ood_set, metric), set()).add(value)
+    if len({frozenset(names) for names in _sets(rows).values()}) > 1:
+        values = {key: found for key, found in values.items() if key[0] != AVERAGE}
     return {
         key: (min if key[1] in LOWER_IS_BETTER else max)(found)
         for key, found in values.items()
@@ -72,9 +76,17 @@ def best(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     }
 
 
+def _sets(rows: Iterable[Row]) -> dict[tuple[str, str], list[str]]:
+    """Model and score -> the sets that it was tried on."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.score), []).append(row.ood_set)
+    return found
+
+
 def ood_sets(rows: Iterable[Row]) -> list[str]:
     """The OOD sets in the order of the table; the average comes last."""
-    return list(dict.fromkeys(row.ood_set for row in rows))
+    return sorted(dict.fromkeys(row.ood_set for row in rows), key=lambda name: name == AVERAGE)
 
 
 def lines(rows: Sequence[Row]) -> list[Line]:
@@ -87,10 +99,24 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 
     found = []
     for (model, score), group in groupby(rows, lambda row: (row.model, row.score)):
-        own = list(group)
-        cells = [cell(row, metric) for row in own for metric in METRICS]
-        found.append(Line(model, score, cell(own[0], "id_accuracy"), cells))
+        own = {row.ood_set: row for row in group}
+        cells = [
+            cell(own[name], metric) if name in own else Cell(math.nan, False)
+            for name in ood_sets(rows)
+            for metric in METRICS
+        ]
+        found.append(Line(model, score, cell(next(iter(own.values())), "id_accuracy"), cells))
     return found
+
+
+def printable(text: str) -> str:
+    """A name as files and terminals take it: a byte that is not UTF-8 as ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a CSV file: text that spreadsheets take for a formula behind an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -99,7 +125,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(Row._fields)
     writer.writerows(
-        ["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row]
+        ["" if isinstance(cell, float) and math.isnan(cell) else csv_cell(cell) for cell in row]
         for row in rows
     )
     return buffer.getvalue()
@@ -107,37 +133,35 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """One line per method in per cent, the best of each column in bold."""
+    arrow = {metric: "↓" if metric in LOWER_IS_BETTER else "↑" for metric in METRICS}
     header = ["model", "score", "ID acc. ↑"]
     for name in ood_sets(rows):
-        header += [f"{name} {METRIC_NAMES[metric]} {_arrow(metric)}" for metric in METRICS]
-    written = [
-        [line.model, line.score, *(_bold(cell, "**{}**") for cell in (line.accuracy, *line.cells))]
-        for line in lines(rows)
-    ]
-    table = [header, ["---", "---", *["---:"] * (len(header) - 2)], *written]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in table)
+        header += [f"{_markdown(name)} {METRIC_NAMES[m]} {arrow[m]}" for m in METRICS]
+    table = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    table += _body(rows, _markdown, "**{}**")
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
 def to_latex(rows: Sequence[Row]) -> str:
     """One line per method in per cent, the best of each column in bold; for ``booktabs``."""
-    names = ood_sets(rows)
-    width = len(METRICS)
+    names, width = ood_sets(rows), len(METRICS)
     top = [
-        rf"\multicolumn{{{width}}}{{c}}{{{_escaped(name)}}}"
-        for name in (*names[:-1], names[-1].capitalize())
+        rf"\multicolumn{{{width}}}{{c}}{{{name.capitalize() if name == AVERAGE else _latex(name)}}}"
+        for name in names
     ]
     rules = [rf"\cmidrule(lr){{{4 + width * i}-{3 + width * (i + 1)}}}" for i in range(len(names))]
-    arrows = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-    heads = [f"{METRIC_NAMES[metric]} {arrows[_arrow(metric)]}" for metric in METRICS]
+    arrow = {True: r"$\downarrow$", False: r"$\uparrow$"}
+    heads = [f"{METRIC_NAMES[metric]} {arrow[metric in LOWER_IS_BETTER]}" for metric in METRICS]
     body = []
     model = None
-    for line in lines(rows):
+    for line, (_, score, *cells) in zip(
+        lines(rows), _body(rows, _latex, r"\textbf{{{}}}"), strict=True
+    ):
         if model not in (None, line.model):
             body.append(r"\midrule")
-        shown = "" if line.model == model else _escaped(line.model)
+        shown = "" if line.model == model else _latex(line.model)
         model = line.model
-        cells = [_bold(cell, r"\textbf{{{}}}") for cell in (line.accuracy, *line.cells)]
-        body.append(" & ".join([shown, _escaped(line.score), *cells]) + r" \\")
+        body.append(" & ".join([shown, score, *cells]) + r" \\")
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}; in per cent",
@@ -154,21 +178,40 @@ def to_latex(rows: Sequence[Row]) -> str:
     )
 
 
-def _arrow(metric: str) -> str:
-    return "↓" if metric in LOWER_IS_BETTER else "↑"
+def _body(rows: Sequence[Row], escaped: Callable[[str], str], bold: str) -> list[list[str]]:
+    """The lines of a table as text, for a format with these means."""
+    return [
+        [
+            *(escaped(line.model), escaped(line.score)),
+            *(
+                bold.format(c.percent) if c.best else c.percent
+                for c in (line.accuracy, *line.cells)
+            ),
+        ]
+        for line in lines(rows)
+    ]
 
 
-def _bold(cell: Cell, form: str) -> str:
-    return form.format(cell.percent) if cell.best else cell.percent
+def _markdown(text: str) -> str:
+    text = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return "".join(_ENTITIES.get(c, c) for c in text)
 
 
+# As entities, because a backslash does not keep these from being HTML or the end of the row.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": "&#10;", "\r": "&#13;"}
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    # A row that begins with one of these would be read as an argument of the \\ before it.
+    **{c: f"{{{c}}}" for c in "[]*"},
     **{c: "\\" + c for c in "&%$#_{}"},
+    **dict.fromkeys("\r\n", " "),
 }
 
 
-def _escaped(text: str) -> str:
+def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text)

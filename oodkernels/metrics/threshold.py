@@ -19,7 +19,8 @@ from oodkernels._checks import check_confidence, check_tpr, plain
 from oodkernels._files import read_json, write_text
 from oodkernels.metrics.intervals import Interval, clopper_pearson
 from oodkernels.metrics.ood import Scores, as_tensor
-from oodkernels.ops.roc import exact_ceil, scores_of_keys, sort_keys
+from oodkernels.ops.keys import scores_of_keys
+from oodkernels.ops.roc import exact_ceil, sort_keys
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -467,8 +468,6 @@ def is_below(scores: Scores, value: float, function: str) -> Tensor:
         TypeError: Scores are not numbers.
     """
     scores = as_tensor(function, "scores", scores)
-    if scores.itemsize < 2:
-        scores = scores.float()
     # The least number of the scores' type that is not below value parts them as value does.
     edge = torch.tensor(value, dtype=torch.float64, device="cpu").to(scores.dtype)
     if float(edge) < value:

@@ -2,23 +2,23 @@
 
 from oodkernels.ops.dos import DOSSelection, cluster_argmax, dos_select
 from oodkernels.ops.histogram import roc_histogram_
-from oodkernels.ops.kmeans import KMeansResult, kmeans, kmeans_init, nearest_centroid
+from oodkernels.ops.kmeans import KMeansResult, kmeans_init, kmeans_lloyd, nearest_centroid
 from oodkernels.ops.logits import LogitScores, logit_scores
 from oodkernels.ops.mos import MOSPrediction, mos_log_others, mos_loss, mos_predict, mos_score
-from oodkernels.ops.outlier import OutlierCrossEntropy, outlier_cross_entropy
-from oodkernels.ops.roc import ROCMetrics, roc_metrics
+from oodkernels.ops.outlier import OutlierCrossEntropyResult, outlier_cross_entropy
+from oodkernels.ops.roc import ROCMetricsResult, roc_metrics
 
 __all__ = [
     "DOSSelection",
     "KMeansResult",
     "LogitScores",
     "MOSPrediction",
-    "OutlierCrossEntropy",
-    "ROCMetrics",
+    "OutlierCrossEntropyResult",
+    "ROCMetricsResult",
     "cluster_argmax",
     "dos_select",
-    "kmeans",
     "kmeans_init",
+    "kmeans_lloyd",
     "logit_scores",
     "mos_log_others",
     "mos_loss",

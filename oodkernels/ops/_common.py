@@ -8,6 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodkernels._checks import check_device, check_dtype
+
+library = torch.library.Library("oodk", "FRAGMENT")
+
+
+def check_like(op: str, name: str, t: Tensor, expected: Tensor) -> None:
+    """Raise unless t, saved by a forward or its gradient, has the type and shape it came with."""
+    check_dtype(op, name, t, expected.dtype)
+    if t.shape != expected.shape:
+        raise ValueError(f"{op}: {name} has the wrong shape, {tuple(t.shape)}")
+    check_device(op, name, t, "logits", expected)
+
 
 def register_batch_rule(op: str, batched: tuple[int, ...], shared: tuple[int, ...] = ()) -> None:
     """Let ``torch.func.vmap`` treat a mapped dimension as one more leading dimension.
@@ -38,10 +50,18 @@ def register_batch_rule(op: str, batched: tuple[int, ...], shared: tuple[int, ..
     torch.library.register_vmap(f"oodk::{op}", rule)
 
 
-def register_not_differentiable(op: str, instead: str = "") -> None:
-    """Make a backward through ``op`` an error, where torch would warn or leave out the gradient."""
+def register_not_differentiable(op: str) -> None:
+    """Give the outputs of ``op`` no gradient, whatever its inputs require."""
+    library.impl(op, torch.library.fallthrough_kernel, "Autograd")
 
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"{op} is not differentiable{instead and f': use {instead}'}")
 
-    torch.library.register_autograd(f"oodk::{op}", backward)
+def register_composite(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make ``op`` of other ops and of autograd functions, under ``torch.func``'s transforms too."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        library.impl(op, kernel, "CompositeImplicitAutograd")
+        # An autograd function meets the transforms itself: the op must come apart before.
+        library.impl(op, kernel, "FuncTorchDynamicLayerFrontMode")
+        return kernel
+
+    return register

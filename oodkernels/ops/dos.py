@@ -12,15 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels._checks import check_floating
+from oodkernels._checks import FLOATS, check_at_least, check_device, check_dtype, check_floating
 from oodkernels.ops._common import register_batch_rule, register_not_differentiable
-from oodkernels.ops.kmeans import (
-    check_at_least,
-    check_device,
-    check_points,
-    check_tol,
-    kmeans_outputs,
-)
+from oodkernels.ops.kmeans import check_points, check_tol, kmeans_outputs
 
 
 class DOSSelection(NamedTuple):
@@ -69,10 +63,10 @@ def dos_select(
 ) -> DOSSelection:
     """Select diverse outliers: normalise, K-means, the best of each cluster, random fill.
 
-    K-means is :func:`~oodkernels.kmeans_init` followed by :func:`~oodkernels.kmeans` on directions.
-    With m = 1 if k > n_select, else n_select // k, the m best rows of each cluster are taken; if
-    k > n_select, the n_select best of those. The shortfall (small clusters, the remainder of
-    n_select / k) is drawn uniformly from the other finite rows.
+    K-means is :func:`~oodkernels.kmeans_init` followed by :func:`~oodkernels.ops.kmeans_lloyd`,
+    both on directions. With m = 1 if k > n_select, else n_select // k, the m best rows of each
+    cluster are taken; if k > n_select, the n_select best of those. The shortfall (small clusters,
+    the remainder of n_select / k) is drawn uniformly from the other finite rows.
 
     Args:
         features: (..., N, d), float64, float32, bfloat16 or float16; any strides. Candidates'
@@ -82,7 +76,7 @@ def dos_select(
         n_select: Rows to select, 1..N.
         n_init: Restarts of K-means, >= 1.
         max_iter: Most iterations of K-means, >= 0.
-        tol: As for :func:`~oodkernels.kmeans`.
+        tol: As for :func:`~oodkernels.ops.kmeans_lloyd`.
         seed: Of all random numbers; vary it from step to step of a training.
         mode: ``"default"``, or ``"official"`` for the rule of Jiang et al.'s code: if k > n_select
             it never visits the clusters from n_select on, and takes the fill from them too.
@@ -105,8 +99,7 @@ def dos_select(
 @torch.library.register_fake("oodk::cluster_argmax")
 def _(labels: Tensor, scores: Tensor, k: int, m: int = 1) -> Tensor:
     op = "cluster_argmax"
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{op}: labels must be int64, got {labels.dtype}")
+    check_dtype(op, "labels", labels, torch.int64)
     check_floating(op, "scores", scores)
     if labels.shape != scores.shape:
         raise ValueError(
@@ -133,7 +126,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     op = "dos_select"
     check_points(op, "features", features)
-    check_floating(op, "scores", scores.new_empty(1))
+    check_dtype(op, "scores", scores, *FLOATS)
     if scores.shape != features.shape[:-1]:
         raise ValueError(
             f"{op}: scores must have shape features.shape[:-1], got {tuple(scores.shape)} for "

@@ -5,25 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oodkernels._checks import check_floating
+from oodkernels._checks import check_device, check_dtype, check_floating
 
 N_PREFIXES = 1 << 16
 N_FACTS = 4
 """Columns of ``counts`` after the counters: scores counted, scores refused, rounded, low bits."""
-
-
-def order_key(scores: Tensor) -> Tensor:
-    """The int32 key of each score: ascending with the score, equal exactly where float32 is.
-
-    Args:
-        scores: Any shape, float64, float32, bfloat16 or float16; float64 is rounded to float32,
-            which keeps the order except that different scores may become equal.
-
-    Returns:
-        int32 keys; -0.0 has the key of 0.0. NaN keys lie beyond those of the infinities.
-    """
-    bits = (scores.float() + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def roc_histogram_(
@@ -36,10 +22,10 @@ def roc_histogram_(
 ) -> None:
     """Count scores into the bins of a table, in place.
 
-    A score's key (:func:`order_key`) has a 16-bit prefix, ``(key >> 16) + 32768``. The prefix's
-    entry in ``table`` says where its bins start and how many of the 16 low bits they drop; a key
-    listed in ``atoms`` has a counter of its own instead. Integers throughout: the result does not
-    depend on threads or order.
+    A score's key (:func:`~oodkernels.ops.keys.order_key`) has a 16-bit prefix,
+    ``(key >> 16) + 32768``. The prefix's entry in ``table`` says where its bins start and how many
+    of the 16 low bits they drop; a key listed in ``atoms`` has a counter of its own instead.
+    Integers throughout: the result does not depend on threads or order.
 
     Args:
         counts: (R, B + A + 4) int64, contiguous. A row holds B bins, A atoms and four facts about
@@ -63,15 +49,6 @@ def roc_histogram_(
     torch.ops.oodk.roc_histogram_(counts, table, scores, side, rows, atoms)
 
 
-def _check(op: str, name: str, t: Tensor, dtype: torch.dtype, scores: Tensor) -> None:
-    if t.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {dtype}, got {t.dtype}")
-    if t.device != scores.device:
-        raise ValueError(
-            f"{op}: {name} must be on the device of scores, {scores.device}, got {t.device}"
-        )
-
-
 @torch.library.register_fake("oodk::roc_histogram_")
 def _(
     counts: Tensor,
@@ -83,13 +60,16 @@ def _(
 ) -> None:
     op = "roc_histogram_"
     check_floating(op, "scores", scores.reshape(-1))
-    _check(op, "counts", counts, torch.int64, scores)
-    _check(op, "table", table, torch.int64, scores)
+    check_dtype(op, "counts", counts, torch.int64)
+    check_device(op, "counts", counts, "scores", scores)
+    check_dtype(op, "table", table, torch.int64)
+    check_device(op, "table", table, "scores", scores)
     if tuple(table.shape) != (N_PREFIXES,):
         raise ValueError(f"{op}: table must have shape (65536,), got {tuple(table.shape)}")
     n_atoms = 0
     if atoms is not None:
-        _check(op, "atoms", atoms, torch.int32, scores)
+        check_dtype(op, "atoms", atoms, torch.int32)
+        check_device(op, "atoms", atoms, "scores", scores)
         if atoms.dim() != 1:
             raise ValueError(f"{op}: atoms must have shape (A,), got {tuple(atoms.shape)}")
         n_atoms = atoms.shape[0]
@@ -103,9 +83,8 @@ def _(
     if not 0 <= side < counts.shape[0]:
         raise ValueError(f"{op}: side must be in 0..{counts.shape[0] - 1}, got {side}")
     if rows is not None:
-        if rows.dtype not in (torch.uint8, torch.bool):
-            raise TypeError(f"{op}: rows must be uint8 or bool, got {rows.dtype}")
-        _check(op, "rows", rows, rows.dtype, scores)
+        check_dtype(op, "rows", rows, torch.uint8, torch.bool)
+        check_device(op, "rows", rows, "scores", scores)
         if rows.shape != scores.shape:
             raise ValueError(
                 f"{op}: rows must have the shape of scores, {tuple(scores.shape)}, got "

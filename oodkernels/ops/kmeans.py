@@ -7,9 +7,10 @@ problem. Every tie goes to the lowest index. CPU and CUDA draw the same numbers 
 rounding alone; nothing on CUDA waits for the device, nor follows torch's setting for TF32.
 
 Points that hold NaN or inf, or whose squared norm overflows, are left out: their label is -1. With
-``normalize`` a point is divided by its Euclidean norm as it is read; zero points stay zero. A
-cluster without any point (fewer points than clusters) has NaN as its centroid, and nothing is
-nearest to it. Half precision is read as such and accumulated in float32.
+``normalize`` a point is divided by its Euclidean norm as it is read; zero points stay zero. It is
+off everywhere unless asked for; DOS always clusters directions. A cluster without any point (fewer
+points than clusters) has NaN as its centroid, and nothing is nearest to it. Half precision is read
+as such and accumulated in float32.
 
 Nearest means the largest x.c - |c|^2 / 2 in float32 (float64 for float64 points): the label is that
 of exact arithmetic wherever the two least squared distances differ by more than
@@ -24,14 +25,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels._checks import accumulate_type, check_floating
+from oodkernels._checks import (
+    FLOATS,
+    accumulate_type,
+    check_at_least,
+    check_device,
+    check_dtype,
+    check_floating,
+)
 from oodkernels.ops._common import register_batch_rule, register_not_differentiable
-
-_LIMIT = 2**31 - 1
 
 
 class KMeansResult(NamedTuple):
-    """What :func:`kmeans` returns."""
+    """What :func:`kmeans_lloyd` returns."""
 
     centroids: Tensor
     """(..., k, d), float64 for float64 points, else float32; NaN for a cluster without points."""
@@ -49,7 +55,7 @@ def kmeans_init(
     n_init: int = 1,
     n_trials: int = 0,
     seed: int = 0,
-    normalize: bool = True,
+    normalize: bool = False,
 ) -> Tensor:
     """Seed clusters with greedy k-means++ (Arthur & Vassilvitskii, SODA 2007).
 
@@ -76,12 +82,12 @@ def kmeans_init(
     return torch.ops.oodk.kmeans_init(x, k, n_init, n_trials, seed, normalize)
 
 
-def kmeans(
+def kmeans_lloyd(
     x: Tensor,
     init: Tensor,
     max_iter: int = 300,
     tol: float = 1e-4,
-    normalize: bool = True,
+    normalize: bool = False,
     renormalize: bool = False,
 ) -> KMeansResult:
     """Cluster with Lloyd's iteration, from each restart of ``init``; the least inertia wins.
@@ -143,34 +149,17 @@ def nearest_centroid(
 
 def check_points(op: str, name: str, x: Tensor) -> None:
     """Raise unless x is a batch of problems, (..., N, d) with d >= 1."""
+    check_dtype(op, name, x, *FLOATS)
     if x.dim() < 2:
-        check_floating(op, name, x.new_empty(1))
         raise ValueError(f"{op}: {name} must have shape (..., N, d), got {tuple(x.shape)}")
-    check_floating(op, name, x)
     if x.shape[-1] < 1:
         raise ValueError(f"{op}: {name} must have at least one feature, got shape {tuple(x.shape)}")
-
-
-def check_at_least(op: str, name: str, value: int, least: int) -> None:
-    """Raise ValueError unless least <= value < 2^31 - 1."""
-    if not least <= value < _LIMIT:
-        raise ValueError(
-            f"{op}: {name} must be at least {least} and less than 2^31 - 1, got {value}"
-        )
 
 
 def check_tol(op: str, tol: float) -> None:
     """Raise ValueError unless tol is finite and not negative."""
     if not (tol >= 0 and math.isfinite(tol)):
         raise ValueError(f"{op}: tol must be finite and at least 0, got {tol}")
-
-
-def check_device(op: str, name: str, t: Tensor, other: str, x: Tensor) -> None:
-    """Raise ValueError unless t is on the device of x."""
-    if t.device != x.device:
-        raise ValueError(
-            f"{op}: {name} must be on the device of {other}, {x.device}, got {t.device}"
-        )
 
 
 @torch.library.register_fake("oodk::kmeans_init")
@@ -180,7 +169,7 @@ def _(
     n_init: int = 1,
     n_trials: int = 0,
     seed: int = 0,
-    normalize: bool = True,
+    normalize: bool = False,
 ) -> Tensor:
     check_points("kmeans_init", "x", x)
     check_at_least("kmeans_init", "k", k, 1)
@@ -206,13 +195,13 @@ def _(
     init: Tensor,
     max_iter: int = 300,
     tol: float = 1e-4,
-    normalize: bool = True,
+    normalize: bool = False,
     renormalize: bool = False,
 ) -> tuple[Tensor, ...]:
     check_points("kmeans", "x", x)
     rows = init.dtype == torch.int64
     if not rows:
-        check_floating("kmeans", "init (unless int64 rows of x)", init.new_empty(1))
+        check_dtype("kmeans", "init (unless int64 rows of x)", init, *FLOATS)
     check_device("kmeans", "init", init, "x", x)
     if (
         init.dim() < 2
@@ -235,7 +224,7 @@ def _(
 def _(x: Tensor, centroids: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
     op = "nearest_centroid"
     check_floating(op, "x", x)
-    check_floating(op, "centroids", centroids.new_empty(1))
+    check_dtype(op, "centroids", centroids, *FLOATS)
     check_device(op, "centroids", centroids, "x", x)
     if x.shape[-1] < 1:
         raise ValueError(f"{op}: x must have at least one feature, got shape {tuple(x.shape)}")

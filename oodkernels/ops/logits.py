@@ -37,7 +37,7 @@ def logit_scores(logits: Tensor, temperature: float = 1.0) -> LogitScores:
     Returns:
         A :class:`LogitScores`; float64 for float64 logits, else float32. Special values are those
         of torch's softmax, amax, logsumexp and argmax: a row that holds NaN is NaN throughout.
-        A backward through them raises RuntimeError.
+        No gradient flows through them.
 
     Raises:
         ValueError: ``temperature`` is not positive and finite, or there are no classes.

@@ -9,13 +9,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oodkernels._checks import accumulate_type, check_classes, check_target
-from oodkernels.ops._common import register_batch_rule
+from oodkernels.ops._common import (
+    check_like,
+    register_batch_rule,
+    register_composite,
+    register_not_differentiable,
+)
 
 OOD = -1
 """The target of OOD samples."""
 
 
-class OutlierCrossEntropy(NamedTuple):
+class OutlierCrossEntropyResult(NamedTuple):
     """What :func:`outlier_cross_entropy` returns, each (...,), in nats."""
 
     loss: Tensor
@@ -25,7 +30,7 @@ class OutlierCrossEntropy(NamedTuple):
     """logsumexp(z): minus the energy at temperature 1."""
 
 
-def outlier_cross_entropy(logits: Tensor, target: Tensor) -> OutlierCrossEntropy:
+def outlier_cross_entropy(logits: Tensor, target: Tensor) -> OutlierCrossEntropyResult:
     """Cross entropy where the target is a class, uniform cross entropy where it is -1, for OOD.
 
     What the training objectives of :mod:`oodkernels.nn.losses` are made of.
@@ -35,15 +40,16 @@ def outlier_cross_entropy(logits: Tensor, target: Tensor) -> OutlierCrossEntropy
         target: (...,) int64, classes 0..C-1, or -1.
 
     Returns:
-        An :class:`OutlierCrossEntropy`; float64 for float64 logits, else float32, under autocast
-        too. Both are differentiable once in ``logits``. NaN where the row's softmax is.
+        An :class:`OutlierCrossEntropyResult`; float64 for float64 logits, else float32,
+        under autocast too. Both are differentiable once in ``logits``. NaN where the row's softmax
+        is.
 
     Raises:
         ValueError: ``target`` has the wrong shape or is out of range (checked on CPU; on CUDA the
             row's loss is NaN unless ``OODK_VALIDATE=1``), or there are no classes.
         TypeError: ``logits`` is not of a floating-point type above, or ``target`` not int64.
     """
-    return OutlierCrossEntropy(*torch.ops.oodk.outlier_cross_entropy(logits, target))
+    return OutlierCrossEntropyResult(*torch.ops.oodk.outlier_cross_entropy(logits, target))
 
 
 def outlier_loss(
@@ -60,14 +66,16 @@ def outlier_loss(
         mean: The mean of the ID samples plus that of the OOD samples, not the sum.
 
     Returns:
-        A scalar; None where this does not pay or lose accuracy: without gradient, on CUDA, and for
-        float16, whose users scale a loss lest its gradient underflow, which must come first.
+        A scalar; None where this does not pay or loses accuracy: without gradient, on CUDA, in a
+        transform of ``torch.func``, and for float16, whose users scale a loss lest its gradient
+        underflow, which must come first.
     """
     if (
         logits.is_cpu
         and logits.dtype != torch.float16
         and logits.requires_grad
         and torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
     ):
         return _Loss.apply(logits, target, weight, absent, mean)  # type: ignore[no-untyped-call]
     return None
@@ -85,19 +93,34 @@ def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _(
     grad_loss: Tensor, grad_logsumexp: Tensor, logits: Tensor, target: Tensor, stats: Tensor
 ) -> Tensor:
+    op = "_outlier_cross_entropy_backward"
+    check_classes(op, logits)
+    check_target(op, logits, target)
+    rows = logits.new_empty(target.shape, dtype=accumulate_type(logits.dtype))
+    check_like(op, "grad_loss", grad_loss, rows)
+    check_like(op, "grad_logsumexp", grad_logsumexp, rows)
+    check_like(op, "stats", stats, rows.new_empty((*rows.shape, 2)))
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-class _Function(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        loss, logsumexp, stats = torch.ops.oodk._outlier_cross_entropy(logits, target)
-        ctx.save_for_backward(logits, target, stats)
-        return loss, logsumexp
+    def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.oodk._outlier_cross_entropy(logits, target)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        stats = output[2]
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(*inputs, stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor, None]:
+    def backward(
+        ctx: Any, grad_loss: Tensor, grad_logsumexp: Tensor, _: Tensor
+    ) -> tuple[Tensor, None]:
         backward = torch.ops.oodk._outlier_cross_entropy_backward
         return backward(grad_loss, grad_logsumexp, *ctx.saved_tensors), None
 
@@ -131,10 +154,14 @@ class _Loss(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-@torch.library.impl("oodk::outlier_cross_entropy", "CompositeImplicitAutograd")
+@register_composite("outlier_cross_entropy")
 def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return _Function.apply(logits, target)  # type: ignore[no-untyped-call]
+    return _CrossEntropy.apply(logits, target)[:2]  # type: ignore[no-untyped-call]
 
+
+register_not_differentiable("_outlier_cross_entropy")
+register_not_differentiable("_outlier_cross_entropy_backward")
+register_not_differentiable("_outlier_loss")
 
 register_batch_rule("outlier_cross_entropy", batched=(0, 1))
 register_batch_rule("_outlier_cross_entropy", batched=(0, 1))

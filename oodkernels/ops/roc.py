@@ -8,10 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oodkernels._checks import check_floating, check_tpr
+from oodkernels._checks import (
+    check_device,
+    check_dtype,
+    check_floating,
+    check_same_dtype,
+    check_tpr,
+    plain,
+)
+from oodkernels.ops._common import register_not_differentiable
+from oodkernels.ops.keys import KEY_TYPES, scores_of_keys
 
 
-class ROCMetrics(NamedTuple):
+class ROCMetricsResult(NamedTuple):
     """What :func:`roc_metrics` returns: float64 scalars on the device of the scores."""
 
     auroc: Tensor
@@ -42,7 +51,7 @@ class ROCMetrics(NamedTuple):
     """Number of OOD scores."""
 
 
-def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> ROCMetrics:
+def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> ROCMetricsResult:
     """AUROC, AUPR, FPR at a TPR and more of ID against OOD scores, higher = more ID.
 
     Exact: integer counts throughout, divisions last, in float64; tied scores are one point of
@@ -57,7 +66,7 @@ def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> ROC
         tpr: 0 < tpr <= 1, read as the decimal it prints as: 0.95 of 20 scores are 19.
 
     Returns:
-        A :class:`ROCMetrics`. Not differentiable.
+        A :class:`ROCMetricsResult`. Not differentiable.
 
     Raises:
         ValueError: Scores are empty, on different devices, or hold NaN (with its count and first
@@ -65,7 +74,7 @@ def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> ROC
             of range.
         TypeError: Scores are not of a floating-point type above, or of two types.
     """
-    return ROCMetrics(*torch.ops.oodk.roc_metrics(id_scores, ood_scores, tpr).unbind())
+    return ROCMetricsResult(*torch.ops.oodk.roc_metrics(id_scores, ood_scores, plain(tpr)).unbind())
 
 
 class ROCCounts(NamedTuple):
@@ -101,7 +110,8 @@ def sort_keys(scores: Tensor, function: str = "sort_keys", argument: str = "scor
         argument: What errors call the scores.
 
     Returns:
-        (N,) int64, int32 or int16; -0.0 and +0.0 have one key. :func:`scores_of_keys` maps back.
+        (N,) int64, int32 or int16; -0.0 and +0.0 have one key.
+        :func:`~oodkernels.ops.keys.scores_of_keys` maps back.
 
     Raises:
         ValueError: Scores are empty or hold NaN.
@@ -135,38 +145,16 @@ def roc_counts(id_keys: Tensor, ood_keys: Tensor) -> tuple[ROCCounts, ROCAreas]:
 
 def exact_ceil(share: float, n: int) -> int:
     """ceil(share n), with share the decimal it prints as."""
-    exact = Fraction(repr(share))
+    exact = Fraction(str(share))  # which of a NumPy number, too, is its decimal
     return -(-exact.numerator * n // exact.denominator)
-
-
-_KEY_TYPE = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
-
-
-def scores_of_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scores that :func:`sort_keys` mapped to ``keys``, as ``dtype``; -0.0 has become +0.0."""
-    # A negative score's key has all bits but the sign flipped, which undoes itself.
-    return torch.where(keys < 0, keys ^ torch.iinfo(keys.dtype).max, keys).view(dtype)
 
 
 @torch.library.impl("oodk::roc_metrics", "CompositeImplicitAutograd")
 def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
     tpr = check_tpr("roc_metrics", tpr)
     check_floating("roc_metrics", "id_scores", id_scores)
-    if ood_scores.dtype != id_scores.dtype:
-        raise TypeError(
-            f"roc_metrics: ood_scores must have the type of id_scores, {id_scores.dtype}, got "
-            f"{ood_scores.dtype}"
-        )
-    if ood_scores.device != id_scores.device:
-        raise ValueError(
-            f"roc_metrics: ood_scores must be on the device of id_scores, {id_scores.device}, got "
-            f"{ood_scores.device}"
-        )
+    check_same_dtype("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
+    check_device("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
     id_keys = torch.ops.oodk._roc_keys(id_scores, "roc_metrics", "id_scores")
     ood_keys = torch.ops.oodk._roc_keys(ood_scores, "roc_metrics", "ood_scores")
     counts, areas = torch.ops.oodk._roc_counts(id_keys, ood_keys)
@@ -208,29 +196,24 @@ def _(scores: Tensor, op: str, argument: str) -> Tensor:
     check_floating(op, argument, scores)
     if scores.numel() == 0:
         raise ValueError(f"{op}: {argument} must not be empty")
-    return scores.new_empty((scores.numel(),), dtype=_KEY_TYPE[scores.dtype])
+    return scores.new_empty((scores.numel(),), dtype=KEY_TYPES[scores.dtype])
 
 
 @torch.library.register_fake("oodk::_roc_counts")
 def _(id_keys: Tensor, ood_keys: Tensor) -> tuple[Tensor, Tensor]:
     for name, keys in (("id_keys", id_keys), ("ood_keys", ood_keys)):
-        if keys.dtype not in _KEY_TYPE.values():
-            raise TypeError(f"_roc_counts: {name} must be int64, int32 or int16, got {keys.dtype}")
+        check_dtype("_roc_counts", name, keys, torch.int64, torch.int32, torch.int16)
         if keys.dim() != 1 or keys.shape[0] == 0:
             raise ValueError(
                 f"_roc_counts: {name} must have shape (N,), N >= 1, got {tuple(keys.shape)}"
             )
-    if ood_keys.dtype != id_keys.dtype:
-        raise TypeError(
-            f"_roc_counts: ood_keys must have the type of id_keys, {id_keys.dtype}, got "
-            f"{ood_keys.dtype}"
-        )
-    if ood_keys.device != id_keys.device:
-        raise ValueError(
-            f"_roc_counts: ood_keys must be on the device of id_keys, {id_keys.device}, got "
-            f"{ood_keys.device}"
-        )
+    check_same_dtype("_roc_counts", "ood_keys", ood_keys, "id_keys", id_keys)
+    check_device("_roc_counts", "ood_keys", ood_keys, "id_keys", id_keys)
     return (
         id_keys.new_empty((len(ROCCounts._fields), 2), dtype=torch.int64),
         id_keys.new_empty((len(ROCAreas._fields),), dtype=torch.float64),
     )
+
+
+register_not_differentiable("_roc_keys")
+register_not_differentiable("_roc_counts")

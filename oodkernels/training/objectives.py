@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from oodkernels.detectors.abnormality import AbnormalityModule, Noise
-from oodkernels.detectors.model import Outputs, as_outputs, extract
+from oodkernels.detectors import AbnormalityModule, extract
+from oodkernels.detectors.abnormality import Noise
+from oodkernels.detectors.model import Outputs, as_outputs
 from oodkernels.groups import Groups
 from oodkernels.nn.gan import Discriminator, Generator, JointGANLoss
 from oodkernels.nn.losses import (
@@ -829,7 +830,7 @@ class AbnormalityObjective(Objective):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(x), generator=generator).to(x.device)
         loss = self.detector.risk_loss(x[order], generator)
-        self.detector._status = "fitted"
+        self.detector.finish()
         return loss, {}
 
 

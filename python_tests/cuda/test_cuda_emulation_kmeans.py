@@ -17,7 +17,7 @@ from op_db import cluster_samples, points_of, special_points
 from torch import Tensor
 
 from oodkernels import cluster_argmax, reference
-from oodkernels.ops import kmeans, kmeans_init
+from oodkernels.ops import kmeans_init, kmeans_lloyd
 
 pytestmark = needs_compiler
 
@@ -185,7 +185,7 @@ cases = pytest.mark.parametrize(("x", "k"), list(clusterings()))
 def test_seeds_are_those_of_the_cpu(
     emulator: Emulator, x: Tensor, k: int, way: dict[str, Any]
 ) -> None:
-    for arguments in ((3,), (2, 1, -(2**40) - 7, False)):
+    for arguments in ((3, 0, 0, True), (2, 1, -(2**40) - 7, False)):
         assert torch.equal(seeds(emulator, x, k, *arguments, **way), kmeans_init(x, k, *arguments))
 
 
@@ -198,9 +198,17 @@ def test_seeds_from_a_sample(emulator: Emulator) -> None:
     ]
     sample = torch.tensor([rows[int(len(rows) / 40 * (j + u))] for j, u in enumerate(draws)])
     found = seeds(emulator, x, 6, 2, 0, 3, **LARGE, seeding_limit=64, sample=40)
-    assert torch.equal(found, sample[kmeans_init(x[sample], 6, 2, 0, 3)])
+    assert torch.equal(found, sample[kmeans_init(x[sample], 6, 2, 0, 3, normalize=True)])
     few = seeds(emulator, x, 6, 2, 0, 3, **LARGE, seeding_limit=89, sample=40)  # valid rows
-    assert torch.equal(few, kmeans_init(x, 6, 2, 0, 3))
+    assert torch.equal(few, kmeans_init(x, 6, 2, 0, 3, normalize=True))
+
+
+@pytest.mark.parametrize("n", [65_537, 100_003, 2**31 - 2])
+def test_the_last_stratum_stays_inside(emulator: Emulator, n: int) -> None:
+    """The largest draw there is rounds, added to the last stratum's number, to the next one."""
+    for j, expected in ((32_767, n - 1), (0, (n - 1) // 32_768)):
+        (at,) = emulator.run("kmeans_stratum", {}, {"at": torch.int64}, n=n, count=32_768, j=j)
+        assert at.tolist() == [expected]
 
 
 # --- Lloyd's iteration ----------------------------------------------------------------------------
@@ -215,12 +223,12 @@ def test_clustering_is_that_of_the_cpu(
     rows = torch.arange(2 * k).view(2, k) % max(n, 1) if n else torch.full((2, k), -1)
     init = rows.expand(*x.shape[:-2], 2, k).contiguous()
     few = (init[..., :1, :], 2, 0.0, False)
-    close(fit(emulator, x, *few, **way), kmeans(x, *few))
+    close(fit(emulator, x, *few, **way), kmeans_lloyd(x, *few))
     if not (x == 0).any():  # zero is as far from all directions: nothing but rounding decides
-        close(fit(emulator, x, init, 4, **way), kmeans(x, init, 4))
+        close(fit(emulator, x, init, 4, **way), kmeans_lloyd(x, init, 4, normalize=True))
         if n > 1:
             again = (init[..., :1, :], 3, 1e-3, True, True)
-            close(fit(emulator, x, *again, **way), kmeans(x, *again))
+            close(fit(emulator, x, *again, **way), kmeans_lloyd(x, *again))
 
 
 @pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
@@ -229,9 +237,11 @@ def test_clustering_from_centroids(emulator: Emulator, way: dict[str, Any]) -> N
     centroids = points_of(7, 8, device="cpu", dtype=f64, seed=3)
     for max_iter in (0, 20):
         arguments = (x, centroids, max_iter, 0.0, False)
-        close(fit(emulator, *arguments, **way), kmeans(*arguments))
+        close(fit(emulator, *arguments, **way), kmeans_lloyd(*arguments))
     centroids[2] = NAN
-    close(fit(emulator, x, centroids, 1, 0.0, False, **way), kmeans(x, centroids, 1, 0.0, False))
+    close(
+        fit(emulator, x, centroids, 1, 0.0, False, **way), kmeans_lloyd(x, centroids, 1, 0.0, False)
+    )
     bad = torch.tensor([[3, -1, 60, 2**40, -(2**63), 9, 9]])  # rows that x does not have, a double
     good = torch.tensor([[3, -1, -1, -1, -1, 9, 9]])
     same(fit(emulator, x, bad, 3, **way), fit(emulator, x, good, 3, **way))
@@ -245,9 +255,9 @@ def test_empty_clusters_take_the_farthest_points(emulator: Emulator, way: dict[s
     torch.testing.assert_close(centroids[:, 0], torch.tensor([9.3 / 4, 30.0, 10.0]))
     settled = fit(emulator, x, start, 50, 0.0, False, **way)
     assert settled[1].tolist() == [0, 0, 0, 2, 2, 1]
-    close(settled, kmeans(x, start, 50, 0.0, False))
+    close(settled, kmeans_lloyd(x, start, 50, 0.0, False))
     many = torch.cat([x[:1], x[3:4] + 200 + torch.arange(12)[:, None]])  # of clusters that keep one
-    close(fit(emulator, x, many, 3, 0.0, False, **way), kmeans(x, many, 3, 0.0, False))
+    close(fit(emulator, x, many, 3, 0.0, False, **way), kmeans_lloyd(x, many, 3, 0.0, False))
 
 
 @pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])

@@ -12,7 +12,7 @@ import torch
 from processes import python
 from torch import Tensor
 
-from oodkernels.data.samples import FORMATS, open_arrays, open_samples, save_arrays
+from oodkernels.data import FORMATS, open_arrays, open_samples, save_arrays
 
 pytest.importorskip("safetensors")
 pytest.importorskip("pyarrow")

@@ -29,7 +29,8 @@ from oodkernels.cli._train import Name
 from oodkernels.demo import protocol as demo
 from oodkernels.demo import report as demo_report
 from oodkernels.detectors import DETECTORS
-from oodkernels.evaluation._evaluate import CONVENTION, OTHER, OWN
+from oodkernels.evaluation.methods import OTHER, OWN
+from oodkernels.evaluation.results import CONVENTION
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
 from oodkernels.training import TrainConfig, objectives, reproducible

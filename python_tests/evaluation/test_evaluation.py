@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,19 +18,12 @@ from torch import Tensor, nn
 pytest.importorskip("torchmetrics")
 
 from oodkernels import Groups, ood_metrics
-from oodkernels.data.samples import open_samples
+from oodkernels.data.samples import Samples, open_samples
 from oodkernels.detectors import KNN, MOS, MSP, ODIN, Energy, OODDetector
-from oodkernels.evaluation._evaluate import (
-    GIVEN,
-    ID,
-    OTHER,
-    OWN,
-    Evaluation,
-    Method,
-    StreamedMethod,
-    combine,
-    evaluate,
-)
+from oodkernels.evaluation import Evaluation, MethodResult, StreamedMethodResult, combine, evaluate
+from oodkernels.evaluation.evaluate import ID
+from oodkernels.evaluation.methods import OTHER, OWN
+from oodkernels.evaluation.scoring import GIVEN
 from oodkernels.evaluation.tables import AVERAGE, METRICS, best, to_csv, to_latex, to_markdown
 from oodkernels.metrics.calibration import calibration_bins
 
@@ -67,8 +63,8 @@ def batches(z: Tensor, labels: Tensor | None = None, size: int = 64) -> Iterator
 def test_scores_give_rows_an_average_and_the_best() -> None:
     id_scores = np.array([2.0, 3.0])
     ood = {"near": np.array([2.5, 0.0]), "far": np.array([0.0])}
-    good = Method("a", "s", 0.9, id_scores, ood)
-    bad = Method("b", "s", 0.8, -id_scores, {name: -scores for name, scores in ood.items()})
+    good = MethodResult("a", "s", 0.9, id_scores, ood)
+    bad = MethodResult("b", "s", 0.8, -id_scores, {name: -scores for name, scores in ood.items()})
     rows = evaluate([good, bad]).rows
     assert [row.ood_set for row in rows] == ["near", "far", AVERAGE] * 2
     near, far, average = rows[:3]
@@ -93,7 +89,7 @@ def test_scores_by_name() -> None:
 
 def test_threshold_keeps_95_percent_of_id() -> None:
     scores = np.arange(20.0)
-    method = Method("a", "s", 0.9, scores, {"near": scores})
+    method = MethodResult("a", "s", 0.9, scores, {"near": scores})
     assert method.threshold == 1
     assert np.mean(scores >= method.threshold) == 0.95
 
@@ -136,7 +132,7 @@ def test_detectors_of_logits(
     assert [m.score for m in found.methods] == ["msp", "max-logit", "energy"]
     inside = softmax_scores(z)
     for method in found.methods:
-        assert isinstance(method, Method)
+        assert isinstance(method, MethodResult)
         np.testing.assert_allclose(method.id_scores, inside[method.score], rtol=2e-6)
         for name, x in sets.items():
             np.testing.assert_allclose(
@@ -189,7 +185,7 @@ def test_streaming_brackets_what_is_exact(id_set: tuple[Tensor, Tensor]) -> None
     assert 0 < streamed.uncertainty < 0.01
     assert [row[:3] for row in streamed.rows] == [row[:3] for row in exact.rows]
     for one, row in zip(streamed.methods, exact.methods, strict=True):
-        assert isinstance(one, StreamedMethod)
+        assert isinstance(one, StreamedMethodResult)
         assert one.sizes == row.sizes
         for name in ("b", "a", AVERAGE):
             for metric in METRICS:
@@ -204,7 +200,7 @@ def test_streaming_brackets_what_is_exact(id_set: tuple[Tensor, Tensor]) -> None
 
 
 def test_levels_count_every_score() -> None:
-    method = Method("m", "s", 1, np.array([1.0, 2, 2]), {"x": np.array([2.0, 0])})
+    method = MethodResult("m", "s", 1, np.array([1.0, 2, 2]), {"x": np.array([2.0, 0])})
     levels = method.levels("x")
     assert levels.values.tolist() == [0, 1, 2]
     assert levels.n_id.tolist() == [0, 1, 2]
@@ -217,7 +213,7 @@ def test_conventions(
 ) -> None:
     found = evaluate(None, [id_set], ood, ["energy"], convention=convention)
     (method,) = found.methods
-    assert isinstance(method, Method)
+    assert isinstance(method, MethodResult)
     expected = ood_metrics(method.id_scores, method.ood_scores, convention=convention)
     assert found.rows[0].fpr95 == expected["near"].fpr95
     assert found.rows[0].aupr_in == expected["near"].aupr_in
@@ -238,7 +234,7 @@ def test_mos_head() -> None:
     found = evaluate(None, batches(z, y), {"far": batches(far)}, [MOS(GROUPS), "mos-log-odds"])
     by_score = {m.score: m for m in found.methods}
     mos = by_score["mos"]
-    assert isinstance(mos, Method)
+    assert isinstance(mos, MethodResult)
     np.testing.assert_allclose(mos.id_scores, -others(z).amin(1), rtol=1e-5)
 
     best_class = torch.full((300,), -1)
@@ -312,8 +308,8 @@ def test_a_model_runs_once_a_batch_and_serves_features_and_logits() -> None:
     by_score = {m.score: m for m in found.methods}
     z = model.eval()(x)
     msp, near = by_score["msp"], by_score["knn"]
-    assert isinstance(msp, Method)
-    assert isinstance(near, Method)
+    assert isinstance(msp, MethodResult)
+    assert isinstance(near, MethodResult)
     np.testing.assert_allclose(msp.id_scores, z.softmax(1).amax(1).detach(), rtol=1e-5)
     np.testing.assert_allclose(near.id_scores, knn.score(features=features), atol=1e-6)
     assert msp.id_accuracy == (z.argmax(1) == y).double().mean()
@@ -324,7 +320,7 @@ def test_detectors_that_read_inputs_get_the_model() -> None:
     model, x = Net().eval(), torch.randn(20, 4)
     found = evaluate(model, [x], {"far": [x + 1]}, ["odin"])
     (method,) = found.methods
-    assert isinstance(method, Method)
+    assert isinstance(method, MethodResult)
     np.testing.assert_allclose(method.id_scores, ODIN(model=model).score(x), rtol=1e-5)
 
 
@@ -494,3 +490,163 @@ def test_json_says_everything(found: Evaluation) -> None:
 
 def test_printing_shows_the_table(found: Evaluation) -> None:
     assert str(found) == to_markdown(found.rows)
+
+
+# --- sets that differ -------------------------------------------------------------------------
+
+
+def test_cells_belong_to_their_set_and_averages_of_other_sets_are_not_compared() -> None:
+    inside, far, near = np.arange(9.0), np.arange(5.0) - 3, np.arange(5.0)
+    found = evaluate(
+        [
+            MethodResult("m", "a", math.nan, inside, {"near": near}),
+            MethodResult("m", "b", math.nan, -inside, {"far": far, "near": near}),
+        ]
+    )
+    header, _, *body = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in found.to_markdown().splitlines()
+    ]
+    column = {name: i for i, name in enumerate(header)}
+    assert header[-4].startswith("average")
+    assert body[0][column["far AUROC ↑"]] == "-"
+    assert body[0][column["near AUROC ↑"]].strip("*") == f"{100 * found.rows[0].auroc:.2f}"
+    assert body[1][column["far AUROC ↑"]] == f"{100 * found.rows[2].auroc:.2f}"
+    assert "**" in body[0][column["near AUROC ↑"]]
+    assert not any("**" in cell for row in body for cell in row[-4:])
+    found.to_html()
+
+
+def test_sets_must_have_the_same_scores_and_widths(
+    tmp_path: Path, id_set: tuple[Tensor, Tensor], ood: dict[str, Tensor]
+) -> None:
+    def file(name: str, *columns: str) -> Samples:
+        rows = [",".join(columns), *(",".join("0.5" for _ in columns) for _ in range(4))]
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
+        return open_samples(tmp_path / name)
+
+    z, far = id_set[0], ood["far"]
+    both, one = file("both.csv", "msp", "energy"), file("one.csv", "energy")
+    other = file("other.csv", "msp")
+    scores = {"msp": torch.rand(5), "energy": torch.rand(5)}
+    for inside, outside, message in (
+        (
+            both,
+            {"far": both, "near": one},
+            r"one\.csv lacks the score 'msp', which .*both\.csv has",
+        ),
+        (one, {"far": both}, r"one\.csv lacks the score 'msp', which .*both\.csv has"),
+        (one, {"far": other}, r"other\.csv lacks the score 'energy', which .*one\.csv has"),
+        (z, {"far": [scores]}, "far lacks the score 'max-logit', which ID has"),
+        (
+            [{"energy": scores["energy"]}],
+            {"far": far},
+            "far lacks the score 'energy', which ID has",
+        ),
+        (z, {"far": far[:, :-1]}, "same width, got 10 in ID and 9 in far"),
+        ([z[:5], z[5:, 1:]], {"far": far}, "same width, got 10 in ID and 9 in ID"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(None, inside, outside)  # type: ignore[arg-type]
+
+
+def test_groups_without_detectors_are_scored_by_mos() -> None:
+    z = logits(30, GROUPS.width)
+    found = evaluate(None, z, {"x": z}, groups=GROUPS)
+    assert [method.score for method in found.methods] == ["mos", "mos-log-odds"]
+
+
+# --- names that mean something to a format ----------------------------------------------------
+
+NAMES = [
+    "=1+2",
+    "@sum",
+    "a,b\nc",
+    'quote "x"',
+    "$_$",
+    "_x_ a_b *c*",
+    "<script>alert(1)</script>",
+    "[x](y)",
+    "a|b\\|c",
+    "50 % & #1 {~^}",
+    "`code` &amp; ~~x~~",
+]
+
+
+def named() -> Evaluation:
+    inside, outside = np.arange(9.0), np.arange(5.0) - 3
+    return evaluate(
+        [MethodResult(n, n, math.nan, inside + i, {n: outside}) for i, n in enumerate(NAMES)]
+    )
+
+
+def test_csv_reads_back_and_holds_no_formula() -> None:
+    rows = list(csv.DictReader(io.StringIO(named().to_csv(), newline="")))
+    for key in ("ood_set", "model", "score"):
+        cells = [row[key] for row in rows if row["ood_set"] != AVERAGE]
+        assert not any(cell.startswith(("=", "@", "+", "-")) for cell in cells)
+        assert [cell.removeprefix("'") for cell in cells] == NAMES
+
+
+def test_markdown_reads_back() -> None:
+    from markdown_it import MarkdownIt
+
+    found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    html = found.render(named().to_markdown())
+
+    class Cells(HTMLParser):
+        cells: ClassVar[list[str]] = []
+        tags: ClassVar[set[str]] = set()
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            self.tags.add(tag)
+            if tag in ("td", "th"):
+                self.cells.append("")
+
+        def handle_data(self, data: str) -> None:
+            if self.cells:
+                self.cells[-1] += data
+
+    parser = Cells()
+    parser.feed(html)
+    assert parser.tags <= {"table", "thead", "tbody", "tr", "th", "td", "strong"}
+    width = 3 + 4 * (len(NAMES) + 1)
+    rows = [
+        [cell.strip() for cell in parser.cells[i : i + width]]
+        for i in range(0, len(parser.cells), width)
+    ]
+    assert [row[0] for row in rows[1:]] == [row[1] for row in rows[1:]] == NAMES
+    assert [h.removesuffix(" FPR95 ↓") for h in rows[0][3:-4:4]] == NAMES
+
+
+def test_latex_has_no_command_of_a_name() -> None:
+    latex = named().to_latex()
+    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 2 + len(NAMES)
+    width = 3 + 4 * (len(NAMES) + 1)
+    back = {
+        r"\textbackslash{}": "\\",
+        r"\textasciitilde{}": "~",
+        r"\textasciicircum{}": "^",
+        r"\textless{}": "<",
+        r"\textgreater{}": ">",
+        r"\textbar{}": "|",
+        **{f"{{{c}}}": c for c in "[]*"},
+        **{f"\\{c}": c for c in "&%$#_{}"},
+    }
+    special = re.compile("|".join(map(re.escape, back)))
+    for row, name in zip(rows[2:], NAMES, strict=True):
+        assert not row.lstrip().startswith(("[", "*"))
+        cells = re.split(r"(?<!\\)&", row.removesuffix(r"\\"))
+        assert len(cells) == width
+        bare = special.sub("", cells[0])
+        assert not set(bare) & set("\\{}[]$&#^_~%"), cells[0]
+        assert special.sub(lambda m: back[m[0]], cells[0].strip()) == name.replace("\n", " ")
+
+
+def test_a_name_that_is_not_utf_8_is_written(tmp_path: Path) -> None:
+    found = evaluate(None, logits(9), {"caf\udce9": logits(9, seed=1)})
+    paths = found.save(tmp_path)
+    for path in paths:
+        text = path.read_text(encoding="utf-8").replace(r"\textbackslash{}", "\\")
+        assert "caf\\udce9" in text.replace("\\\\", "\\"), path

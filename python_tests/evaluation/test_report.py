@@ -20,8 +20,16 @@ pytest.importorskip("torchmetrics")
 from processes import python
 
 from oodkernels import Groups
-from oodkernels.evaluation import report
-from oodkernels.evaluation._evaluate import Evaluation, Levels, Method, Sweep, combine, evaluate
+from oodkernels.evaluation import (
+    Evaluation,
+    GroupOthers,
+    Levels,
+    MethodResult,
+    Sweep,
+    combine,
+    evaluate,
+    report,
+)
 from oodkernels.evaluation.tables import METRICS
 
 
@@ -117,7 +125,7 @@ def test_the_same_evaluation_gives_the_same_bytes() -> None:
 def test_roc_curve_is_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     inside, outside = rng.normal(1, 1, 400).round(1), rng.normal(0, 1, 300).round(1)
-    method = Method("m", "s", 1, inside, {"x": outside})
+    method = MethodResult("m", "s", 1, inside, {"x": outside})
     fpr, tpr = report._roc(method.levels("x"))
     is_id = np.arange(700) < 400
     expected = roc_curve(is_id, np.concatenate((inside, outside)), drop_intermediate=False)
@@ -150,8 +158,8 @@ def test_histograms_add_up_to_all_samples() -> None:
 
 @pytest.mark.parametrize("scores", [np.ones(5), np.array([-np.inf, 0, 1, np.inf])])
 def test_odd_scores_can_be_drawn(scores: np.ndarray) -> None:
-    report.histograms([Method("m", "s", 1, scores, {"x": scores})])
-    report.roc_curves([Method("m", "s", 1, scores, {"x": scores})])
+    report.histograms([MethodResult("m", "s", 1, scores, {"x": scores})])
+    report.roc_curves([MethodResult("m", "s", 1, scores, {"x": scores})])
 
 
 @pytest.mark.parametrize("groups", [3, 12, 13, 30])
@@ -207,6 +215,36 @@ def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         evaluation.save(out)
     assert [path.read_bytes() for path in paths] == before
     assert len(list(out.iterdir())) == len(names)
+
+
+def test_a_report_that_fails_leaves_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(report, "histograms", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        made().save(tmp_path)
+    names = ["results.csv", "results.json", "results.md", "results.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("name", ["$_$", "$\\frac$", "_private", "a\nb", "<script>"])
+def test_any_name_can_be_drawn(name: str) -> None:
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(size=30), rng.normal(size=20)
+    found = evaluate([MethodResult(name, name, 1, inside, {name: outside})])
+    others = GroupOthers(name, [[0], [1]], [name, "b"], {"ID": [0.1, 0.2], name: [0.3, 0.4]}, {})
+    others = dataclasses.replace(others, min_others={"ID": 0.1, name: 0.2})
+    sweep = Sweep({name: [(1, 0.5)]}, name, name)
+    evaluation = dataclasses.replace(found, others=[others], sweep=sweep)
+    assert len(Page(evaluation.to_html(name)).images) == 4
+    figure = report.roc_curves(evaluation.methods)
+    (legend,) = figure.legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == [
+        f"{name}: {name}".replace("$", r"\$")
+    ]
 
 
 def test_metrics_have_their_headings() -> None:

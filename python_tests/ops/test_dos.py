@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kmeans import NAN, features, problems, same
+from points import NAN, features, problems, same
 from torch import Tensor
 
 from oodkernels import cluster_argmax, dos_select, kmeans_init
 from oodkernels import reference as ref
-from oodkernels.ops import kmeans as lloyd
+from oodkernels.ops import kmeans_lloyd as lloyd
 
 
 def official(
@@ -69,7 +69,7 @@ def test_it_is_seeding_clustering_and_selection(seed: int) -> None:
     x, scores = features(300, 30), torch.randn(300)
     x[[4, 77]] = NAN
     indices, labels, centroids, inertia = dos_select(x, scores, 20, 70, seed=seed)
-    one = lloyd(x, kmeans_init(x, 20, 5, seed=seed))
+    one = lloyd(x, kmeans_init(x, 20, 5, seed=seed, normalize=True), normalize=True)
     same((centroids, labels, inertia), (one.centroids, one.labels, one.inertia))
     assert torch.equal(indices, ref.dos_selection(labels, scores, 20, 70, seed))
     again = dos_select(x, scores, 20, 70, seed=seed)

@@ -8,7 +8,7 @@ import torch
 
 from oodkernels import reference
 from oodkernels.ops import roc_histogram_
-from oodkernels.ops.histogram import order_key
+from oodkernels.ops.keys import order_key
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,16 @@ def test_the_loss_saves_no_more_than_two_numbers_a_group() -> None:
         oodk.mos_loss(logits, target, groups, reduction="none")
     saved.pop(logits.data_ptr())
     assert sum(saved.values()) <= 64 * 8 * 2 * 4 + 64 * 8 + 1024
+
+
+def test_groups_are_whatever_has_offsets() -> None:
+    offsets = torch.tensor([0, 3, 6])
+    logits = torch.randn(4, 6)
+    for groups in (SimpleNamespace(offsets=offsets), oodk.Groups.from_sizes([2, 2])):
+        assert torch.equal(oodk.mos_score(logits, groups), oodk.mos_score(logits, offsets))
+    for wrong in ([0, 3, 6], SimpleNamespace(offsets=[0, 3, 6]), None):
+        with pytest.raises(TypeError, match=r"^mos_score: groups must be a tensor of offsets, or"):
+            oodk.mos_score(logits, wrong)
 
 
 def test_reductions() -> None:

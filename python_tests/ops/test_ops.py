@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from op_db import FLOATS, OPS, Op, Sample
@@ -16,12 +17,15 @@ ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 differentiable = pytest.mark.parametrize(
     "op", [op for op in OPS if op.differentiable], ids=lambda op: op.name
 )
+mapped = pytest.mark.parametrize("op", [op for op in OPS if op.mapped], ids=lambda op: op.name)
 floats = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @pytest.fixture(autouse=True)
 def _where_there_is_a_kernel(request: pytest.FixtureRequest) -> None:
-    values = request.node.callspec.params
+    values = getattr(request.node, "callspec", None) and request.node.callspec.params
+    if not values:
+        return
     if values.get("device") == "cuda" or "cuda" in request.node.name:
         name = f"oodk::{values['op'].name}"
         keys = ("CUDA", "CompositeImplicitAutograd")
@@ -43,17 +47,18 @@ def doubled(sample: Sample) -> Sample:
 
 
 def check(op: Op, dtype: torch.dtype, sample: Sample, actual: Any) -> None:
-    exact = doubled(sample)
+    exact = sample if op.as_is else doubled(sample)
     expected = op.reference(*exact.args, **exact.kwargs)
     for i, (a, e) in enumerate(zip(outputs(actual), outputs(expected), strict=True)):
         assert a.shape == e.shape, sample.name
         if a.is_floating_point():
             wide = dtype == torch.float64 or i in op.float64
-            assert a.dtype == (torch.float64 if wide else torch.float32)
+            expected_type = torch.float64 if wide else torch.float32
+            assert a.dtype == (dtype if i in op.like_input else expected_type)
             rtol, atol = op.tolerance(i, dtype)
             torch.testing.assert_close(
                 a.double(),
-                e,
+                e.double(),
                 rtol=rtol,
                 atol=atol,
                 equal_nan=True,
@@ -68,6 +73,13 @@ def check(op: Op, dtype: torch.dtype, sample: Sample, actual: Any) -> None:
 def same(a: Any, b: Any) -> None:
     for x, y in zip(outputs(a), outputs(b), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_op_has_a_row() -> None:
+    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("oodk::")}
+    missing = registered - {f"oodk::{op.name}" for op in OPS}
+    assert registered
+    assert not missing, f"op_db.py has no row for {sorted(missing)}"
 
 
 @ops
@@ -102,11 +114,12 @@ def strided(x: Tensor) -> list[Tensor]:
 def test_strides(op: Op, device: str) -> None:
     for sample in op.samples(device, torch.float32):
         expected = op.call(*sample.args, **sample.kwargs)
-        for layout in strided(sample.args[0]):
-            same(op.call(layout, *sample.args[1:], **sample.kwargs), expected)
-        if sample.args[0].dim() == 2 and len(
-            sample.args[0]
-        ):  # one row, again and again, in the memory of one
+        for i in {op.varied, *op.rowwise}:
+            for layout in strided(sample.args[i]):
+                args = (*sample.args[:i], layout, *sample.args[i + 1 :])
+                same(op.call(*args, **sample.kwargs), expected)
+        # One row, again and again, in the memory of one.
+        if op.rowwise and sample.args[0].dim() == 2 and len(sample.args[0]):
             once = rows_of(op, sample, [0])
             again = tuple(
                 a.expand(5, *a.shape[1:]) if i in op.rowwise else a for i, a in enumerate(once)
@@ -122,7 +135,7 @@ def test_opcheck(op: Op, device: str) -> None:
         args = sample.args
         if op.differentiable:
             args = (args[0].clone().requires_grad_(), *args[1:])
-        torch.library.opcheck(op.call.default, args, sample.kwargs)
+        torch.library.opcheck(op.overload, args, sample.kwargs)
 
 
 def gradient(fn: Any, sample: Sample) -> Tensor:
@@ -189,16 +202,76 @@ def test_double_backward_is_refused(op: Op, device: str) -> None:
         torch.autograd.grad(grad.sum(), x)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not op.differentiable], ids=lambda op: op.name)
-def test_no_gradient_leaks(op: Op, device: str) -> None:
+class OfAHead(torch.nn.Module):
+    """An op on what a layer with parameters puts out, as in a network that is being trained."""
+
+    def __init__(self, op: Op, sample: Sample) -> None:
+        super().__init__()
+        self.call, self.kwargs = op.call, sample.kwargs
+        self.scale = torch.nn.Parameter(torch.ones((), device=sample.args[0].device))
+
+    def forward(self, *args: Any) -> Any:
+        return self.call(*(a * self.scale if is_score(a) else a for a in args), **self.kwargs)
+
+
+@ops
+def test_outputs_of_a_head(op: Op, device: str) -> None:
+    """Eager, compiled and exported: the same outputs, and the same gradients or none."""
     sample = next(op.samples(device, torch.float32))
-    args = [a.clone().requires_grad_() if is_score(a) else a for a in sample.args]
-    leak = sum(a.sum() for a in args if is_score(a))
-    for out in outputs(op.call(*args, **sample.kwargs)):
-        assert out.requires_grad == out.is_floating_point()
-        if out.requires_grad:
-            with pytest.raises(RuntimeError, match=f"{op.name} is not differentiable"):
-                (out.sum() + leak).backward()
+    head = OfAHead(op, sample)
+    torch._dynamo.reset()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(head, sample.args).module()
+    expected = outputs(head(*sample.args))
+    for way in (head, compiled, exported):
+        found = outputs(way(*sample.args))
+        same(tuple(o.detach() for o in found), tuple(o.detach() for o in expected))
+        for out in found:
+            assert out.requires_grad == (op.differentiable and out.is_floating_point())
+        if op.differentiable:
+            (scale,) = way.parameters()
+            grads = [
+                torch.autograd.grad(sum(o.sum() for o in outs), parameter, retain_graph=True)
+                for outs, parameter in ((found, scale), (expected, head.scale))
+            ]
+            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+
+
+@mapped
+def test_gradient_by_torch_func(op: Op, device: str) -> None:
+    """``torch.func.grad``, its vmap over rows, and both compiled: the gradient of eager mode."""
+    samples = op.samples(device, torch.float32)
+    sample = next(s for s in samples if s.args[0].dim() == (3 if op.problem else 2))
+    position = next(i for i, a in enumerate(sample.args) if is_score(a))
+
+    def total(*args: Any) -> Tensor:
+        found = outputs(op.call(*args, **sample.kwargs))
+        return sum((o.sum() for o in found if o.is_floating_point()), (2 * args[position]).sum())
+
+    args = [a.clone().requires_grad_() if i == position else a for i, a in enumerate(sample.args)]
+    (expected,) = torch.autograd.grad(total(*args), args[position])
+    assert op.differentiable or (expected == 2).all()
+    grad = torch.func.grad(total, argnums=position)
+    in_dims = tuple(0 if i in op.mapped else None for i in range(len(sample.args)))
+    each = torch.func.vmap(grad, in_dims=in_dims)
+    torch._dynamo.reset()
+    compiled = torch.compile(grad, fullgraph=True, backend="aot_eager")
+    compiled_each = torch.compile(each, backend="aot_eager")
+    for way in (grad, each, compiled, compiled_each):
+        torch.testing.assert_close(way(*sample.args), expected, rtol=1e-6, atol=1e-6)
+
+
+def as_numpy(x: Any) -> Any:
+    kinds = {bool: np.bool_, int: np.int64, float: np.float64}
+    return kinds[type(x)](x) if type(x) in kinds else x
+
+
+@ops
+def test_numpy_scalars(op: Op) -> None:
+    for sample in list(op.samples("cpu", torch.float32))[:6]:
+        args = tuple(map(as_numpy, sample.args))
+        kwargs = {name: as_numpy(value) for name, value in sample.kwargs.items()}
+        same(op.call(*args, **kwargs), op.call(*sample.args, **sample.kwargs))
 
 
 @ops
@@ -221,47 +294,36 @@ def test_compile_dynamic(op: Op, device: str) -> None:
         same(compiled(*sample.args, **sample.kwargs), op.call(*sample.args, **sample.kwargs))
 
 
-@ops
-def test_export(op: Op, device: str) -> None:
-    sample = next(op.samples(device, torch.float32))
-    n_args = len(sample.args)
-
-    class Module(torch.nn.Module):
-        def forward(self, *args: Any) -> Any:
-            return op.call(*args)
-
-    exported = torch.export.export(Module(), sample.args[:n_args])
-    same(exported.module()(*sample.args), op.call(*sample.args))
-
-
-@ops
+@mapped
 def test_vmap(op: Op, device: str) -> None:
     samples = op.samples(device, torch.float32)
-    if op.problem:  # a batch of problems
-        rank = next(op.samples(device, torch.float32)).args[0].dim()
-        sample = next(s for s in samples if s.args[0].dim() == rank + 1)
-    else:
-        sample = next(samples)
-    x, *rest = sample.args
-    mapped = op.problem or op.rowwise
-    in_dims = tuple(0 if i in mapped else None for i in range(1, len(sample.args)))
-    expected = op.call(x, *rest, **sample.kwargs)
-    same(torch.func.vmap(op.call, in_dims=(0, *in_dims))(x, *rest, **sample.kwargs), expected)
-    moved = x.movedim(0, 1).contiguous()
-    same(torch.func.vmap(op.call, in_dims=(1, *in_dims))(moved, *rest, **sample.kwargs), expected)
-    if op.name.startswith("mos"):
+    sample = next(s for s in samples if s.args[0].dim() == (3 if op.problem else 2))
+    n = min(5, len(sample.args[0]))
+    args = [a[:n] if i in op.mapped else a for i, a in enumerate(sample.args)]
+    in_dims = [0 if i in op.mapped else None for i in range(len(args))]
+    each = [
+        outputs(op.call(*(a[r] if d == 0 else a for a, d in zip(args, in_dims, strict=True))))
+        for r in range(n)
+    ]
+    expected = tuple(map(torch.stack, zip(*each, strict=True)))
+    same(outputs(torch.func.vmap(op.call, tuple(in_dims))(*args)), expected)
+    first = args[0].movedim(0, 1).contiguous()
+    same(outputs(torch.func.vmap(op.call, (1, *in_dims[1:]))(first, *args[1:])), expected)
+    if "mos" in op.name:
+        all_mapped = [0 if isinstance(a, Tensor) else None for a in args]
         many = [
-            a if d == 0 else torch.stack([a] * len(x)) for a, d in zip(rest, in_dims, strict=True)
+            torch.stack([a] * n) if d == 0 and e is None else a
+            for a, d, e in zip(args, all_mapped, in_dims, strict=True)
         ]
         with pytest.raises(ValueError, match="vmap over groups"):
-            torch.func.vmap(op.call)(x, *many)
+            torch.func.vmap(op.call, tuple(all_mapped))(*many)
 
 
 @ops
 def test_refused(op: Op, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OODK_VALIDATE", "1")
     for case in op.refused(device):
-        with pytest.raises(case.error, match=f"^{op.name}: .*{case.message}"):
+        with pytest.raises(case.error, match=f"^{op.says or op.name}: .*{case.message}"):
             op.call(*case.args, **case.kwargs)
 
 
@@ -272,7 +334,7 @@ def test_refused_by_the_fake(op: Op) -> None:
             continue
         with FakeTensorMode() as mode:
             args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in case.args]
-            with pytest.raises(case.error, match=f"^{op.name}: .*{case.message}"):
+            with pytest.raises(case.error, match=f"^{op.says or op.name}: .*{case.message}"):
                 op.call(*args, **case.kwargs)
 
 
@@ -302,7 +364,8 @@ def test_autocast(op: Op, dtype: torch.dtype, device: str) -> None:
         actual = op.call(*sample.args, **sample.kwargs)
     same(actual, expected)
     for out in outputs(actual):
-        assert out.dtype in (torch.float32, torch.float64, torch.int64)
+        half = out.is_floating_point() and out.dtype.itemsize == 2
+        assert not half or (op.like_input and out.dtype == dtype)
 
 
 @ops

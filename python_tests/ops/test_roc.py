@@ -18,8 +18,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from oodkernels import build_info, reference
-from oodkernels.ops import ROCMetrics, roc_metrics
-from oodkernels.ops.roc import exact_ceil, roc_counts, scores_of_keys, sort_keys
+from oodkernels.ops import ROCMetricsResult, roc_metrics
+from oodkernels.ops.keys import scores_of_keys
+from oodkernels.ops.roc import exact_ceil, roc_counts, sort_keys
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INF = float("inf")
@@ -94,7 +95,9 @@ def test_sklearn(case: str, dtype: torch.dtype) -> None:
 @floats
 def test_reference(case: str, dtype: torch.dtype) -> None:
     x, y = as_type(case, dtype)
-    exact = [ROCMetrics._fields.index(f) for f in ("threshold", "threshold_out", "n_id", "n_ood")]
+    exact = [
+        ROCMetricsResult._fields.index(f) for f in ("threshold", "threshold_out", "n_id", "n_ood")
+    ]
     for tpr in (0.95, 1.0, 0.5, 1e-9, 0.07)[: 5 if len(x) < 5000 else 1]:
         actual = torch.stack(list(roc_metrics(x, y, tpr)))
         expected = reference.roc_metrics(x, y, tpr)
@@ -398,3 +401,12 @@ print(extra * 1024 / (x.nbytes + y.nbytes))
 def test_extra_memory_is_at_most_twice_the_input() -> None:
     done = python("-c", MEMORY)
     assert float(done.stdout) < 2, done.stderr
+
+
+def test_numpy_tpr() -> None:
+    x, y = torch.arange(20.0), torch.arange(20.0) - 5
+    expected = roc_metrics(x, y, 0.95)
+    for tpr in (np.float64(0.95), np.float32(0.95)):
+        assert exact_ceil(tpr, 20) == 19
+        assert torch.equal(torch.stack(roc_metrics(x, y, tpr)), torch.stack(expected))
+    assert exact_ceil(np.int64(1), 20) == exact_ceil(1, 20) == 20
