@@ -107,9 +107,11 @@ class Recorded:
         bound.apply_defaults()
         _, *names = bound.arguments
         given = {name: bound.arguments[name] for name in names}
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        for name, parameter in bound.signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name)
+            elif parameter.kind is parameter.VAR_POSITIONAL and not given[name]:
+                del given[name]
         made.__dict__["options"] = {name: _recorded(name, value) for name, value in given.items()}
         return made
 

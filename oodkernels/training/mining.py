@@ -289,7 +289,7 @@ class NTOMMiner(OutlierMiner):
         super().__init__(seed)
         if not 0 <= q < 1:
             raise ValueError(f"NTOMMiner: q must be in [0, 1), got {q}")
-        self.q = q
+        self.q = float(q)
         self.score = _check_score("NTOMMiner", score)
 
     def _select(self, where: str, x: Tensor | None, z: Tensor, n: int) -> MiningLog:
@@ -348,7 +348,7 @@ class POEMMiner(OutlierMiner):
         for name, value in (("sigma", sigma), ("noise", noise), ("target", target)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"POEMMiner: {name} must be positive and finite, got {value}")
-        self.sigma, self.noise, self.target = sigma, noise, target
+        self.sigma, self.noise, self.target = float(sigma), float(noise), float(target)
         self.mode = _check_mode("POEMMiner", mode)
         self.reset()
 
@@ -470,7 +470,8 @@ class DOSMiner(OutlierMiner):
         for name, value in (("k", k), ("n_init", n_init), ("block", block)):
             if value is not None and operator.index(value) < 1:
                 raise ValueError(f"DOSMiner: {name} must be >= 1, got {value}")
-        self.k, self.n_init, self.block = k, n_init, block
+        self.k, self.block = (None if v is None else int(v) for v in (k, block))
+        self.n_init = int(n_init)
         self.score = _check_score("DOSMiner", score)
         self.mode = _check_mode("DOSMiner", mode)
 

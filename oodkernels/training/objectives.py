@@ -331,8 +331,8 @@ class SoftmaxObjective(Objective):
         super().__init__()
         if mixup < 0:
             raise ValueError(f"{type(self).__name__}: mixup must be at least 0, got {mixup}")
-        self.mixup = mixup
-        self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.mixup = float(mixup)
+        self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=float(label_smoothing))
 
     def step(
         self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
