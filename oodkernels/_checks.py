@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -105,12 +106,14 @@ def _share(op: str, name: str, value: Any, range_: str, *, with_one: bool) -> fl
     return share
 
 
-def check_integer(op: str, name: str, value: Any) -> int:
-    """An integer of any size as an int, NumPy's included; raise TypeError unless it is one."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
-    return value
+def check_number(op: str, name: str, value: Any) -> float:
+    """A number as a float; raise where it is none or NaN."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    if math.isnan(number):
+        raise ValueError(f"{op}: {name} must not be NaN")
+    return float(number)
 
 
 def check_count(op: str, name: str, value: Any, least: int = 1) -> int:
@@ -129,10 +132,10 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     return flag
 
 
-def check_integers(op: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless x holds integers, which bool is not."""
+def check_integers(op: str, name: str, x: Tensor, when: str = "") -> None:
+    """Raise TypeError unless x holds integers, which bool is not; ``when`` says where it must."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be integers{when}, got {x.dtype}")
 
 
 def check_no_nan(op: str, name: str, x: Tensor) -> None:
@@ -143,3 +146,31 @@ def check_no_nan(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name} must not be NaN, got {int(nan.sum())} NaN, the first at index "
             f"{int(nan.reshape(-1).nonzero()[0])}"
         )
+
+
+def check_int(op: str, name: str, value: Any) -> int:
+    """An int of either sign, NumPy's included; raise unless it is one."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{op}: {name} must be an int, got {number!r}")
+    return number
+
+
+def check_real(op: str, name: str, value: Any) -> float:
+    """A number as a float; raise unless it is one, NumPy's included."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    return float(number)
+
+
+def check_class_ids(op: str, labels: Any, n: int) -> Tensor:
+    """Labels of n samples as int64; raise unless they are class ids, or -1 for OOD."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
+    check_integers(op, "labels", labels)
+    if labels.shape != (n,):
+        raise ValueError(f"{op}: labels must be ({n},), got {tuple(labels.shape)}")
+    if n and (low := int(labels.min())) < -1:
+        raise ValueError(f"{op}: labels must be class ids or -1 for OOD, got {low}")
+    return labels.long()

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodkernels.detectors import AbsentClass, OODDetector
-from oodkernels.detectors.base import Batch
-from oodkernels.detectors.model import Model
+from oodkernels.detectors import AbsentClass, Batch, Model, OODDetector
 from oodkernels.evaluation.methods import (
     OTHER,
     OWN,
@@ -32,8 +30,7 @@ from oodkernels.metrics.ood import CONVENTIONS
 from oodkernels.ops import mos_log_others
 
 if TYPE_CHECKING:
-    from oodkernels.metrics.calibration import CalibrationError
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics.streaming import CalibrationError, OODMetrics
 
 __all__ = ["evaluate"]
 
@@ -178,7 +175,7 @@ class _Tally:
             self.kept.setdefault(score, {}).setdefault(name, []).append(values)
             return
         if score not in self.metrics:
-            from oodkernels.metrics.streaming.ood import OODMetrics
+            from oodkernels.metrics.streaming import OODMetrics
 
             self.metrics[score] = OODMetrics(memory=self.memory, sets=len(self.ood_sets))
         if name == ID:
@@ -216,9 +213,10 @@ class _Tally:
             confidence, answer = found.prob, self.groups.to_class(found.label)
             classes = self.groups.num_classes
         else:
-            flat = batch.logit_scores(columns=-1 if self.absent else None)
+            absent = -1 if self.absent and batch.absent is None else batch.absent
+            flat = batch.logit_scores(absent=absent)
             confidence, answer = flat.msp, flat.label
-            classes = batch.logits.shape[1] - self.absent
+            classes = batch.logits.shape[1] - (absent is not None)
         wrong = (labels < 0) | (labels >= classes)
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
@@ -230,7 +228,7 @@ class _Tally:
         self.right += int(correct.sum())
         self.labelled += len(labels)
         if self.calibration is None:
-            from oodkernels.metrics.calibration import CalibrationError
+            from oodkernels.metrics.streaming import CalibrationError
 
             self.calibration = CalibrationError()
         self.calibration.update(confidence.cpu().clamp(max=1), correct.cpu())
@@ -248,7 +246,7 @@ class _Tally:
             methods.append(MethodResult(model, score, accuracy, inside, arrays, convention))
         reliability = {}
         if self.calibration is not None:
-            reliability[model] = self.calibration._totals("evaluate")
+            reliability[model] = self.calibration.calibration_bins()
         return Evaluation(methods, self._grouped(model), reliability)
 
     def _grouped(self, model: str) -> list[GroupOthers]:
