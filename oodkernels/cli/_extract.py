@@ -90,6 +90,22 @@ def extract(
             help="One samples.safetensors, or a .npy for each of logits, features and labels.",
         ),
     ] = Format.safetensors,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="Names of the model's classes in their order, to which those of the folders are "
+            "matched: a text file with one a line, or the folder that the model was trained on. By "
+            "default those in the weights of `oodk train`, or ImageNet's for a model of timm.",
+        ),
+    ] = None,
+    allow_shell: Annotated[
+        bool,
+        typer.Option(
+            "--allow-shell",
+            help="Let shards be more than files: commands (`pipe:`) and addresses.",
+        ),
+    ] = False,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images sent through the model at once.")
     ] = 64,
@@ -118,15 +134,21 @@ def extract(
     """
     import torch
 
-    from oodkernels.data.extract import (
-        Plan,
+    from oodkernels._files import file_digest
+    from oodkernels.data import (
+        ExtractionPlan,
+        ImageFiles,
         Shards,
         ToTensor,
         extract_images,
         is_extracted,
         load_model,
+        model_classes,
         open_images,
+        open_samples,
+        read_class_names,
     )
+    from oodkernels.nn import read_weights
 
     if dtype is DType.bfloat16 and file_format is Format.npy:
         raise typer.BadParameter(".npy has no bfloat16", param_hint="'--dtype'")
@@ -134,16 +156,24 @@ def extract(
     network, transform = load_model(model, weights)
     if size is not None or transform is None:
         transform = ToTensor(size or 224)
-    images = open_images(data, transform, root)
+    images = open_images(data, transform, root, shell=allow_shell)
+    names = model_classes(network, weights) if classes is None else read_class_names(classes)
+    own = images.class_names or ()
+    if names is not None and isinstance(images, ImageFiles) and not set(names).isdisjoint(own):
+        images = images.matched(names, data)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = Plan(
+    meaning = None if weights is None else read_weights(weights)
+    plan = ExtractionPlan(
         model=model,
-        weights=None if weights is None else str(weights.resolve()),
+        weights=None if weights is None else f"{weights.resolve()} {file_digest(weights)}",
         layer=layer,
         data=f"{data} {images.digest()}",
         transform=repr(transform) if isinstance(transform, ToTensor) else "of the model",
         dtype=dtype.value,
+        model_classes=names,
+        absent=None if meaning is None else meaning.absent,
+        groups=None if meaning is None or meaning.groups is None else meaning.groups.to_json(),
     )
     if not is_extracted(out, plan, file_format.value):
         write_config(ctx, out)
@@ -162,5 +192,7 @@ def extract(
             device=device,
             on_batch=lambda done: shown.update(task, completed=done),
         )
+    if (why := open_samples(out).without_accuracy) is not None:
+        typer.echo(f"no accuracy later on: {why} (--classes says which they are)", err=True)
     for path in paths:
         typer.echo(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from oodkernels._checks import accumulate_type, check_class_ids, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, as_batch, present
+from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, present
 from oodkernels.detectors.gradients import check_step, input_step
 from oodkernels.detectors.model import Model, positions_mean, run, to_model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -279,27 +279,25 @@ class Mahalanobis(OODDetector):
         if not self.layers:
             return present(batch.features)
         axis = self._axis(batch, name)
-        return positions_mean(where, f"layer {name!r}", batch.layers[name], axis)
+        features = positions_mean(where, f"layer {name!r}", batch.layers[name], axis)
+        statistics = self.statistics.get(name)
+        if statistics and statistics.width not in (0, features.shape[1]):
+            raise ValueError(
+                f"{where}: features[{name!r}] must have width {statistics.width}, got "
+                f"{features.shape[1]}"
+            )
+        return features
 
     def _names(self) -> tuple[str, ...]:
         return tuple(self.layers) or ("features",)
 
     def _check(self, where: str, batch: Batch) -> None:
         super()._check(where, batch)
-        if self.eps and self.model is None and not where.endswith("fit"):
-            raise ValueError(f"{where}: eps > 0 needs a model: Mahalanobis(..., model=model)")
         for name in self.layers:
-            statistics, layer = self.statistics.get(name), batch.layers.get(name)
-            if layer is None:
-                continue
-            if layer.dim() < 2:
+            layer = batch.layers.get(name)
+            if layer is not None and layer.dim() < 2:
                 raise ValueError(
                     f"{where}: features[{name!r}] must be (N, d, ...), got {tuple(layer.shape)}"
-                )
-            if statistics and statistics.width not in (0, layer.shape[1]):
-                raise ValueError(
-                    f"{where}: features[{name!r}] must have width {statistics.width}, got "
-                    f"{layer.shape[1]}"
                 )
 
     def _score(self, batch: Batch) -> Tensor:
@@ -317,6 +315,10 @@ class Mahalanobis(OODDetector):
         return batch.once(self, lambda: self._compute(batch))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.eps and self.model is None:
+            raise ValueError(
+                "Mahalanobis.score: eps > 0 needs a model: Mahalanobis(..., model=model)"
+            )
         scores = []
         for name in self._names():
             own = self._stepped(name, present(batch.x)) if self.eps else batch
@@ -390,9 +392,14 @@ class Mahalanobis(OODDetector):
             self.statistics[name] = ClassStatistics(self.classes)
             parts = {part: tensors[f"{name}.{part}"] for part in _STATE}
             self.statistics[name].load_state_dict(parts)
-            self._whiten("load", name, float(parts["shrinkage"]))
+            amount = parts["shrinkage"]
+            if amount.shape != () or not amount.is_floating_point() or not 0 <= amount <= 1:
+                raise ValueError(f"{name}.shrinkage must be a number in [0, 1]")
+            self._whiten("load", name, float(amount))
         self._set_shape()
         self.weights = tensors.get("weights")
+        if self.weights is not None:
+            check_kept("weights", self.weights)
         if self.weights is not None and self.weights.shape != (len(names) + 1,):
             raise ValueError(
                 f"weights must have shape ({len(names) + 1},), got {tuple(self.weights.shape)}"

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from oodkernels.data.samples import ROLES, Samples
+from oodkernels.data import ROLES, Samples
 from oodkernels.detectors import DETECTORS, Batch, Model, OODDetector, run, score_batch
 from oodkernels.groups import Groups
 
