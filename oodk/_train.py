@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodkernels.cli._common import (
+from oodk._common import (
     ConfigOption,
     GroupsOption,
     JsonOption,

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from oodkernels._progress import progress
-from oodkernels.cli._common import (
+from oodk._common import (
     ConfigOption,
     GroupsOption,
     JsonOption,
@@ -25,7 +25,6 @@ from oodkernels.cli._common import (
     require_writable_file,
     write_config,
 )
-from oodkernels.cli._tables import results_table
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from oodkernels._progress import progress
-from oodkernels.cli._common import (
+from oodk._command import step
+from oodk._common import (
     ConfigOption,
     QuietOption,
     require_writable,
     write_config,
 )
+from oodk._output import print_path
 
 
 class Format(str, Enum):
@@ -118,6 +119,7 @@ def extract(
     """
     import torch
 
+    from oodkernels._progress import progress
     from oodkernels.data.extract import (
         Plan,
         Shards,
@@ -131,10 +133,12 @@ def extract(
     if dtype is DType.bfloat16 and file_format is Format.npy:
         raise typer.BadParameter(".npy has no bfloat16", param_hint="'--dtype'")
     require_writable(out)
-    network, transform = load_model(model, weights)
+    with step("making", model):
+        network, transform = load_model(model, weights)
     if size is not None or transform is None:
         transform = ToTensor(size or 224)
-    images = open_images(data, transform, root)
+    with step("reading", data):
+        images = open_images(data, transform, root)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = Plan(
@@ -148,7 +152,7 @@ def extract(
     if not is_extracted(out, plan, file_format.value):
         write_config(ctx, out)
     total = None if isinstance(images, Shards) else len(images)
-    with progress(not quiet) as shown:
+    with step("extracting from", data), progress(not quiet) as shown:
         task = shown.add_task("extract", total=total)
         paths = extract_images(
             network,
@@ -163,4 +167,4 @@ def extract(
             on_batch=lambda done: shown.update(task, completed=done),
         )
     for path in paths:
-        typer.echo(path)
+        print_path(path)
