@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oodkernels._extension import build_info
 from oodkernels._version import __version__
-from oodkernels.cluster import KMeans, kmeans
+from oodkernels.cluster import kmeans
 from oodkernels.detectors import (
     DETECTORS,
     OODDetector,
@@ -63,6 +63,7 @@ from oodkernels.training import (
 )
 
 if TYPE_CHECKING:
+    from oodkernels.cluster import KMeans
     from oodkernels.data import open_samples
     from oodkernels.evaluation import Evaluation, evaluate
     from oodkernels.metrics import Threshold
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
 _LATER = {
     "CalibrationError": "metrics.calibration",
     "Evaluation": "evaluation",
+    "KMeans": "cluster",
     "MisclassificationMetrics": "metrics.misclassification",
     "OODMetrics": "metrics.streaming",
     "Threshold": "metrics",

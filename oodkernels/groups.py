@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import operator
 import os
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oodkernels._checks import check_integer
 from oodkernels._files import read_json, write_text
 from oodkernels._wordnet import WORDNET_GROUPS, super_classes
+from oodkernels.cluster import kmeans
 
 Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -318,10 +319,10 @@ class Groups:
             ValueError: an argument is out of its range.
         """
         where = "Groups.random"
-        num_classes = _int(f"{where}: num_classes", num_classes, 1)
-        k = _int(f"{where}: k", k, 1, num_classes)
+        num_classes = _in_range(where, "num_classes", num_classes, 1)
+        k = _in_range(where, "k", k, 1, num_classes)
         # NumPy keeps the raw stream of a bit generator fixed, but not Generator.permutation.
-        draws = np.random.PCG64(_int(f"{where}: seed", seed, 0)).random_raw(num_classes)
+        draws = np.random.PCG64(_in_range(where, "seed", seed, 0)).random_raw(num_classes)
         group = np.empty(num_classes, np.int64)
         group[np.argsort(draws, kind="stable")] = np.arange(num_classes) % k
         return cls(group)
@@ -347,19 +348,17 @@ class Groups:
         x = np.asarray(class_means, np.float64)
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"{where}: class_means must have shape (C, d), got {x.shape}")
-        k = _int(f"{where}: k", k, 1, len(x))
-        seed = _int(f"{where}: seed", seed, 0)
+        k = _in_range(where, "k", k, 1, len(x))
+        seed = _in_range(where, "seed", seed, 0)
         infinite = np.flatnonzero(~np.isfinite(x).all(1))
         if infinite.size:
             raise ValueError(
                 f"{where}: class_means must be finite, got {infinite.size} classes that are "
                 f"not, the first of them {infinite[0]}"
             )
-        from oodkernels.cluster import KMeans  # whose ops import this module
-
-        fitted = KMeans(k, n_init=10, random_state=seed).fit(x)
-        group = fitted.labels_
-        distance = np.linalg.norm(x - fitted.cluster_centers_[group], axis=1)
+        fitted = kmeans(torch.from_numpy(x), k, n_init=10, seed=seed)
+        group = fitted.labels.numpy()
+        distance = np.linalg.norm(x - fitted.centroids.numpy()[group], axis=1)
         sizes = np.bincount(group, minlength=k)
         for empty in np.flatnonzero(sizes == 0):
             farthest = np.where(sizes[group] > 1, distance, -1).argmax()
@@ -711,14 +710,11 @@ def _check(expectation: str, array: NDArray[np.int64], fine: NDArray[np.bool_]) 
         raise ValueError(f"{expectation}, got {array[wrong[0]]} at index {wrong[0]}")
 
 
-def _int(what: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} must be an int, got {value!r}") from None
+def _in_range(where: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    value = check_integer(where, name, value)
     if value < low or (high is not None and value > high):
         allowed = f">= {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{what} must be {allowed}, got {value}")
+        raise ValueError(f"{where}: {name} must be {allowed}, got {value}")
     return value
 
 

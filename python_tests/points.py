@@ -50,4 +50,5 @@ def distributed_problems() -> list[tuple[Tensor, int, dict[str, object]]]:
         (few, 8, {}),
         (lumps, 5, {}),
         (torch.randn(66000, 3, generator=torch.Generator().manual_seed(0)), 4, {"max_iter": 5}),
+        (features(900, 24, 9, 0.3, seed=1) + 1e4, 9, {}),
     ]

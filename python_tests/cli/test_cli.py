@@ -128,8 +128,10 @@ def test_interrupt_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("missing", "command"), [("typer", "--version"), ("skimage", "demo")])
-def test_missing_extra_is_named_in_one_line(missing: str, command: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"), [("typer", "--version", "cli"), ("skimage", "demo", "demo")]
+)
+def test_missing_extra_is_named_in_one_line(missing: str, command: str, extra: str) -> None:
     found = python(
         "-c",
         f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['oodk', {command!r}]\n"
@@ -138,7 +140,7 @@ def test_missing_extra_is_named_in_one_line(missing: str, command: str) -> None:
     assert found.returncode == 1
     assert found.stderr == (
         f"oodk: {missing} is not installed; to get all that oodk needs: "
-        'pip install "oodkernels[demo]"\n'
+        f'pip install "oodkernels[{extra}]"\n'
     )
 
 
