@@ -3,108 +3,38 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import Enum
+import io
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from oodkernels._progress import progress
+from oodk._command import one_of, step
 from oodk._common import (
     ConfigOption,
-    GroupsOption,
     JsonOption,
     QuietOption,
     pairs,
-    print_json,
-    read_groups,
     require_writable,
     require_writable_file,
     write_config,
 )
+from oodk._inputs import DATA, Inputs, watching, with_inputs
+from oodk._output import print_json, print_path, print_results
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from oodkernels import Groups
-    from oodkernels.data.samples import Samples
-    from oodkernels.detectors import OODDetector
     from oodkernels.evaluation import Sweep
-    from oodkernels.nn.heads import Head
-
-DATA = "`.npy`, `.npz`, `.pt`, `.safetensors`, `.csv` or `.parquet`, or a folder of `oodk extract`"
+    from oodkernels.metrics.threshold import ThresholdSource
 
 
-class Kind(str, Enum):
-    """What an array can be."""
-
-    logits = "logits"
-    features = "features"
-    scores = "scores"
-
-
-class Convention(str, Enum):
-    """Of the metrics."""
-
-    default = "default"
-    mos = "mos"
-    oe = "oe"
-    dos = "dos"
-    openood = "openood"
-    pytorch_ood = "pytorch-ood"
-
-
-DetectorsOption: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--detector",
-        "-d",
-        help="Name of a detector, or a file of one that was saved; give it again for more. By "
-        "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
-        "there are groups. All of them: `oodk info --detectors`.",
-    ),
-]
-KindOption: TypeAlias = Annotated[
-    Kind | None,
-    typer.Option(
-        help="What a file with one array without a telling name holds. By default two dimensions "
-        "are logits, with --head features, and one is scores.",
-    ),
-]
-ColumnOption: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="ROLE=NAME",
-        help="Array or column that holds the logits, features, scores or labels, where it is "
-        "called otherwise: --column scores=energy.",
-    ),
-]
-HeadOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        help="Head that `oodk train` made, for files with features.",
-    ),
-]
-TrainOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True,
-        help="Training features or logits with labels, for detectors that are fitted (knn, "
-        "mahalanobis).",
-    ),
-]
-
-
+@with_inputs
 def evaluate(
     ctx: typer.Context,
     id_data: Annotated[
-        Path,
-        typer.Option("--id", exists=True, help=f"In-distribution (ID) test samples: {DATA}."),
+        str, typer.Option("--id", help=f"In-distribution (ID) test samples: {DATA}.")
     ],
     ood: Annotated[
         list[str],
@@ -114,8 +44,7 @@ def evaluate(
             "sets.",
         ),
     ],
-    detector: DetectorsOption = None,
-    groups: GroupsOption = None,
+    inputs: Inputs,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -124,10 +53,6 @@ def evaluate(
             "are in a file of their own.",
         ),
     ] = None,
-    train: TrainOption = None,
-    head: HeadOption = None,
-    kind: KindOption = None,
-    column: ColumnOption = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -137,9 +62,19 @@ def evaluate(
         ),
     ] = None,
     convention: Annotated[
-        Convention, typer.Option(help="Whose FPR95 and AUPR: code bases differ.")
-    ] = Convention.default,
-    name: Annotated[str, typer.Option(help="Of the model, in the table.")] = "model",
+        str,
+        typer.Option(
+            parser=one_of("conventions"),
+            metavar="NAME",
+            help="Whose FPR95 and AUPR, as code bases differ: {conventions}.",
+        ),
+    ] = "default",
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the model, in the table; by default that of --model or --head, or model."
+        ),
+    ] = None,
     sweep: Annotated[
         Path | None,
         typer.Option(
@@ -160,11 +95,11 @@ def evaluate(
     quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Compare detectors on logits, features or scores, and write the table and a report.
+    """Compare detectors on logits, features, scores or images, and write the table and a report.
 
-    Every file is read once, a chunk at a time, whatever its size. FPR95 is the share of OOD samples
-    still kept when 95 % of ID samples are; AUPR-in and AUPR-out are average precisions. Scores are
-    higher = more ID.
+    Every file is read once, a chunk at a time, whatever its size; with several heads once for each.
+    FPR95 is the share of OOD samples still kept when 95 % of ID samples are; AUPR-in and AUPR-out
+    are average precisions. Scores are higher = more ID.
 
     **Examples**
 
@@ -172,9 +107,15 @@ def evaluate(
 
         oodk eval --id val.npy --labels y.npy --ood svhn=svhn.npy --ood textures.npy --out run
 
-    A MOS head, with scores of a flat one for comparison in another run:
+    A MOS head and a flat one on the same features:
 
-        oodk eval --id val.safetensors --ood inat=inat.safetensors --groups groups.json
+        oodk eval --head runs/mos/head.safetensors --head flat=runs/flat/head.safetensors \\
+            --id runs/val --ood inat=runs/inat
+
+    Detectors that need the inputs, on images; settings of a detector:
+
+        oodk eval --model mypackage:make --weights model.pt -d odin -d knn:k=10 \\
+            --train images/train --id images/val --ood images/inat
 
     Scores, such as those of `oodk score`; all columns of the tables, or one:
 
@@ -186,69 +127,78 @@ def evaluate(
 
         oodk eval --config run/config.toml --convention openood
     """
+    from oodkernels._files import write_text
+    from oodkernels.evaluation import combine
     from oodkernels.evaluation import evaluate as run
 
     sets = pairs("--ood", ood, stem=True)
     if out is not None:
         require_writable(out)
-    common = _Common(detector, groups, train, head, kind, column)
-    inside = common.open(id_data, labels)
-    outside = {key: common.open(_existing("--ood", path)) for key, path in sets.items()}
+    if name is not None and len(inputs.models) > 1:
+        raise typer.BadParameter("is for one; name heads by --head NAME=PATH", param_hint="'--name'")
+    inside = inputs.open("--id", id_data, labels)
+    outside = {key: inputs.open("--ood", path) for key, path in sets.items()}
     curve = None if sweep is None else _read_sweep(sweep)
-    detectors = common.detectors(inside)
-    with _watching(quiet, {"ID": inside, **outside}) as on_batch:
-        found = run(
-            common.head,
-            inside,
-            outside,
-            detectors,
-            groups=common.groups,
-            model_name=name,
-            memory=memory,
-            convention=convention.value,
-            on_batch=on_batch,
-        )
-    if curve is not None:
-        from dataclasses import replace
-
-        found = replace(found, sweep=curve)
-    paths = [] if out is None else [*found.save(out), write_config(ctx, out)]
+    parts = []
+    for label, model in inputs.models.items():
+        detectors = inputs.detectors(inside, model)
+        with watching(quiet, {"ID": inside, **outside}) as on_batch, step("evaluating", label):
+            parts.append(
+                run(
+                    model,
+                    inside,
+                    outside,
+                    detectors,
+                    groups=inputs.groups_of(model),
+                    model_name=name or label,
+                    memory=memory,
+                    convention=convention,
+                    on_batch=on_batch,
+                )
+            )
+    found = replace(combine(*parts), sweep=curve)
+    paths: list[Path] = []
+    if out is not None:
+        with step("writing to", out):
+            paths = [*found.save(out, report=False), write_config(ctx, out)]
     if as_json:
         print_json(found.as_dict())
-        return
-    console = Console()
-    console.print(results_table(found.rows))
-    if not quiet:
+    else:
+        print_results(found.rows)
         uncertain = found.uncertainty
         bounds = f" Certain to {100 * uncertain:.1e} points." if uncertain else ""
-        console.print(f"In per cent, the best in bold; FPR95: lower is better.{bounds}")
+        if not quiet:
+            typer.echo(f"In per cent, the best in bold; FPR95: lower is better.{bounds}")
+        for note in found.notes:
+            typer.echo(note, err=quiet)
+    if out is not None:
+        with step("drawing the report", out):
+            write_text(out / "report.html", found.to_html())
+        paths.append(out / "report.html")
+    if not quiet and not as_json:
         for path in paths:
-            typer.echo(path, err=True)
+            print_path(path, err=True)
 
 
+@with_inputs
 def score(
-    data: Annotated[Path, typer.Option("--data", exists=True, help=f"Samples: {DATA}.")],
-    detector: DetectorsOption = None,
-    groups: GroupsOption = None,
-    train: TrainOption = None,
-    head: HeadOption = None,
-    kind: KindOption = None,
-    column: ColumnOption = None,
+    data: Annotated[str, typer.Option("--data", help=f"Samples: {DATA}.")],
+    inputs: Inputs,
     threshold: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             dir_okay=False,
             help="File of `oodk threshold`: then a column is_ood is added, 1 = OOD. For one "
-            "detector.",
+            "detector, the one it was made for.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="File for the scores: .csv, .npz, .npy (one detector), .pt, .safetensors or "
-            ".parquet. By default CSV on standard output.",
+            help="File for the scores, one of {formats}; .npy is for one detector. By default CSV "
+            "on standard output.",
         ),
     ] = None,
     quiet: QuietOption = False,
@@ -261,49 +211,53 @@ def score(
         oodk score --data new.npy --detector energy --out scores.csv
 
         oodk score --data new.npy -d energy --threshold threshold.json
+
+        oodk score --model mypackage:make --weights model.pt -d odin --data images/new
     """
     import torch
 
     from oodkernels import Threshold
     from oodkernels.data import FORMATS, save_arrays
+    from oodkernels.data.formats.csv import text_cell
 
     if out is not None and out.suffix not in FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(FORMATS)}", param_hint="'--out'")
     require_writable_file(out)
-    limit = None if threshold is None else Threshold.load(threshold)
-    common = _Common(detector, groups, train, head, kind, column)
-    samples = common.open(data)
-    scores = _scores(common, samples, quiet)
+    limit = None
+    if threshold is not None:
+        with step("reading", threshold):
+            limit = Threshold.load(threshold)
+    scores, sources = _scores(inputs, "--data", data, quiet)
     if limit is not None:
         if len(scores) != 1:
             raise ValueError(f"a threshold is for one detector, got {', '.join(scores)}")
-        scores["is_ood"] = limit.predict(next(iter(scores.values()))).to(torch.uint8)
+        ((name, values),) = scores.items()
+        with step("comparing with", threshold):
+            limit.check_source(sources[name], "oodk score")
+        scores["is_ood"] = limit.predict(values).to(torch.uint8)
     if out is not None:
-        save_arrays(out, scores)
-        typer.echo(out)
+        with step("writing", out):
+            save_arrays(out, scores)
+        print_path(out)
         return
-    typer.echo(",".join(scores))
-    for row in zip(*(values.tolist() for values in scores.values()), strict=True):
-        typer.echo(",".join(map(str, row)))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(map(text_cell, scores))
+    writer.writerows(zip(*(values.tolist() for values in scores.values()), strict=True))
+    typer.echo(buffer.getvalue(), nl=False)
 
 
+@with_inputs
 def threshold(
-    id_data: Annotated[
-        Path, typer.Option("--id", exists=True, help=f"ID samples, not trained on: {DATA}.")
-    ],
+    id_data: Annotated[str, typer.Option("--id", help=f"ID samples, not trained on: {DATA}.")],
+    inputs: Inputs,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="JSON file for the threshold.")
     ] = None,
-    detector: DetectorsOption = None,
     tpr: Annotated[float, typer.Option(help="Share of ID samples to keep, in (0, 1].")] = 0.95,
     confidence: Annotated[
         float, typer.Option(help="Of the interval for the share kept of new ID samples, in (0, 1).")
     ] = 0.95,
-    groups: GroupsOption = None,
-    train: TrainOption = None,
-    head: HeadOption = None,
-    kind: KindOption = None,
-    column: ColumnOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     config: ConfigOption = None,
@@ -311,12 +265,15 @@ def threshold(
     """Find the score below which a sample is called out-of-distribution.
 
     It keeps a share `--tpr` of the ID samples given. The interval says what share of new ones it
-    keeps, whatever their distribution.
+    keeps, whatever their distribution. The file says of which detector, with which settings, groups
+    and model, it is; `oodk score` refuses it for another.
 
     **Example**
 
         oodk threshold --id val.npy --detector energy --tpr 0.95 --out threshold.json
     """
+    import json
+
     from oodkernels import Threshold
 
     for option, value in (("--tpr", tpr), ("--confidence", confidence)):
@@ -325,20 +282,18 @@ def threshold(
                 f"must be between 0 and 1, got {value}", param_hint=f"'{option}'"
             )
     require_writable_file(out)
-    common = _Common(detector, groups, train, head, kind, column)
-    samples = common.open(id_data)
-    scores = _scores(common, samples, quiet)
+    scores, sources = _scores(inputs, "--id", id_data, quiet)
     if len(scores) != 1:
         raise typer.BadParameter(
             f"one is needed, got {', '.join(scores)}", param_hint="'--detector'"
         )
     ((name, values),) = scores.items()
-    found = Threshold.calibrate(values, tpr, confidence)
+    with step("calibrating on", id_data):
+        found = Threshold.calibrate(values, tpr, confidence, source=sources[name])
     if out is not None:
-        found.save(out)
+        with step("writing", out):
+            found.save(out)
     if as_json:
-        import json
-
         print_json({"detector": name, **json.loads(found.to_json())})
         return
     low, high = found.interval
@@ -349,110 +304,29 @@ def threshold(
     )
 
 
-# --- shared -----------------------------------------------------------------------------------
-
-
-class _Common:
-    """What the commands read beside the samples."""
-
-    def __init__(
-        self,
-        detector: Sequence[str] | None,
-        groups: Path | None,
-        train: Path | None,
-        head: Path | None,
-        kind: Kind | None,
-        column: Sequence[str] | None,
-    ) -> None:
-        self.names = list(detector or ())
-        self.columns = pairs("--column", column or ())
-        self.train = train
-        self.head = None if head is None else _load_head(head)
-        self.kind = kind.value if kind is not None else None if head is None else "features"
-        self.groups: Groups | None = None if groups is None else read_groups(groups)
-        if self.groups is None and self.head is not None:
-            self.groups = self.head.groups
-
-    def open(self, path: Path, labels: Path | None = None) -> Samples:
-        """The samples in a file or folder."""
-        from oodkernels.data.samples import open_samples
-
-        return open_samples(path, kind=self.kind, columns=self.columns, labels=labels)
-
-    def detectors(self, samples: Samples) -> dict[str, OODDetector]:
-        """Those asked for, fitted where they have to be."""
-        from oodkernels.detectors import OODDetector
-        from oodkernels.evaluation import DEFAULT_DETECTORS, as_detectors
-
-        names = self.names
-        if not names and (self.head is not None or "logits" in samples.arrays):
-            names = [*DEFAULT_DETECTORS] if self.groups is None else ["mos", "mos-log-odds"]
-        elif not names and not samples.arrays.keys() - {"features", "labels"}:
-            raise typer.BadParameter("is needed for features", param_hint="'--detector'")
-        chosen: dict[str, OODDetector | str] = {}
-        for name in names:
-            path = Path(name)
-            is_file = path.suffix == ".safetensors"
-            chosen[path.stem if is_file else name] = OODDetector.load(path) if is_file else name
-        found = as_detectors(chosen, self.groups, self.head)
-        unfitted = {n: d for n, d in found.items() if isinstance(chosen[n], str) and d.trained_on}
-        if unfitted:
-            self._fit(unfitted)
-        return found
-
-    def _fit(self, detectors: dict[str, OODDetector]) -> None:
-        if self.train is None:
-            raise typer.BadParameter(
-                f"is needed for {', '.join(detectors)}", param_hint="'--train'"
-            )
-        from oodkernels.evaluation import fit_detectors
-
-        fit_detectors("--train", detectors.values(), self.open(self.train), self.head)
-
-
-def _scores(common: _Common, samples: Samples, quiet: bool) -> dict[str, Tensor]:
-    """All scores of all samples."""
+def _scores(
+    inputs: Inputs, option: str, path: str, quiet: bool
+) -> tuple[dict[str, Tensor], dict[str, ThresholdSource]]:
+    """All scores of all samples, and where each comes from."""
     import torch
 
-    from oodkernels.evaluation import score_sets
+    from oodkernels.evaluation import score_sets, source_of
 
-    sets = {samples.name: samples}
-    detectors = common.detectors(samples)
+    model = inputs.one_model
+    samples = inputs.open(option, path)
+    detectors = inputs.detectors(samples, model)
+    groups = inputs.groups_of(model)
     kept: dict[str, list[Tensor]] = {}
-    with _watching(quiet, sets) as on_batch:
-        for found in score_sets("score", sets, detectors, model=common.head):
+    sources: dict[str, ThresholdSource] = {}
+    sets: dict[str, Any] = {samples.name: samples}
+    with watching(quiet, sets) as on_batch, step("scoring", path):
+        for found in score_sets(option, sets, detectors, model=model, groups=groups):
             for name, values in found.scores.items():
                 kept.setdefault(name, []).append(values)
+                if name not in sources:
+                    sources[name] = source_of(name, found.detectors.get(name), model)
             on_batch(found.name, found.done)
-    return {name: torch.cat(parts) for name, parts in kept.items()}
-
-
-def _load_head(path: Path) -> Head:
-    from oodkernels.nn.heads import Head
-
-    return Head.load(path)
-
-
-def _existing(option: str, path: str) -> Path:
-    if not Path(path).exists():
-        raise typer.BadParameter(f"there is no {path!r}", param_hint=f"'{option}'")
-    return Path(path)
-
-
-@contextmanager
-def _watching(quiet: bool, sets: dict[str, Samples]) -> Iterator[Callable[[str, int], None]]:
-    """A bar for each data set."""
-    with progress(not quiet) as shown:
-        tasks = {
-            name: shown.add_task(name, total=samples.num_samples, start=False)
-            for name, samples in sets.items()
-        }
-
-        def on_batch(name: str, done: int) -> None:
-            shown.start_task(tasks[name])
-            shown.update(tasks[name], completed=done)
-
-        yield on_batch
+    return {name: torch.cat(parts) for name, parts in kept.items()}, sources
 
 
 def _read_sweep(path: Path) -> Sweep:
