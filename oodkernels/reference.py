@@ -32,7 +32,7 @@ def mos_score(logits: Tensor, groups: Tensor) -> Tensor:
 
 def mos_predict(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Score, log-odds, class, group and probability of the class."""
-    log_odds, prob, label = [], [], []
+    log_odds, prob, label, rest = [], [], [], []
     first_class = 0
     for z in _split(logits, groups):
         p = z.softmax(-1)
@@ -43,9 +43,12 @@ def mos_predict(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor,
         index = best[..., 1:].argmax(-1)
         prob.append(p[..., 1:].gather(-1, index.unsqueeze(-1)).squeeze(-1))
         label.append(index + first_class)
+        # (1 - p) / p in logs, which tells probabilities apart that round to 1.
+        others = z.scatter(-1, index.unsqueeze(-1) + 1, -math.inf).logsumexp(-1)
+        odds = others - z[..., 1:].gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        rest.append(torch.where(p.isnan().any(-1), math.nan, odds))
         first_class += z.shape[-1] - 1
-    probs = torch.stack(prob, -1)
-    group = probs.argmax(-1)
+    group = torch.stack(rest, -1).argmin(-1)
 
     def pick(per_group: list[Tensor]) -> Tensor:
         return torch.stack(per_group, -1).gather(-1, group.unsqueeze(-1)).squeeze(-1)

@@ -256,6 +256,34 @@ def outlier_refused(device: str) -> Iterator[Refused]:
         yield Refused((z, t.cpu()), ValueError, "target must be on the device of logits")
 
 
+CONFIDENT = [  # groups, classes of each, standard deviation of the logits, offset
+    (500, 2, 4.0, 0.0),
+    (100, 3, 12.0, 0.0),
+    (40, 30, 9.0, 0.0),
+    (6, 180, 40.0, 0.0),
+    (30, 7, 60.0, 0.0),  # e^x underflows
+    (12, 5, 4.0, -400.0),  # the others columns alone are left
+    (1, 4, 50.0, 0.0),
+]
+
+
+def confident_rows(groups: int, classes: int, spread: float, offset: float) -> tuple[Tensor, ...]:
+    """Logits (600, C + K), offsets, the group whose class has the best odds, and where that is so.
+
+    It is so where float32 tells a row's two best groups apart.
+    """
+    generator = torch.Generator().manual_seed(groups)
+    z = torch.randn(600, groups, classes + 1, generator=generator) * spread
+    z[..., 1:] += offset
+    exact = z.double()
+    best = exact[..., 1:].max(-1)
+    rest = exact.scatter(-1, best.indices[..., None] + 1, -torch.inf).logsumexp(-1) - best.values
+    least = rest.topk(min(2, groups), largest=False).values
+    clear = (least[:, -1] - least[:, 0] > 1e-5 * (1 + least[:, 0].abs())) | (groups == 1)
+    assert clear.float().mean() > 0.99
+    return z.flatten(1), torch.arange(groups + 1) * (classes + 1), rest.argmin(-1), clear
+
+
 def points_of(*shape: int, k: int = 5, device: str, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Clusters far apart, of points in directions far apart."""
     generator = torch.Generator().manual_seed(seed + sum(shape))

@@ -493,10 +493,9 @@ void seed_clusters(
   const int64_t n = x.size(), k = work.k;
   if (n > kSeedingLimit) {
     std::vector<int32_t> sample(std::max(kSeedingSample, std::min(n, 2 * k)));
-    const double stratum = double(n) / double(sample.size());
     for (size_t j = 0; j < sample.size(); ++j)
-      sample[j] = int32_t(stratum *
-          (double(j) + uniform(random_bits(uint64_t(seed), Stream::sample, 0, 0, uint32_t(j)))));
+      sample[j] = stratified(n, int64_t(sample.size()), int64_t(j),
+          random_bits(uint64_t(seed), Stream::sample, 0, 0, uint32_t(j)));
     return seed_clusters<T>(PointSet<T>(x, sample), nullptr, work, seed, rows);
   }
   std::fill_n(rows, work.restarts * k, int64_t(-1));

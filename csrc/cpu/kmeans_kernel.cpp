@@ -176,8 +176,8 @@ void assign(const T* rows, int64_t stride, int64_t tiles, int64_t d, const T* pa
     int64_t panels, int32_t* label, T* best) {
   constexpr int L = lanes<T>;
   // Of each row the best value so far, lane by lane, and the panel (doubled, plus the half) it is in.
-  Scratch<vec<T>> value(tiles * kTile);
-  Scratch<ivec<T>> where(tiles * kTile);
+  VectorBuffer<vec<T>> value(tiles * kTile);
+  VectorBuffer<ivec<T>> where(tiles * kTile);
   for (int64_t i = 0; i < tiles * kTile; ++i) {
     value[i] = splat(-std::numeric_limits<T>::infinity());
     where[i] = ivec<T>{} - 1;

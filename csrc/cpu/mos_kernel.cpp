@@ -26,7 +26,7 @@ template <typename T>
 struct Stats { // each (groups, lanes)
   explicit Stats(int64_t groups)
       : best(groups * lanes<T>), sum(groups * lanes<T>), others(groups * lanes<T>) {}
-  Scratch<T> best, sum, others;
+  VectorBuffer<T> best, sum, others;
 };
 
 // What is subtracted before e^x: the maximum, but 0 where that is -inf, lest -inf - -inf be NaN.
@@ -193,15 +193,32 @@ void score(const MosRows& in, int64_t begin, int64_t end, void* out) {
   });
 }
 
+// log((1 - p) / p) of a group's best class: the rest of the group, others included, against it. It
+// decides where p, in all its digits, is 1 or equal to another group's. z: the group's columns.
+template <typename S, typename T = acc_t<S>>
+T log_rest(const S* z, int64_t n, T best) {
+  const int64_t first = 1 + find_first(z + 1, n - 1, best);
+  T most = -std::numeric_limits<T>::infinity(), sum = 0;
+  for (int64_t i = 0; i < n; ++i)
+    most = i != first && widen(z[i]) > most ? T(widen(z[i])) : most;
+  for (int64_t i = 0; i < n; ++i)
+    sum += i != first ? std::exp(widen(z[i]) - shift(most)) : T(0);
+  return (most - best) + std::log(sum);
+}
+
 void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* log_odds,
     int64_t* label, int64_t* group, void* prob) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
     constexpr int L = lanes<T>;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    // Relative rounding error of a probability: of its sums, and of e^x as x falls.
+    const T rounding = std::numeric_limits<T>::epsilon() * T(16 + in.width / L);
     for_each_block<S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
-      const T inf = std::numeric_limits<T>::infinity();
-      vec<T> least = splat(T(1)), any_nan{}, most_odds = splat(-inf), most_prob = splat(T(-1));
+      const auto row = [&](int r) { return (const S*)in.logits + (first + r) * in.stride; };
+      vec<T> least = splat(T(1)), any_nan{}, most_odds = splat(-inf);
+      vec<T> most_prob = splat(T(-1)), second_prob = most_prob;
       ivec<T> winner{};
       for (int64_t k = 0; k < in.groups; ++k) {
         const Group<T> g(stats, k);
@@ -213,8 +230,32 @@ void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* l
         const vec<T> q = g.e_best / g.total;
         // NaN counts as the largest, as in torch.max; the first of equals stays.
         const ivec<T> better = (q > most_prob) | ((q != q) & (most_prob == most_prob));
+        second_prob = max(better ? most_prob : q, second_prob);
         most_prob = better ? q : most_prob;
         winner = better ? ivec<T>{} + int_t<T>(k) : winner;
+      }
+      // Probabilities from here on are as good as the best one, as far as they tell.
+      const vec<T> doubt = rounding - 2 * std::numeric_limits<T>::epsilon() * log(most_prob);
+      const vec<T> bound = most_prob > T(1e-30) ? most_prob - most_prob * doubt : vec<T>{};
+      const ivec<T> open = (second_prob >= bound) & (most_prob == most_prob);
+      if (any<T>(open)) {
+        vec<T> least_rest = splat(inf);
+        for (int64_t k = 0; k < in.groups; ++k) {
+          const Group<T> g(stats, k);
+          const vec<T> q = g.e_best / g.total;
+          const ivec<T> close = open & (q >= bound);
+          for (int r = 0; r < count && any<T>(close); ++r) {
+            if (!close[r])
+              continue;
+            const int64_t at = in.offsets[k];
+            const T rest = log_rest(row(r) + at, in.offsets[k + 1] - at, T(g.best[r]));
+            if (rest < least_rest[r]) {
+              least_rest[r] = rest;
+              most_prob[r] = q[r];
+              winner[r] = int_t<T>(k);
+            }
+          }
+        }
       }
       const ivec<T> nan = any_nan != any_nan;
       store_rows<T>(score, first, count, nan ? any_nan : -least);
@@ -222,10 +263,9 @@ void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* l
       store_rows<T>(prob, first, count, most_prob);
       for (int r = 0; r < count; ++r) {
         const int64_t k = winner[r];
-        const S* row = (const S*)in.logits + (first + r) * in.stride;
         const T best = most_prob[r] == most_prob[r] ? stats.best[k * L + r] : kNaN<T>;
         const int64_t column = in.offsets[k] + 1 +
-            find_first(row + in.offsets[k] + 1, in.offsets[k + 1] - in.offsets[k] - 1, best);
+            find_first(row(r) + in.offsets[k] + 1, in.offsets[k + 1] - in.offsets[k] - 1, best);
         group[first + r] = k;
         label[first + r] = column - (k + 1); // the others of groups 0..k come before it
       }

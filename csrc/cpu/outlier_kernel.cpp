@@ -133,7 +133,7 @@ void loss_and_gradient(const OutlierRows& in, int64_t begin, int64_t end,
     using T = acc_t<S>;
     constexpr int L = lanes<T>;
     const int64_t n = in.width;
-    const Scratch<T> kept(n + L);
+    const VectorBuffer<T> kept(n + L);
     for (int64_t r = begin; r < end; ++r) {
       const S* row = (const S*)in.logits + r * in.stride;
       S* to = (S*)grad_logits + r * n;

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 
 #include "stable.h"
 
@@ -11,24 +13,37 @@
 
 namespace oodk {
 
-// f(begin, end) over parts of [begin, end) of at least `grain` items, on torch's threads.
+// f(begin, end) over parts of [begin, end) of at least `grain` items, on torch's threads. What f
+// throws is thrown again, as what it is: torch would make a RuntimeError without its message of it.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::exception_ptr thrown;
+  std::atomic_flag taken;
+  const auto guarded = [&](int64_t b, int64_t e) {
+    try {
+      f(b, e);
+    } catch (...) {
+      if (!taken.test_and_set())
+        thrown = std::current_exception();
+    }
+  };
 #ifdef __SANITIZE_THREAD__
   // ThreadSanitizer does not see through libgomp: it is told that all before happens before f, and
   // f before all after. Static, lest a thread read anything before it has been told.
   static char forked, joined;
   const auto task = [&](int64_t b, int64_t e) {
     __tsan_acquire(&forked);
-    f(b, e);
+    guarded(b, e);
     __tsan_release(&joined);
   };
   __tsan_release(&forked);
   torch::stable::parallel_for(begin, end, grain, task);
   __tsan_acquire(&joined);
 #else
-  torch::stable::parallel_for(begin, end, grain, f);
+  torch::stable::parallel_for(begin, end, grain, guarded);
 #endif
+  if (thrown)
+    std::rethrow_exception(thrown);
 }
 
 // f(begin, end) over `rows` rows of `width` values on torch's threads. Each range starts at a

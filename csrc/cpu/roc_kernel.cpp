@@ -9,6 +9,8 @@
 // Offsets inside a chunk are so small that all integer sums over it are exact in float64.
 #include "cpu/roc_kernel.h"
 
+#include <algorithm>
+
 #include "cpu/simd.h"
 
 namespace oodk {
@@ -162,7 +164,8 @@ int64_t list_levels(const K* id, int64_t n, const K* ood, int64_t m, bool has_mo
       std::memcpy(at_both + count, part_both[w], part_count[w] * sizeof(*at_both));
       count += part_count[w];
     }
-    i = index[kWays - 1], both = kWays * each, last = before[kWays - 1];
+    both = kWays * each, last = before[kWays - 1];
+    i = std::clamp(index[kWays - 1], both - m, n); // unsorted keys lead past an end
   }
   const auto take = [&](K key, bool from_id) {
     at_i[count] = int32_t(i);

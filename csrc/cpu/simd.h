@@ -5,9 +5,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -474,21 +474,23 @@ OODK_INLINE void dispatch(DType dtype, F f) {
   }
 }
 
-// Uninitialised values, aligned for vectors.
+// Uninitialised values of one call, aligned for vectors. Throws std::bad_alloc, as Buffer does, which
+// is no use here: inline, it would be one instruction set's for all.
 template <typename T>
-class Scratch {
+class VectorBuffer {
  public:
-  explicit Scratch(int64_t n) : data_((T*)std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {}
-  ~Scratch() {
-    std::free(data_);
+  explicit VectorBuffer(int64_t n) : data_((T*)operator new[](size_t(n) * sizeof(T), kAlign)) {}
+  ~VectorBuffer() {
+    operator delete[](data_, kAlign);
   }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  VectorBuffer(const VectorBuffer&) = delete;
+  VectorBuffer& operator=(const VectorBuffer&) = delete;
   operator T*() const {
     return data_;
   }
 
  private:
+  static constexpr std::align_val_t kAlign{64};
   T* data_;
 };
 

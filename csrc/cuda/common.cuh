@@ -161,6 +161,14 @@ __device__ inline double larger(double a, double b) {
   return fmax(a, b);
 }
 
+// The smaller; the other one where one is NaN.
+__device__ inline float smaller(float a, float b) {
+  return fminf(a, b);
+}
+__device__ inline double smaller(double a, double b) {
+  return fmin(a, b);
+}
+
 // The larger; NaN where either is NaN.
 template <typename T>
 __device__ inline T larger_or_nan(T a, T b) {

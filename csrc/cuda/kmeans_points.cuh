@@ -146,11 +146,10 @@ __global__ void sample_points(
   const Points<S> points = x.at(blockIdx.x);
   const int n = points.size();
   const int wanted = n > limit ? int(max(int64_t(least), min(int64_t(n), 2 * int64_t(k)))) : n;
-  const double stratum = double(n) / double(wanted);
   ids += int64_t(blockIdx.x) * capacity;
   for (int j = int(threadIdx.x); j < wanted; j += int(blockDim.x)) {
-    const double draw = uniform(random_bits(seed, Stream::sample, 0, 0, uint32_t(j)));
-    ids[j] = points.row(n > limit ? int(stratum * (double(j) + draw)) : j);
+    const uint64_t bits = random_bits(seed, Stream::sample, 0, 0, uint32_t(j));
+    ids[j] = points.row(n > limit ? stratified(n, wanted, j, bits) : j);
   }
   if (threadIdx.x == 0)
     count[blockIdx.x] = wanted;

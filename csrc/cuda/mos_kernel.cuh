@@ -75,11 +75,10 @@ struct Grouping {
 // --- forward ------------------------------------------------------------------------------------
 
 // What is known of a group after some of its columns.
-template <typename T>
+template <typename T, bool kLocate>
 struct Part {
   T best = -kInf<T>, sum = 0; // of the classes
   T others = 0; // only if its column is among them
-  int at = 0; // where best was met: in the unit's part that begins with this column
 
   // `later`: of the columns that follow.
   __device__ Part then(const Part& later) const {
@@ -88,15 +87,12 @@ struct Part {
     const T c = shift(both.best);
     both.sum = sum * exp_fast(best - c) + later.sum * exp_fast(later.best - c);
     both.others = others;
-    both.at = later.best > best ? later.at : at;
     return both;
   }
 
-  template <bool kLocate, int N>
-  __device__ void add(const T (&x)[N], int column) {
+  template <int N>
+  __device__ void add(const T (&x)[N], int) {
     const T top = fold(x, [](T a, T b) { return larger(a, b); });
-    if (kLocate)
-      at = top > best ? column : at;
     const T most = larger(best, top), c = shift(most);
     T e[N];
 #pragma unroll
@@ -105,23 +101,84 @@ struct Part {
     sum = sum * exp_fast(best - c) + fold(e, [](T a, T b) { return a + b; });
     best = most;
   }
+
+  __device__ T class_sum() const { // of e^(z - best)
+    return sum;
+  }
+};
+
+// The same where the largest logit is to be found and held against the rest of its group: the sum
+// is of the others' logits, relative to the largest of them, lest the best one drown them.
+template <typename T>
+struct Part<T, true> {
+  T best = -kInf<T>, second = -kInf<T>, rest = 0; // of the classes
+  T others = 0; // only if its column is among them
+  int at = 0; // where best was met: in the unit's part that begins with this column
+
+  __device__ Part then(const Part& later) const {
+    Part both;
+    both.best = larger(best, later.best);
+    const T loser = smaller(best, later.best);
+    both.second = larger(larger(second, later.second), loser);
+    const T c = shift(both.second);
+    both.rest =
+        rest * exp_fast(second - c) + later.rest * exp_fast(later.second - c) + exp_fast(loser - c);
+    both.others = others;
+    both.at = later.best > best ? later.at : at;
+    return both;
+  }
+
+  template <int N>
+  __device__ void add(const T (&x)[N], int column) {
+    T top = -kInf<T>, next = -kInf<T>;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      next = larger(next, smaller(top, x[i]));
+      top = larger(top, x[i]);
+    }
+    const bool better = top > best;
+    next = larger(larger(second, next), smaller(best, top));
+    const T c = next == -kInf<T> ? shift(larger(best, top)) : next;
+    T e[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const T d = x[i] - c;
+      e[i] = exp_fast(d > 0 ? T(0) : d); // a new best counts 1, which is taken off again
+    }
+    rest = rest * exp_fast(second - c) + fold(e, [](T a, T b) { return a + b; });
+    rest += better ? exp_fast(best - c) - 1 : T(0);
+    at = better ? column : at;
+    best = better ? top : best;
+    second = next;
+  }
+
+  __device__ T class_sum() const {
+    return 1 + rest * exp_fast(second - shift(best));
+  }
+  // log((1 - p) / p) of the best class.
+  __device__ T log_rest() const {
+    const T most = larger(second, others), c = shift(most);
+    return (most - best) + log_of(rest * exp_fast(second - c) + exp_fast(others - c));
+  }
 };
 
 // Everything the ops need of one group. Where the group holds +inf or nothing but -inf, `total` is
 // NaN, as torch.softmax has it.
-template <typename T>
+template <typename T, bool kLocate>
 struct Group {
   int k;
-  Part<T> part;
+  Part<T, kLocate> part;
+  T sum; // of e^(z - best) of the classes
   T m; // largest logit, others included
   T e_best, e_others; // e^(best - m), e^(others - m)
   T total; // sum e^(z - m)
 
-  __device__ Group(int index, const Part<T>& whole) : k(index), part(whole) {
+  __device__ Group(int index, const Part<T, kLocate>& whole)
+      : k(index), part(whole), sum(whole.class_sum()) {
     m = larger(part.others, part.best);
     e_best = exp_fast(part.best - m);
     e_others = exp_fast(part.others - m);
-    total = e_best * part.sum + e_others;
+    total = e_best * sum + e_others;
   }
 };
 
@@ -139,7 +196,8 @@ struct MosScore {
   struct State {
     T least = 1, nan = 0;
 
-    __device__ void add(const Group<T>& group) {
+    template <bool kLocate>
+    __device__ void add(const Group<T, kLocate>& group) {
       const T p = divide(group.e_others, group.total);
       least = p < least ? p : least;
       nan += p; // NaN if any is
@@ -154,7 +212,7 @@ struct MosScore {
   };
 
   __device__ void add(
-      State& state, const Group<T>& group, int64_t, const Row<S>&, const Grouping&) const {
+      State& state, const Group<T, kLocate>& group, int64_t, const Row<S>&, const Grouping&) const {
     state.add(group);
   }
   __device__ void write(const State& state, int64_t row, const Row<S>&, const Grouping&) const {
@@ -175,18 +233,21 @@ struct MosPredict {
 
   struct State {
     typename MosScore<S>::State score;
-    T log_odds = -kInf<T>, prob = -1; // the largest
-    T best = 0; // the winner's logit, its group, and where to look for it
-    int group = 0, at = 0;
+    T log_odds = -kInf<T>; // the largest
+    T rest = kInf<T>, prob = 0; // of the winner: the class with the least rest of its group
+    T best = 0; // its logit, its group, and where to look for it
+    int group = std::numeric_limits<int>::max(), at = 0;
 
-    // NaN counts as the largest, as in torch.max; the first of equals wins.
-    __device__ bool beaten_by(T q, int k) const {
-      return q > prob || (q != q && (prob == prob || k < group)) || (q == prob && k < group);
+    // NaN counts as the largest probability, as in torch.max; the first of equals wins.
+    __device__ bool beaten_by(T other, int k) const {
+      return other < rest || (other != other && (rest == rest || k < group)) ||
+          (other == rest && k < group);
     }
     __device__ void merge(const State& other) {
       score.merge(other.score);
       log_odds = larger(log_odds, other.log_odds);
-      if (beaten_by(other.prob, other.group)) {
+      if (beaten_by(other.rest, other.group)) {
+        rest = other.rest;
         prob = other.prob;
         best = other.best;
         group = other.group;
@@ -196,11 +257,12 @@ struct MosPredict {
   };
 
   __device__ void add(
-      State& state, const Group<T>& g, int64_t, const Row<S>&, const Grouping&) const {
+      State& state, const Group<T, true>& g, int64_t, const Row<S>&, const Grouping&) const {
     state.score.add(g);
-    state.log_odds = larger(state.log_odds, (g.part.best - g.part.others) + log_of(g.part.sum));
-    const T q = divide(g.e_best, g.total);
-    if (state.beaten_by(q, g.k)) {
+    state.log_odds = larger(state.log_odds, (g.part.best - g.part.others) + log_of(g.sum));
+    const T q = divide(g.e_best, g.total), rest = q == q ? g.part.log_rest() : q;
+    if (state.beaten_by(rest, g.k)) {
+      state.rest = rest;
       state.prob = q;
       state.best = g.part.best;
       state.group = g.k;
@@ -240,8 +302,8 @@ struct MosLogOthers {
 
   struct State {};
 
-  __device__ void add(
-      State&, const Group<T>& g, int64_t row, const Row<S>&, const Grouping& groups) const {
+  __device__ void add(State&, const Group<T, kLocate>& g, int64_t row, const Row<S>&,
+      const Grouping& groups) const {
     const int64_t i = row * groups.count + g.k;
     log_others[i] = (g.part.others - g.m) - log_of(g.total);
     stats[i] = {g.m, g.total};
@@ -287,8 +349,8 @@ struct MosLoss {
     }
   };
 
-  __device__ void add(
-      State& state, const Group<T>& g, int64_t row, const Row<S>& z, const Grouping& groups) const {
+  __device__ void add(State& state, const Group<T, kLocate>& g, int64_t row, const Row<S>& z,
+      const Grouping& groups) const {
     const T logit = z[Target(target, row, ignore_index).column(groups, g.k)];
     state.sum += log_of(g.total) + (g.m - logit);
     stats[row * groups.count + g.k] = {g.m, g.total};
@@ -308,9 +370,9 @@ struct MosLoss {
 
 // What a worker, or several that follow one another, leave behind for those after them: the part
 // of the group they end in, and whether that group began with them.
-template <typename T>
+template <typename T, bool kLocate>
 struct Open {
-  Part<T> part;
+  Part<T, kLocate> part;
   int began = false;
 
   __device__ Open then(const Open& later) const {
@@ -321,8 +383,8 @@ struct Open {
 // Walks along a piece of a row and calls close(k, part) for each group that begins and ends in it.
 template <typename T, bool kLocate>
 struct Walk {
-  Open<T> open; // the group that the piece ends in
-  Part<T> head; // a group that began before the piece and ends in it
+  Open<T, kLocate> open; // the group that the piece ends in
+  Part<T, kLocate> head; // a group that began before the piece and ends in it
   int head_group = -1; // -1: there is none
 
   template <typename S, typename F>
@@ -342,14 +404,15 @@ struct Walk {
       T x[V];
       unpack<S>(units[u], x);
       if (column < whole) {
-        open.part.template add<kLocate>(x, column);
+        open.part.add(x, column);
         continue;
       }
       from = max(from, column);
       const int end = min(column + V, piece.end);
       while (from < end) {
         if (from == next) { // a group begins
-          open = {{.others = row.here(from), .at = from + 1}, true};
+          open = {{}, true};
+          open.part.others = row.here(from);
           next = groups[++k + 1];
           ++from;
         }
@@ -359,7 +422,7 @@ struct Walk {
 #pragma unroll
         for (int e = 0; e < V; ++e)
           y[e] = inside >> e & 1 ? x[e] : -kInf<T>;
-        open.part.template add<kLocate>(y, from);
+        open.part.add(y, from);
         from = to;
         if (from == next) { // and here it ends
           if (open.began) {
@@ -377,23 +440,24 @@ struct Walk {
 
 // Scans over the row's workers: what precedes this thread's piece of the group it begins in.
 // `carry`: what precedes the span, then, unless it is the last one, what precedes the next.
-template <typename T>
-__device__ inline Part<T> preceding(
-    const Open<T>& open, Part<T>& carry, bool last, const Tiling& t, Open<T>* slots) {
+template <typename T, bool kLocate>
+__device__ inline Part<T, kLocate> preceding(const Open<T, kLocate>& open, Part<T, kLocate>& carry,
+    bool last, const Tiling& t, Open<T, kLocate>* slots) {
+  using Span = Open<T, kLocate>;
   const int lane = int(threadIdx.x) % kWarp, rows = t.rows();
-  Open<T> all = open; // of this worker and those before it in the warp
+  Span all = open; // of this worker and those before it in the warp
   for (int delta = rows; delta < kWarp; delta *= 2) {
-    const Open<T> earlier = shuffle_up(all, delta);
+    const Span earlier = shuffle_up(all, delta);
     if (lane >= delta)
       all = earlier.then(all);
   }
-  Open<T> before; // without this worker
+  Span before; // without this worker
   if (rows < kWarp) {
-    const Open<T> earlier = shuffle_up(all, rows);
+    const Span earlier = shuffle_up(all, rows);
     if (lane >= rows)
       before = earlier;
   }
-  Open<T> sum{carry};
+  Span sum{carry};
   if (t.slots() > 1) {
     if (lane >= kWarp - rows)
       slots[t.slot() * rows + t.row()] = all;
@@ -401,7 +465,7 @@ __device__ inline Part<T> preceding(
     for (int s = 0; s < t.slot(); ++s)
       sum = sum.then(slots[s * rows + t.row()]);
   }
-  const Part<T> mine = sum.then(before).part;
+  const Part<T, kLocate> mine = sum.then(before).part;
   if (!last) {
     if (t.slots() == 1)
       sum = sum.then(all);
@@ -417,16 +481,18 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
     mos_forward(Rows<S> z, Grouping groups, Tiling tiling, Op op) {
   using T = acc_t<S>;
   using State = typename Op::State;
+  using Span = Open<T, Op::kLocate>;
+  using Known = Part<T, Op::kLocate>;
   extern __shared__ uint4 shared[];
-  Open<T>* const open_slots = (Open<T>*)((char*)shared + tiling.tile_bytes());
-  State* const state_slots = (State*)((char*)open_slots + tiling.slot_bytes<Open<T>>());
+  Span* const open_slots = (Span*)((char*)shared + tiling.tile_bytes());
+  State* const state_slots = (State*)((char*)open_slots + tiling.slot_bytes<Span>());
   bool valid = true;
   for (int64_t first = int64_t(blockIdx.x) << tiling.rows_log2; first < z.count;
       first += int64_t(gridDim.x) << tiling.rows_log2) {
     const int64_t r = first + tiling.row();
     const bool exists = r < z.count;
     State state;
-    Part<T> carry;
+    Known carry;
     Row<S> row{};
     for (int unit = 0; unit < tiling.row_units && valid; unit += tiling.units) {
       __syncthreads(); // the tile before has been read
@@ -436,15 +502,15 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
       valid = __syncthreads_and(share);
       if (!valid)
         break;
-      const auto close = [&](int k, const Part<T>& part) {
-        op.add(state, Group<T>(k, part), r, row, groups);
+      const auto close = [&](int k, const Known& part) {
+        op.add(state, Group<T, Op::kLocate>(k, part), r, row, groups);
       };
       Walk<T, Op::kLocate> walk;
       if (exists) {
         row = staged_row(z, tiling, r, unit, shared);
         walk.run(row, piece(row, tiling), shared + tiling.row() * tiling.pitch, groups, close);
       }
-      const Part<T> before =
+      const Known before =
           preceding(walk.open, carry, unit + tiling.units >= tiling.row_units, tiling, open_slots);
       if (walk.head_group >= 0)
         close(walk.head_group, before.then(walk.head));
@@ -577,8 +643,8 @@ void launch_forward(const MosInput& in, Op op) {
   const Device device = Device::current();
   const Rows<S> z = rows_of<S>(in);
   const Tiling t = tile(z, device);
-  const size_t shared =
-      t.tile_bytes() + t.slot_bytes<Open<acc_t<S>>>() + t.slot_bytes<typename Op::State>();
+  const size_t shared = t.tile_bytes() + t.slot_bytes<Open<acc_t<S>, Op::kLocate>>() +
+      t.slot_bytes<typename Op::State>();
   launch(mos_forward<S, Op>, t.blocks(in.rows, device), kRowThreads, shared, in.stream, z,
       grouping(in), t, op);
 }

@@ -39,7 +39,8 @@ inline MosArgs mos_args(const char* op, const Tensor& logits, const Tensor& grou
       groups.size(0) - 1};
 }
 
-// The offsets on the host, valid for rows of `width` logits.
+// The offsets on the host, valid for rows of `width` logits. They ascend from 0 to the width, which
+// is checked without a subtraction that could wrap.
 inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& groups, int64_t width) {
   const Tensor host = groups.is_cpu() ? groups : torch::stable::to(groups, Device("cpu"));
   const int64_t n = host.size(0);
@@ -49,7 +50,7 @@ inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& groups
                                                        : host.const_data_ptr<int64_t>()[i];
   OODK_CHECK_VALUE(offsets[0] == 0, op, ": groups must start at 0, got ", offsets[0]);
   for (int64_t k = 0; k + 1 < n; ++k)
-    OODK_CHECK_VALUE(offsets[k + 1] - offsets[k] >= 2, op,
+    OODK_CHECK_VALUE(offsets[k + 1] >= 2 && offsets[k] <= offsets[k + 1] - 2, op,
         ": every group must be at least 2 columns wide (others and one class), got group ", k,
         " from ", offsets[k], " to ", offsets[k + 1]);
   OODK_CHECK_VALUE(offsets[n - 1] == width, op, ": groups must end at logits.size(-1) = ", width,

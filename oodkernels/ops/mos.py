@@ -110,7 +110,8 @@ def mos_predict(logits: Tensor, groups: OffsetsLike) -> MOSPrediction:
     """Predicted class with both forms of the score, from one read of the logits.
 
     The class is the largest p^k_c over each group's classes (others excluded), then over the
-    groups (Huang & Li, section 3). Ties: the lowest index.
+    groups (Huang & Li, section 3), told apart by its odds, p / (1 - p), which go on where
+    probabilities round to 1. Ties: the lowest index.
 
     Args:
         logits: (..., C + K), as for :func:`mos_score`.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulator import DTYPES, Emulator, needs_compiler, unwritten
+from op_db import CONFIDENT, confident_rows
 from torch import Tensor
 
 from oodkernels import reference
@@ -299,6 +300,26 @@ def test_invalid_targets_give_nan(emulator: Emulator) -> None:
     inputs |= {"grad": torch.ones(6), "stats": stats}
     (grad,) = emulator.run("mos_loss_backward", inputs, {"grad_logits": torch.float32}, **values)
     assert torch.equal(grad.view(6, 12).isnan(), bad[:, None].expand(6, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CONFIDENT, ids=str)
+def test_mos_predict_where_probabilities_are_1(
+    emulator: Emulator, case: tuple[int, int, float, float], dtype: torch.dtype
+) -> None:
+    z, offsets, expected, clear = confident_rows(*case)
+    z, expected, clear = z[:60], expected[:60], clear[:60]
+    sample = Sample(60, (case[1] + 1,) * case[0], dtype)
+    label, group, prob = emulator.run(
+        "mos_predict",
+        {"logits": z.to(dtype), "groups": offsets},
+        {"label": torch.int64, "group": torch.int64, "prob": dtype},
+        **sample.values(),
+    )
+    exact = reference.mos_predict(z.double(), sample.groups)
+    assert torch.equal(group[clear], expected[clear])
+    assert torch.equal(label[clear], exact[2][clear])
+    assert_close([prob[clear]], [exact[4][clear]])
 
 
 def test_mos_ties_go_to_the_lowest_index(emulator: Emulator) -> None:

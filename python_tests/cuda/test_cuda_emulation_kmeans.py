@@ -203,6 +203,14 @@ def test_seeds_from_a_sample(emulator: Emulator) -> None:
     assert torch.equal(few, kmeans_init(x, 6, 2, 0, 3, normalize=True))
 
 
+@pytest.mark.parametrize("n", [65_537, 100_003, 2**31 - 2])
+def test_the_last_stratum_stays_inside(emulator: Emulator, n: int) -> None:
+    """The largest draw there is rounds, added to the last stratum's number, to the next one."""
+    for j, expected in ((32_767, n - 1), (0, (n - 1) // 32_768)):
+        (at,) = emulator.run("kmeans_stratum", {}, {"at": torch.int64}, n=n, count=32_768, j=j)
+        assert at.tolist() == [expected]
+
+
 # --- Lloyd's iteration ----------------------------------------------------------------------------
 
 

@@ -52,11 +52,17 @@ void nearest(Run& run) {
       run.indices("labels", points), run.output("distance", points * run.out_size()));
 }
 
+void stratum(Run& run) {
+  *run.output<int64_t>("at", sizeof(int64_t)) =
+      stratified(run.integer("n"), run.integer("count"), run.integer("j"), ~uint64_t(0));
+}
+
 } // namespace
 } // namespace oodk::cuda
 
 int main(int argc, char** argv) {
   using namespace oodk::cuda;
-  return runner::run(
-      argc, argv, {{"kmeans_init", init}, {"kmeans_fit", fit}, {"kmeans_nearest", nearest}});
+  return runner::run(argc, argv,
+      {{"kmeans_init", init}, {"kmeans_fit", fit}, {"kmeans_nearest", nearest},
+          {"kmeans_stratum", stratum}});
 }
