@@ -143,3 +143,31 @@ def check_no_nan(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name} must not be NaN, got {int(nan.sum())} NaN, the first at index "
             f"{int(nan.reshape(-1).nonzero()[0])}"
         )
+
+
+def check_int(op: str, name: str, value: Any) -> int:
+    """An int of either sign, NumPy's included; raise unless it is one."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{op}: {name} must be an int, got {number!r}")
+    return number
+
+
+def check_real(op: str, name: str, value: Any) -> float:
+    """A number as a float; raise unless it is one, NumPy's included."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    return float(number)
+
+
+def check_class_ids(op: str, labels: Any, n: int) -> Tensor:
+    """Labels of n samples as int64; raise unless they are class ids, or -1 for OOD."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
+    check_integers(op, "labels", labels)
+    if labels.shape != (n,):
+        raise ValueError(f"{op}: labels must be ({n},), got {tuple(labels.shape)}")
+    if n and (low := int(labels.min())) < -1:
+        raise ValueError(f"{op}: labels must be class ids or -1 for OOD, got {low}")
+    return labels.long()

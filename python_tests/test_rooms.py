@@ -15,7 +15,7 @@ PACKAGE = Path(oodkernels.__file__).parent
 # From the ground up; rooms of one line do not know each other.
 STOREYS = [
     ["_C", "_cuda", "_checks", "_digest", "_files", "_optional", "_version", "_wordnet"],
-    ["reference"],
+    ["reference", "_safetensors"],
     ["_extension", "_progress"],
     ["ops"],
     ["cluster"],
@@ -40,6 +40,7 @@ SHARED = {
     "_files",
     "_optional",
     "_progress",
+    "_safetensors",
     "_version",
     "_wordnet",
     "_C",

@@ -5,8 +5,19 @@
 
 from oodkernels.detectors.abnormality import AbnormalityModule
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
-from oodkernels.detectors.base import Batch, NotFittedError, OODDetector, Prediction, score_all
-from oodkernels.detectors.knn import KNN
+from oodkernels.detectors.bank import KNN
+from oodkernels.detectors.base import (
+    DETECTORS,
+    NotFittedError,
+    OODDetector,
+    Prediction,
+    register,
+    score_all,
+    score_batch,
+)
+from oodkernels.detectors.batch import Batch
+from oodkernels.detectors.covariance import Mahalanobis
+from oodkernels.detectors.gradients import ODIN
 from oodkernels.detectors.logits import (
     MOS,
     MSP,
@@ -17,31 +28,13 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
-from oodkernels.detectors.mahalanobis import Mahalanobis
-from oodkernels.detectors.model import FeatureModel, Outputs, extract
-from oodkernels.detectors.odin import ODIN
-
-DETECTORS: dict[str, type[OODDetector]] = {
-    detector.name: detector
-    for detector in (
-        MSP,
-        MaxLogit,
-        Energy,
-        Entropy,
-        ODIN,
-        Mahalanobis,
-        MOS,
-        MOSLogOdds,
-        AbsentClass,
-        ConfidenceBranch,
-        AbnormalityModule,
-        KNN,
-    )
-}
-"""Short name -> class."""
+from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
+from oodkernels.detectors.statistics import ClassStatistics
 
 __all__ = [
     "DETECTORS",
+    "FAMILIES",
     "KNN",
     "MOS",
     "MSP",
@@ -49,19 +42,26 @@ __all__ = [
     "AbnormalityModule",
     "AbsentClass",
     "Batch",
+    "ClassStatistics",
     "ConfidenceBranch",
+    "DetectorSpec",
     "Energy",
     "Entropy",
     "FeatureModel",
     "MOSLogOdds",
     "Mahalanobis",
     "MaxLogit",
+    "Model",
     "NotFittedError",
     "OODDetector",
+    "Option",
     "Outputs",
     "Prediction",
     "PytorchOODDetector",
     "as_pytorch_ood",
     "extract",
+    "register",
+    "run",
     "score_all",
+    "score_batch",
 ]

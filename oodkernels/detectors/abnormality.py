@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from oodkernels._checks import accumulate_type
-from oodkernels.detectors.base import Batch, Features, OODDetector, _checked_labels, _present
+from oodkernels._checks import accumulate_type, check_class_ids, check_flag, check_int
+from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.batch import Batch, Features, present
 from oodkernels.detectors.model import Model, Outputs, extract, to_model
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Noise: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 __all__ = ["AbnormalityModule", "distort"]
 
 
+@register("abnormality", "F", "Hendrycks & Gimpel, ICLR 2017")
 class AbnormalityModule(OODDetector):
     """Logit of the normality that a small network sees in an input, its reconstruction and logits.
 
@@ -59,7 +61,6 @@ class AbnormalityModule(OODDetector):
         ValueError: ``epochs`` is not two numbers of at least 1.
     """
 
-    name = "abnormality"
     needs = frozenset({"x"})
     trained_on = frozenset({"x", "labels"})
 
@@ -75,15 +76,15 @@ class AbnormalityModule(OODDetector):
         model: Model | None = None,
     ) -> None:
         super().__init__(model)
-        if len(epochs) != 2 or min(epochs) < 1:
+        self.epochs = tuple(check_int("AbnormalityModule", "epochs", n) for n in epochs)
+        if len(self.epochs) != 2 or min(self.epochs) < 1:
             raise ValueError(
                 f"AbnormalityModule: epochs must be two numbers of at least 1, got {epochs}"
             )
         self.layer = layer
-        self.epochs = tuple(epochs)
-        self.freeze = freeze
+        self.freeze = check_flag("AbnormalityModule", "freeze", freeze)
         self.noise = distort if noise is None else noise
-        self.seed = seed
+        self.seed = check_int("AbnormalityModule", "seed", seed)
         self._given_decoder = decoder is not None
         self.decoder = decoder
         self.risk: nn.Module | None = None
@@ -134,7 +135,7 @@ class AbnormalityModule(OODDetector):
             generator = torch.Generator().manual_seed(self.seed)
             x, _ = next(self._id_batches(where, data))
             self.build(x)
-            decoder, risk = _present(self.decoder), _present(self.risk)
+            decoder, risk = present(self.decoder), present(self.risk)
             try:
                 self.model.train(not self.freeze)
                 decoder.train()
@@ -156,8 +157,12 @@ class AbnormalityModule(OODDetector):
             finally:
                 for module, mode in modes:
                     module.training = mode
-        self._status = "fitted"
+        self.finish()
         return self
+
+    def finish(self) -> None:
+        """Take decoder and risk network as trained, by :meth:`fit` or by the losses below."""
+        self._status = "fitted"
 
     def build(self, x: Tensor) -> None:
         """Make the decoder, unless it was given, and the risk network, for inputs like ``x``.
@@ -170,7 +175,7 @@ class AbnormalityModule(OODDetector):
             hidden = self._hidden(outputs)
             if not self._given_decoder:
                 self.decoder = _decoder(hidden[0].numel(), x.shape[1:]).to(hidden)
-            decoder = _present(self.decoder).to(hidden.device)
+            decoder = present(self.decoder).to(hidden.device)
             found, expected = decoder(hidden).shape, x[:2].shape
         if found != expected:
             raise ValueError(
@@ -191,10 +196,10 @@ class AbnormalityModule(OODDetector):
         Returns:
             0.9 cross entropy + 0.1 mean squared error of the reconstruction, a scalar.
         """
-        x = to_model(_present(self.model), x)
+        x = to_model(present(self.model), x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             outputs = self._outputs(x, evaluate=False)
-        rebuilt = _present(self.decoder)(self._hidden(outputs))
+        rebuilt = present(self.decoder)(self._hidden(outputs))
         error = F.mse_loss(rebuilt, x.to(rebuilt))
         return 0.9 * F.cross_entropy(outputs.logits, labels.to(x.device)) + 0.1 * error
 
@@ -220,7 +225,7 @@ class AbnormalityModule(OODDetector):
                 f"{tuple(x[clean:].shape)}, got {tuple(abnormal.shape)}"
             )
         evidence, _ = self._evidence(torch.cat([x[:clean], abnormal]))
-        logit = _present(self.risk)(evidence)[:, 0]
+        logit = present(self.risk)(evidence)[:, 0]
         target = (torch.arange(len(x), device=logit.device) < clean).to(logit)
         return F.binary_cross_entropy_with_logits(logit, target)
 
@@ -229,11 +234,11 @@ class AbnormalityModule(OODDetector):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels of each batch, without OOD samples."""
         empty = True
-        for batch, labels in self._training_batches(data):
-            x = _present(batch.x)
+        for batch, labels in self._training_batches(where, data):
+            x = present(batch.x)
             if not x.is_floating_point():
                 raise TypeError(f"{where}: x must be floating-point, got {x.dtype}")
-            labels = _checked_labels(where, labels, len(x)).to(x.device)
+            labels = check_class_ids(where, labels, len(x)).to(x.device)
             if self.num_classes is not None and (labels >= self.num_classes).any():
                 raise ValueError(
                     f"{where}: labels must be below {self.num_classes}, the number of logits, got "
@@ -249,7 +254,7 @@ class AbnormalityModule(OODDetector):
     # --- scoring ------------------------------------------------------------------------------
 
     def _outputs(self, x: Tensor, evaluate: bool = True) -> Outputs:
-        model = _present(self.model)
+        model = present(self.model)
         assert isinstance(model, nn.Module)
         layers = () if self.layer is None else (self.layer,)
         return extract(model, to_model(model, x), layers, evaluate=evaluate)
@@ -268,7 +273,7 @@ class AbnormalityModule(OODDetector):
         """Logits, squared reconstruction errors and hidden layer side by side; logits alone."""
         outputs = self._outputs(x)
         hidden = self._hidden(outputs)
-        error = (_present(self.decoder)(hidden) - to_model(_present(self.model), x)).square()
+        error = (present(self.decoder)(hidden) - to_model(present(self.model), x)).square()
         parts = (outputs.logits, error, hidden)
         return torch.cat([t.flatten(1).to(hidden) for t in parts], 1), outputs.logits
 
@@ -283,11 +288,11 @@ class AbnormalityModule(OODDetector):
             raise ValueError(
                 f"{where}: decoder must be given: AbnormalityModule.load(path, model, decoder=...)"
             )
-        shape = _present(batch.x).shape[1:]
+        shape = present(batch.x).shape[1:]
         if shape != self._shape:
             raise ValueError(
                 f"{where}: x must be (N, {', '.join(map(str, self._shape))}), got "
-                f"{tuple(_present(batch.x).shape)}"
+                f"{tuple(present(batch.x).shape)}"
             )
 
     def _score(self, batch: Batch) -> Tensor:
@@ -297,13 +302,13 @@ class AbnormalityModule(OODDetector):
         return self._judged(batch)[1], None
 
     def _judged(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.once(self, lambda: self._compute(_present(batch.x)))
+        return batch.once(self, lambda: self._compute(present(batch.x)))
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normality and predicted class."""
-        self.to(to_model(_present(self.model), x).device)
+        self.to(to_model(present(self.model), x).device)
         evidence, logits = self._evidence(x)
-        return _present(self.risk)(evidence)[:, 0], logits.argmax(1)
+        return present(self.risk)(evidence)[:, 0], logits.argmax(1)
 
     # --- keeping ------------------------------------------------------------------------------
 
@@ -374,7 +379,7 @@ class AbnormalityModule(OODDetector):
         return detector
 
     def _state(self) -> dict[str, Tensor]:
-        networks = {"decoder": _present(self.decoder), "risk": _present(self.risk)}
+        networks = {"decoder": present(self.decoder), "risk": present(self.risk)}
         return {
             f"{name}.{key}": tensor
             for name, network in networks.items()

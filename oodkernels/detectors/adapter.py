@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from oodkernels.detectors.base import Features, OODDetector
+from oodkernels.detectors.base import OODDetector
+from oodkernels.detectors.batch import Features
 
 if TYPE_CHECKING:
     from typing_extensions import Self

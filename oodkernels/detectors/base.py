@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import inspect
-import json
+import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from oodkernels._files import read_json, replacing
+from oodkernels._checks import check_class_ids, check_floating, check_int
+from oodkernels._digest import digest
+from oodkernels._safetensors import read_tensors, write_tensors
+from oodkernels.detectors.batch import Batch, Features, as_batch, joined, present
 from oodkernels.detectors.model import Model, run, to_model
+from oodkernels.detectors.specs import FAMILIES, DetectorSpec
 from oodkernels.groups import Groups
 from oodkernels.metrics.ood import Scores
-from oodkernels.metrics.threshold import Threshold
-from oodkernels.ops import LogitScores, MOSPrediction, logit_scores, mos_predict
+from oodkernels.metrics.threshold import Threshold, ThresholdSource
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-T = TypeVar("T")
-Features: TypeAlias = Tensor | Mapping[str, Tensor]
-"""(N, d), or by the name of the layer for a detector that reads several."""
-
-__all__ = ["Batch", "NotFittedError", "OODDetector", "Prediction", "score_all"]
+__all__ = [
+    "DETECTORS",
+    "NotFittedError",
+    "OODDetector",
+    "Prediction",
+    "register",
+    "score_all",
+    "score_batch",
+]
 
 _FORMAT, _VERSION = "oodkernels.detector", 1
+_FINISHING = threading.RLock()  # threads that share a detector finish its fit once
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -46,73 +56,6 @@ class Prediction(NamedTuple):
     """Higher = more in-distribution."""
     is_ood: Tensor
     """Bool: the score is below the threshold, or NaN."""
-
-
-class Batch:
-    """What detectors read of N inputs; what several of them need of it is computed once.
-
-    Attributes:
-        x: (N, ...) inputs, or None.
-        logits: (N, C), or None.
-        features: (N, d) penultimate features, or None.
-        layers: Outputs (N, ...) of layers by name.
-        confidence: (N,) logit of the confidence, or None.
-    """
-
-    def __init__(
-        self,
-        x: Tensor | None = None,
-        logits: Tensor | None = None,
-        features: Tensor | None = None,
-        layers: Mapping[str, Tensor] | None = None,
-        confidence: Tensor | None = None,
-    ) -> None:
-        self.x = x
-        self.logits = logits
-        self.features = features
-        self.layers = layers or {}
-        self.confidence = confidence
-        self._known: dict[Hashable, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.tensors()[0][1])
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """Those that are there, by name."""
-        fields = ("x", "logits", "features", "confidence")
-        found = [(name, getattr(self, name)) for name in fields]
-        return [(n, t) for n, t in found if t is not None] + list(self.layers.items())
-
-    def rows(self, index: slice | Tensor) -> Batch:
-        """The batch of some of the rows."""
-
-        def part(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index]
-
-        layers = {name: tensor[index] for name, tensor in self.layers.items()}
-        return Batch(
-            part(self.x), part(self.logits), part(self.features), layers, part(self.confidence)
-        )
-
-    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What ``compute`` returned when ``key`` was first asked for."""
-        if key not in self._known:
-            self._known[key] = compute()
-        value: T = self._known[key]
-        return value
-
-    def logit_scores(self, temperature: float = 1.0, columns: int | None = None) -> LogitScores:
-        """:func:`oodkernels.logit_scores` of the first ``columns`` logits, all by default."""
-        logits = _present(self.logits)[:, :columns]
-        return self.once(
-            ("logit_scores", temperature, logits.shape[1]),
-            lambda: logit_scores(logits, temperature),
-        )
-
-    def mos_predict(self, groups: Groups) -> MOSPrediction:
-        """:func:`oodkernels.mos_predict` of the logits."""
-        logits = _present(self.logits)
-        return self.once(("mos_predict", groups), lambda: mos_predict(logits, groups))
 
 
 class OODDetector:
@@ -146,17 +89,26 @@ class OODDetector:
     """What ``score`` reads, of {"x", "logits", "features", "confidence"}."""
     trained_on: ClassVar[frozenset[str]] = frozenset()
     """What ``fit`` reads, of {"x", "logits", "features", "labels"}; empty: there is no fit."""
-    _tensors: ClassVar[tuple[str, ...]] = ()  # attributes that fitting sets and files hold
+    spec: ClassVar[DetectorSpec]
+    """Its row in the registry."""
+    _tensors: ClassVar[Mapping[str, str]] = {}
+    # Attributes that fitting sets and files hold, and their axes: "d" and "C" are width and number
+    # of classes, other letters any size.
 
     batch_size: int = 256
     layers: Sequence[str] = ()
+    absent: int | None = None
     num_classes: int | None = None
     width: int | None = None
     threshold: Threshold | None = None
     _status: str = "unfitted"  # then "pending", seen data but not finished; then "fitted"
+    _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
+    _least: float = -math.inf  # no score is below it
+    _finer: str = ""  # what to do where many have it
 
-    def __init__(self, model: Model | None = None) -> None:
+    def __init__(self, model: Model | None = None, absent: int | None = None) -> None:
         self.model = model
+        self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
 
     # --- fitting ------------------------------------------------------------------------------
 
@@ -186,15 +138,16 @@ class OODDetector:
         """
         if not self.trained_on:
             return self
+        where = f"{type(self).__name__}.fit"
         self._reset()
         if data is None:
-            self._learn("fit", self._batch("fit", None, logits, features, None), labels)
+            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
         else:
-            for batch, y in self._training_batches(data):
-                self._learn("fit", batch, y)
+            for batch, y in self._training_batches(where, data):
+                self.fit_batch(batch, y, where=where)
             if self._status == "unfitted":
-                raise ValueError(f"{type(self).__name__}.fit: data must give a batch, got none")
-        self._ready("fit")
+                raise ValueError(f"{where}: data must give a batch, got none")
+        self._ready(where)
         return self
 
     def partial_fit(
@@ -215,9 +168,41 @@ class OODDetector:
             TypeError: As :meth:`fit`.
         """
         if self.trained_on:
-            batch = self._batch("partial_fit", None, logits, features, None)
-            self._learn("partial_fit", batch, labels)
+            where = f"{type(self).__name__}.partial_fit"
+            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
         return self
+
+    def fit_batch(
+        self, batch: Batch, labels: Tensor | None = None, *, where: str = "fit_batch"
+    ) -> None:
+        """:meth:`partial_fit` to a batch.
+
+        Args:
+            batch: Its tensors are not looked at again.
+            labels: As for :meth:`fit`.
+            where: What errors start with.
+
+        Raises:
+            ValueError: As :meth:`fit`.
+            TypeError: As :meth:`fit`.
+        """
+        if not self.trained_on:
+            return
+        missing = self._missing(batch, self.trained_on)
+        if "labels" in self.trained_on and labels is None:
+            missing.append("labels")
+        if missing:
+            raise ValueError(f"{where}: {', '.join(missing)} must be given")
+        if labels is not None:
+            labels = check_class_ids(where, labels, len(batch)).to(batch.device)
+            ood = labels < 0
+            if ood.any():
+                batch, labels = batch.rows(~ood), labels[~ood]
+        self._check(where, batch)
+        with torch.no_grad():
+            self._update(where, batch, labels)
+        self._status = "pending"
+        self.threshold = None  # it was of other scores
 
     # --- scoring ------------------------------------------------------------------------------
 
@@ -245,8 +230,9 @@ class OODDetector:
             TypeError: A tensor is not floating-point.
             NotFittedError: ``fit`` has not been called.
         """
-        batch = self._batch("score", x, logits, features, confidence)
-        return _score_all(f"{type(self).__name__}.score", {"": self}, batch, None)[""]
+        where = f"{type(self).__name__}.score"
+        batch = as_batch(where, x, logits, features, confidence)
+        return score_batch({"": self}, batch, where=where)[""]
 
     def calibrate(
         self, id_scores: Scores, tpr: float = 0.95, confidence: float = 0.95
@@ -262,8 +248,33 @@ class OODDetector:
             ValueError: As there.
             TypeError: As there.
         """
-        self.threshold = Threshold.calibrate(id_scores, tpr, confidence)
-        return self.threshold
+        found = Threshold.calibrate(id_scores, tpr, confidence, source=self.source())
+        if found.value <= self._least:
+            warnings.warn(
+                f"{type(self).__name__}.calibrate: no score can be below the threshold "
+                f"{found.value:g}, so that nothing but NaN is OOD{self._finer}",
+                stacklevel=2,
+            )
+        self.threshold = found
+        self._verified = (found, self.model, self._plain_settings())
+        return found
+
+    def source(self) -> ThresholdSource:
+        """Whose scores these are, with digests of the model's weights and of what was fitted.
+
+        It is the ``source`` of thresholds from :meth:`calibrate`; :meth:`predict` refuses one of
+        another detector, other settings, other groups or another model.
+        """
+        weights = dict(self._state()) if self._status == "fitted" else {}
+        if isinstance(self.model, nn.Module):
+            weights |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        groups: Groups | None = getattr(self, "groups", None)
+        return ThresholdSource(
+            self.name or type(self).__name__,
+            self._plain_settings(),
+            None if groups is None else digest(groups.to_json()),
+            digest(weights) if weights else None,
+        )
 
     def predict(
         self,
@@ -279,7 +290,7 @@ class OODDetector:
             A :class:`Prediction`, on the device of the input.
 
         Raises:
-            ValueError: As :meth:`score`.
+            ValueError: As :meth:`score`, or the threshold is of other scores: see :meth:`source`.
             TypeError: As :meth:`score`.
             NotFittedError: ``calibrate`` (or ``fit``) has not been called.
         """
@@ -288,15 +299,12 @@ class OODDetector:
             raise NotFittedError(
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
-        batch = self._batch("predict", x, logits, features, confidence)
-        parts = []
+        self._verify(where, self.threshold)
+        batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
-            for whole in _chunks(batch, None if x is None else self.batch_size):
-                part = _completed(where, [self], whole)[0]
-                parts.append((self._score(part), *self._label(part)))
-        device = batch.tensors()[0][1].device
-        score, label, group = (_joined(p, device) for p in zip(*parts, strict=True))
-        score = _present(score)
+            parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
+        score, label, group = (joined(p, batch.device) for p in zip(*parts, strict=True))
+        score = present(score)
         return Prediction(label, group, score, self.threshold.predict(score))
 
     # --- keeping ------------------------------------------------------------------------------
@@ -319,23 +327,16 @@ class OODDetector:
             ImportError: safetensors is missing.
             OSError: The file cannot be written.
         """
-        self._ready("save")
-        save_file = _safetensors("save").torch.save_file
-        tensors = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in self._state().items()
-        }
+        where = f"{type(self).__name__}.save"
+        self._ready(where)
         content = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "detector": self.name,
             "settings": self._settings(),
             "num_classes": self.num_classes,
             "width": self.width,
             "threshold": self.threshold and self.threshold.to_json(),
         }
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"oodkernels": json.dumps(content)})
+        write_tensors(where, path, self._state(), _FORMAT, _VERSION, content)
 
     @classmethod
     def load(
@@ -363,10 +364,13 @@ class OODDetector:
             OSError: The file cannot be read.
         """
         where = f"{cls.__name__}.load: {os.fspath(path)}"
-        text, tensors = _read(where, Path(path), cls.__name__)
-        content = read_json(where, text, _FORMAT, _VERSION)
+        content, tensors = read_tensors(where, path, _FORMAT, _VERSION)
         try:
-            kind = _class_of(cls, content["detector"])
+            known = DETECTORS if cls is OODDetector else {cls.name: cls}
+            if content["detector"] not in known:
+                name = str(content["detector"])[:80]
+                raise ValueError(f"detector must be one of {sorted(known)}, got {name!r}")
+            kind: type[Any] = known[content["detector"]]
             for name, wanted in (("num_classes", num_classes), ("width", width)):
                 if wanted is not None and content[name] not in (None, wanted):
                     raise ValueError(f"{name} must be {wanted}, got {content[name]}")
@@ -379,15 +383,19 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
+            detector._status = "fitted"
+            if detector.threshold is not None:
+                detector._verify("threshold", detector.threshold)
         except KeyError as error:
             raise ValueError(f"{where}: {error} is missing") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
-        detector._status = "fitted"
+        except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {' '.join(str(error).split())[:400]}") from error
         return detector
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{k}={v!r}" for k, v in self._arguments().items())
+        defaults = inspect.signature(type(self)).parameters
+        changed = {k: v for k, v in self._arguments().items() if v != defaults[k].default}
+        arguments = ", ".join(f"{k}={v!r}" for k, v in changed.items())
         return f"{type(self).__name__}({arguments})"
 
     # --- for subclasses -----------------------------------------------------------------------
@@ -398,7 +406,9 @@ class OODDetector:
 
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Predicted class and group, (N,) each, where there are any."""
-        return (None if batch.logits is None else batch.logit_scores().label), None
+        if batch.logits is None:
+            return None, None
+        return batch.logit_scores(absent=self.absent).label, None
 
     def _check(self, where: str, batch: Batch) -> None:
         """Raise ValueError, starting with ``where``, if a batch is not of the detector's shape."""
@@ -406,6 +416,8 @@ class OODDetector:
             found = batch.features.shape[1]
             if found != self.width:
                 raise ValueError(f"{where}: features must have width {self.width}, got {found}")
+        if batch.logits is not None:
+            batch.absent_column(where, self.absent)
 
     def _reset(self) -> None:
         """Forget what was learnt."""
@@ -427,9 +439,22 @@ class OODDetector:
 
     def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take in what :meth:`_state` gave; ValueError if it is something else."""
-        if tensors.keys() != set(self._tensors):
+        if tensors.keys() != self._tensors.keys():
             raise ValueError(f"tensors must be {sorted(self._tensors)}, got {sorted(tensors)}")
-        for name, tensor in tensors.items():
+        sizes = {"d": self.width, "C": self.num_classes}
+        for name, axes in self._tensors.items():
+            tensor, letters = tensors[name], axes.split()
+            check_floating("file", name, tensor)
+            wanted = [sizes.get(letter) for letter in letters]
+            if len(wanted) != tensor.dim() or any(
+                size not in (None, found) for size, found in zip(wanted, tensor.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"{name} must be ({', '.join(letters)}) of {sizes}, got {tuple(tensor.shape)}"
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} must be finite")
+            sizes.update(zip(letters, tensor.shape, strict=True))
             setattr(self, name, tensor)
 
     def _settings(self) -> dict[str, Any]:
@@ -446,24 +471,40 @@ class OODDetector:
         parameters = inspect.signature(type(self)).parameters
         return {name: getattr(self, name) for name in parameters if name != "model"}
 
-    def _ready(self, method: str) -> None:
-        """Finish a fit that is pending; NotFittedError if there is none."""
-        where = f"{type(self).__name__}.{method}"
-        if self._status == "unfitted" and self.trained_on:
-            raise NotFittedError(f"{where}: fit must come first")
-        if self._status == "pending":
-            self._finish(where)
-        self._status = "fitted"
+    def _plain_settings(self) -> dict[str, Any]:
+        """The settings without the groups, whose digest says as much."""
+        return {k: v for k, v in self._arguments().items() if k != "groups"}
 
-    def _batch(
-        self,
-        method: str,
-        x: Tensor | None,
-        logits: Tensor | None,
-        features: Features | None,
-        confidence: Tensor | None,
-    ) -> Batch:
-        return _batch(f"{type(self).__name__}.{method}", x, logits, features, confidence)
+    def _verify(self, where: str, threshold: Threshold) -> None:
+        """Refuse a threshold of other scores; one that says nothing of its own is the user's."""
+        key = (threshold, self.model, self._plain_settings())
+        if threshold.source is None or (
+            self._verified is not None
+            and self._verified[0] is threshold
+            and self._verified[1] is self.model
+            and self._verified[2] == key[2]
+        ):
+            return
+        mine = self.source()
+        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
+            mine = replace(mine, model=threshold.source.model)
+        threshold.check_source(mine, where)
+        self._verified = key
+
+    def _ready(self, where: str) -> None:
+        """Finish a fit that is pending; NotFittedError if there is none."""
+        if self._status == "unfitted" and self.trained_on:
+            raise NotFittedError(f"{where}: fit must come first: {type(self).__name__}(...).fit")
+        if self._status != "fitted":
+            with _FINISHING:
+                if self._status == "pending":
+                    self._finish(where)
+                self._status = "fitted"
+
+    def _parts(self, where: str, batch: Batch) -> Iterator[Batch]:
+        """The batch, ``batch_size`` rows of x at a time, with what the detector needs."""
+        for part in batch.chunks(None if batch.x is None else self.batch_size):
+            yield _completed(where, [self], part)[0]
 
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]:
         """What of ``wanted`` a batch lacks."""
@@ -475,9 +516,10 @@ class OODDetector:
                 missing.append(name)
         return missing
 
-    def _training_batches(self, data: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Batch, Tensor]]:
+    def _training_batches(
+        self, where: str, data: Iterable[Sequence[Tensor]]
+    ) -> Iterator[tuple[Batch, Tensor]]:
         """Batches of ``data`` with what the detector is trained on, and their labels."""
-        where = f"{type(self).__name__}.fit"
         if isinstance(data, Tensor) or not isinstance(data, Iterable):
             raise TypeError(
                 f"{where}: data must be an iterable of batches (x, labels), "
@@ -489,28 +531,9 @@ class OODDetector:
                     f"{where}: data must give batches (x, labels), got {type(pair).__name__}"
                 )
             x, y = pair
-            batch = _batch(where, x, None, None, None)
             with torch.no_grad():
-                completed = _completed(where, [self], batch, self.trained_on)[0]
+                completed = _completed(where, [self], as_batch(where, x), self.trained_on)[0]
             yield completed, y
-
-    def _learn(self, method: str, batch: Batch, labels: Tensor | None) -> None:
-        where = f"{type(self).__name__}.{method}"
-        missing = self._missing(batch, self.trained_on)
-        if "labels" in self.trained_on and labels is None:
-            missing.append("labels")
-        if missing:
-            raise ValueError(f"{where}: {', '.join(missing)} must be given")
-        if labels is not None:
-            labels = _checked_labels(where, labels, len(batch)).to(batch.tensors()[0][1].device)
-            ood = labels < 0
-            if ood.any():
-                batch, labels = batch.rows(~ood), labels[~ood]
-        self._check(where, batch)
-        with torch.no_grad():
-            self._update(where, batch, labels)
-        self._status = "pending"
-        self.threshold = None  # it was of other scores
 
 
 def score_all(
@@ -555,33 +578,43 @@ def score_all(
             )
     if chunk is not None and chunk < 1:
         raise ValueError(f"{where}: chunk must be >= 1, got {chunk}")
-    batch = _batch(where, x, logits, features, confidence)
-    return _score_all(where, detectors, batch, chunk)
+    batch = as_batch(where, x, logits, features, confidence)
+    return score_batch(detectors, batch, chunk, where=where)
 
 
-def _score_all(
-    where: str, detectors: Mapping[str, OODDetector], batch: Batch, chunk: int | None
+def score_batch(
+    detectors: Mapping[str, OODDetector],
+    batch: Batch,
+    chunk: int | None = None,
+    *,
+    where: str = "score_batch",
 ) -> dict[str, Tensor]:
+    """:func:`score_all` of a batch.
+
+    Args:
+        detectors: By any name.
+        batch: Its tensors are not looked at again; what detectors need and it has not is computed
+            from its ``x``.
+        chunk: As for :func:`score_all`.
+        where: What errors start with.
+
+    Returns:
+        As there.
+
+    Raises:
+        ValueError: As there.
+        NotFittedError: As there.
+    """
     used = list(detectors.values())
-    device = batch.tensors()[0][1].device
     if chunk is None and batch.x is not None:
         chunk = min((d.batch_size for d in used), default=1)
     scores: list[list[Tensor]] = [[] for _ in used]
     with torch.no_grad():
-        for part in _chunks(batch, chunk):
+        for part in batch.chunks(chunk):
             for i, own in enumerate(_completed(where, used, part)):
                 scores[i].append(used[i]._score(own))
-    joined = [_present(_joined(parts, device)) for parts in scores]
-    return dict(zip(detectors, joined, strict=True))
-
-
-def _chunks(batch: Batch, chunk: int | None) -> Iterator[Batch]:
-    n = len(batch)
-    if chunk is None or n <= chunk:
-        yield batch
-        return
-    for begin in range(0, n, chunk):
-        yield batch.rows(slice(begin, begin + chunk))
+    found = [present(joined(parts, batch.device)) for parts in scores]
+    return dict(zip(detectors, found, strict=True))
 
 
 def _completed(
@@ -595,7 +628,7 @@ def _completed(
     own = []
     for detector in detectors:
         if wanted is None:
-            detector._ready(where.rpartition(".")[2])
+            detector._ready(where)
         needs = detector.needs if wanted is None else wanted
         mine = batch
         if missing := detector._missing(batch, needs):
@@ -608,7 +641,7 @@ def _completed(
             key = id(detector.model)
             if key not in ran:
                 sharing = [d for d in detectors if d.model is detector.model]
-                ran[key] = _run(detector.model, batch, sharing)
+                ran[key] = _run(detector.model, batch, sharing, wanted)
             mine = ran[key]
             if missing := detector._missing(mine, needs):
                 raise ValueError(
@@ -620,113 +653,60 @@ def _completed(
     return own
 
 
-def _run(model: Model, batch: Batch, detectors: Sequence[OODDetector]) -> Batch:
-    """The batch with what the model makes of its x; what was given is kept."""
-    x = to_model(model, _present(batch.x))
-    layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
-    found = run(model, x, layers)
-
-    def given(mine: Tensor | None, computed: Tensor | None) -> Tensor | None:
-        return computed if mine is None else mine
-
-    return Batch(
-        x,
-        given(batch.logits, found.logits),
-        given(batch.features, found.features),
-        {**found.layers, **batch.layers},
-        given(batch.confidence, found.confidence),
-    )
-
-
-def _batch(
-    where: str,
-    x: Tensor | None,
-    logits: Tensor | None,
-    features: Features | None,
-    confidence: Tensor | None,
+def _run(
+    model: Model,
+    batch: Batch,
+    detectors: Sequence[OODDetector],
+    wanted: frozenset[str] | None,
 ) -> Batch:
-    """The checked arguments of ``score`` as a batch."""
-    if isinstance(features, Mapping):
-        batch = Batch(x, logits, None, features, confidence)
-    else:
-        batch = Batch(x, logits, features, None, confidence)
-    shapes = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
-    tensors = batch.tensors()
-    if not tensors:
-        raise ValueError(f"{where}: x, logits, features or confidence must be given, got none")
-    for name, tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
-        if name != "x" and not tensor.is_floating_point():
-            raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
-        dim, shape = shapes.get(name, (None, "(N, ...)"))
-        if tensor.dim() == 0 or dim not in (None, tensor.dim()):
-            raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
-        if len(tensor) != len(tensors[0][1]):
-            raise ValueError(
-                f"{where}: {tensors[0][0]} and {name} must be of the same samples, got "
-                f"{len(tensors[0][1])} and {len(tensor)}"
-            )
-    if confidence is not None and confidence.numel() != len(confidence):
-        raise ValueError(
-            f"{where}: confidence must be (N,) or (N, 1), got {tuple(confidence.shape)}"
-        )
-    return batch
+    """The batch with what the model makes of its x; what was given is kept."""
+    layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
+    features = any(
+        not d.layers and "features" in (d.needs if wanted is None else wanted) for d in detectors
+    )
+    x = to_model(model, present(batch.x))
+    found = Batch.of(x, run(model, x, layers, features))
+    for name in ("logits", "features", "confidence"):
+        if (given := getattr(batch, name)) is not None:
+            setattr(found, name, given)
+    found.layers = {**found.layers, **batch.layers}
+    if batch.absent is not None:
+        found.absent = batch.absent
+    return found
 
 
-def _checked_labels(where: str, labels: Any, n: int) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{where}: labels must be a tensor, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{where}: labels must be integers, got {labels.dtype}")
-    if labels.shape != (n,):
-        raise ValueError(f"{where}: labels must be ({n},), got {tuple(labels.shape)}")
-    if n and (low := int(labels.min())) < -1:
-        raise ValueError(f"{where}: labels must be class ids or -1 for OOD, got {low}")
-    return labels.long()
+# --- registry -------------------------------------------------------------------------------------
+
+DETECTORS: dict[str, type[OODDetector]] = {}
+"""Short name -> class, of all that were registered; ``DETECTORS[name].spec`` says more."""
+
+D = TypeVar("D", bound=OODDetector)
 
 
-def _joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
-    tensors = [part for part in parts if part is not None]
-    if not tensors:
-        return None
-    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(device)
+def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]:
+    """Put a detector's class into :data:`DETECTORS`, from which commands, files and docs take it.
 
+    Example:
+        >>> @register("msp", "A", "Hendrycks & Gimpel, ICLR 2017")
+        ... class MSP(OODDetector): ...
 
-def _present(value: T | None) -> T:
-    assert value is not None
-    return value
+    Args:
+        name: The paper's short name in lower case; a variant's behind a hyphen.
+        family: What it reads, a key of :data:`FAMILIES`.
+        paper: Authors, venue and year.
 
+    Raises:
+        ValueError: There is one of that name, or no such family.
+    """
+    if name in DETECTORS:
+        raise ValueError(f"register: name must be a new one, got {name!r}")
+    if family not in FAMILIES:
+        raise ValueError(f"register: family must be one of {', '.join(FAMILIES)}, got {family!r}")
 
-# --- files ----------------------------------------------------------------------------------------
+    def add(detector: type[D]) -> type[D]:
+        detector.name = name
+        detector.spec = DetectorSpec(name, detector, family, paper)
+        DETECTORS[name] = detector
+        return detector
 
-
-def _safetensors(where: str) -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"{where}: a detector's file needs safetensors: pip install 'oodkernels[files]'"
-        ) from error
-    return safetensors
-
-
-def _read(where: str, path: Path, cls: str) -> tuple[str, dict[str, Tensor]]:
-    """What a file says of itself, "{}" where it says nothing, and its tensors."""
-    package = _safetensors(f"{cls}.load")
-    try:
-        with package.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return (file.metadata() or {}).get("oodkernels", "{}"), tensors
-    except package.SafetensorError as error:
-        raise ValueError(f"{where}: must be a safetensors file: {error}") from None
-
-
-def _class_of(cls: type[OODDetector], name: str) -> type[Any]:
-    """The class to load a file of detector ``name`` into."""
-    from oodkernels.detectors import DETECTORS
-
-    known = DETECTORS if cls is OODDetector else {cls.name: cls}
-    if name not in known:
-        raise ValueError(f"detector must be one of {sorted(known)}, got {str(name)[:80]!r}")
-    return known[name]
+    return add

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from oodkernels._checks import accumulate_type
-from oodkernels.detectors.base import Batch, OODDetector, _present
+from oodkernels._checks import accumulate_type, check_flag, check_real
+from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.batch import Batch, present
 from oodkernels.detectors.model import Model
 from oodkernels.groups import Groups
 
@@ -34,18 +35,21 @@ class _Softmax(OODDetector):
     needs = frozenset({"logits"})
     _field: ClassVar[str]
 
-    def __init__(self, temperature: float = 1.0, *, model: Model | None = None) -> None:
-        super().__init__(model)
+    def __init__(
+        self, temperature: float = 1.0, *, absent: int | None = None, model: Model | None = None
+    ) -> None:
+        super().__init__(model, absent)
         self.temperature = check_temperature(type(self).__name__, temperature)
 
     def _score(self, batch: Batch) -> Tensor:
-        score: Tensor = getattr(batch.logit_scores(self.temperature), self._field)
+        score: Tensor = getattr(batch.logit_scores(self.temperature, self.absent), self._field)
         return score
 
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        return batch.logit_scores(self.temperature).label, None
+        return batch.logit_scores(self.temperature, self.absent).label, None
 
 
+@register("msp", "A", "Hendrycks & Gimpel, ICLR 2017")
 class MSP(_Softmax):
     """Maximum softmax probability, max_c softmax(z / T)_c, in (0, 1].
 
@@ -54,35 +58,39 @@ class MSP(_Softmax):
 
     Args:
         temperature: T > 0.
+        absent: Column of the logits that stands for no class and is left out; None for the model's
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
 
     Raises:
         ValueError: ``temperature`` is not positive and finite.
     """
 
-    name = "msp"
     _field = "msp"
 
 
+@register("max-logit", "A", "Hendrycks et al., ICML 2022")
 class MaxLogit(OODDetector):
     """Largest logit, max_c z_c.
 
     Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, ICML 2022.
 
     Args:
+        absent: Column of the logits that stands for no class and is left out; None for the model's
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
     """
 
-    name = "max-logit"
     needs = frozenset({"logits"})
 
-    def __init__(self, *, model: Model | None = None) -> None:
-        super().__init__(model)
+    def __init__(self, *, absent: int | None = None, model: Model | None = None) -> None:
+        super().__init__(model, absent)
 
     def _score(self, batch: Batch) -> Tensor:
-        return batch.logit_scores().max_logit
+        return batch.logit_scores(absent=self.absent).max_logit
 
 
+@register("energy", "A", "Liu et al., NeurIPS 2020")
 class Energy(_Softmax):
     """Negative free energy, T logsumexp(z / T).
 
@@ -90,31 +98,35 @@ class Energy(_Softmax):
 
     Args:
         temperature: T > 0.
+        absent: Column of the logits that stands for no class and is left out; None for the model's
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
 
     Raises:
         ValueError: ``temperature`` is not positive and finite.
     """
 
-    name = "energy"
     _field = "energy"
 
 
+@register("entropy", "A", "Chan, Rottmann & Gottschalk, ICCV 2021")
 class Entropy(_Softmax):
     """Negative Shannon entropy of softmax(z / T), in nats, in [-log C, 0].
 
     Args:
         temperature: T > 0.
+        absent: Column of the logits that stands for no class and is left out; None for the model's
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
 
     Raises:
         ValueError: ``temperature`` is not positive and finite.
     """
 
-    name = "entropy"
     _field = "entropy"
 
 
+@register("mos", "A", "Huang & Li, CVPR 2021")
 class MOS(OODDetector):
     """Minimum others score, S_MOS = -min_k p^k_others, in [-1, 0].
 
@@ -132,8 +144,8 @@ class MOS(OODDetector):
         TypeError: ``groups`` is not :class:`oodkernels.Groups`.
     """
 
-    name = "mos"
     needs = frozenset({"logits"})
+    _finer = ": log_odds=True (mos-log-odds) ranks alike and does not round"
 
     def __init__(
         self, groups: Groups, log_odds: bool = False, *, model: Model | None = None
@@ -144,11 +156,13 @@ class MOS(OODDetector):
                 f"{type(self).__name__}: groups must be Groups, got {type(groups).__name__}"
             )
         self.groups = groups
-        self.log_odds = log_odds
+        self.log_odds = check_flag(type(self).__name__, "log_odds", log_odds)
         self.num_classes = groups.num_classes
+        if not self.log_odds:
+            self._least = -1.0
 
     def _check(self, where: str, batch: Batch) -> None:
-        columns = _present(batch.logits).shape[1]
+        columns = present(batch.logits).shape[1]
         if columns != self.groups.width:
             raise ValueError(
                 f"{where}: logits must have C + K = {self.groups.width} columns, got {columns}"
@@ -171,6 +185,7 @@ class MOS(OODDetector):
         return cls(groups, settings["log_odds"], model=model)
 
 
+@register("mos-log-odds", "A", "Huang & Li, CVPR 2021")
 class MOSLogOdds(MOS):
     """:class:`MOS` that scores by log-odds unless told otherwise.
 
@@ -183,47 +198,56 @@ class MOSLogOdds(MOS):
         TypeError: As :class:`MOS`.
     """
 
-    name = "mos-log-odds"
-
     def __init__(
         self, groups: Groups, log_odds: bool = True, *, model: Model | None = None
     ) -> None:
         super().__init__(groups, log_odds, model=model)
 
 
+@register("absent-class", "A", "Chen et al., ECML PKDD 2021")
 class AbsentClass(OODDetector):
     """Log-odds against the absent class, log((1 - p) / p) with p = softmax(z)_{C+1}.
 
     For models trained with an extra last class for outliers (Jiang et al., DOS, ICLR 2024; Chen et
     al., NTOM, ECML PKDD 2021), whose score 1 - p is the sigmoid of this one. It ranks as 1 - p and
     -log p do, and where these round, 1 - p to 1 below p of 6e-8, it does not. It is computed as
-    logsumexp(z_1..z_C) - z_{C+1}. The prediction is over the first C columns.
+    logsumexp(z_1..z_C) - z_{C+1}. The prediction is over the C classes.
 
     Args:
+        absent: Column of the absent class; None for the model's ``absent_column``, if it has one,
+            else the last.
         model: As for :class:`OODDetector`; logits are (N, C + 1).
     """
 
-    name = "absent-class"
     needs = frozenset({"logits"})
 
-    def __init__(self, *, model: Model | None = None) -> None:
-        super().__init__(model)
+    def __init__(self, *, absent: int | None = None, model: Model | None = None) -> None:
+        super().__init__(model, absent)
 
     def _check(self, where: str, batch: Batch) -> None:
-        columns = _present(batch.logits).shape[1]
+        columns = present(batch.logits).shape[1]
         if columns < 2:
             raise ValueError(
                 f"{where}: logits must be (N, C + 1) with C >= 1, got {columns} columns"
             )
+        super()._check(where, batch)
+
+    def _column(self, batch: Batch) -> int:
+        """The absent column: as given, else the model's, else the last."""
+        if self.absent is None and batch.absent is not None:
+            return batch.absent
+        return -1 if self.absent is None else self.absent
 
     def _score(self, batch: Batch) -> Tensor:
-        energy = batch.logit_scores(columns=-1).energy
-        return energy - _present(batch.logits)[:, -1].to(energy.dtype)
+        column = self._column(batch)
+        energy = batch.logit_scores(absent=column).energy
+        return energy - present(batch.logits)[:, column].to(energy.dtype)
 
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        return batch.logit_scores(columns=-1).label, None
+        return batch.logit_scores(absent=self._column(batch)).label, None
 
 
+@register("confidence", "A", "DeVries & Taylor, 2018")
 class ConfidenceBranch(OODDetector):
     """Logit of the confidence c that a second head of the model gives.
 
@@ -235,19 +259,19 @@ class ConfidenceBranch(OODDetector):
         model: As for :class:`OODDetector`; gives (logits, confidence logit of (N,) or (N, 1)).
     """
 
-    name = "confidence"
     needs = frozenset({"confidence"})
 
     def __init__(self, *, model: Model | None = None) -> None:
         super().__init__(model)
 
     def _score(self, batch: Batch) -> Tensor:
-        logit = _present(batch.confidence).flatten()
+        logit = present(batch.confidence).flatten()
         return logit.to(accumulate_type(logit.dtype), copy=True)
 
 
 def check_temperature(where: str, temperature: float) -> float:
     """The temperature, if it is positive and finite."""
+    temperature = check_real(where, "temperature", temperature)
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{where}: temperature must be positive and finite, got {temperature}")
-    return float(temperature)
+        raise ValueError(f"{where}: temperature must be positive and finite, got {temperature:g}")
+    return temperature

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
+
+from oodkernels._checks import accumulate_type
 
 Model: TypeAlias = Callable[[Tensor], Any]
 """A callable of a batch: an ``nn.Module``, or one that gives logits, a pair or ``Outputs``."""
 
-__all__ = ["FeatureModel", "Model", "Outputs", "extract"]
+__all__ = ["FeatureModel", "Model", "Outputs", "extract", "positions_mean", "run", "to_model"]
 
 
 class Outputs(NamedTuple):
     """What a model says about N inputs."""
 
     logits: Tensor
-    """(N, C)."""
+    """(N, C), or (N, C + 1) with an absent column."""
     features: Tensor | None = None
     """(N, d) penultimate features; None where there is no layer to read them from."""
-    layers: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+    layers: Mapping[str, Tensor] = {}
     """Outputs of the layers asked for by name, of any shape (N, ...)."""
     confidence: Tensor | None = None
     """(N,) or (N, 1) logit of the confidence, where the model gives (logits, confidence)."""
+    axes: Mapping[str, int] = {}
+    """Axis of the features in ``layers``, for those of which the module tells."""
+    absent: int | None = None
+    """Column of the logits that stands for no class: the model's ``absent_column``, if it has
+    one."""
 
 
 class FeatureModel(nn.Module):
@@ -38,32 +47,41 @@ class FeatureModel(nn.Module):
     Args:
         model: x -> logits, or (logits, confidence).
         features: As for :func:`extract`.
+        axis: As for :func:`extract`.
     """
 
-    def __init__(self, model: nn.Module, features: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, features: str | None = None, axis: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.features: str | None = features
+        self.axis = axis
 
     def forward(self, x: Tensor, layers: Iterable[str] = ()) -> Outputs:
         """:func:`extract` of the model."""
-        return extract(self.model, x, layers, self.features)
+        return extract(self.model, x, layers, self.features, self.axis)
 
 
 def extract(
     model: nn.Module,
     x: Tensor,
     layers: Iterable[str] = (),
-    features: str | None = None,
+    features: str | bool | None = None,
+    axis: int | None = None,
     *,
     evaluate: bool = True,
 ) -> Outputs:
     """Logits, penultimate features and outputs of named layers, from one forward pass.
 
-    The model runs in evaluation mode and is left in the mode it was in. Whether a graph is built
-    is up to the caller (``torch.no_grad``). Layers are read by forward hooks and copied, so that a
-    ReLU that works in place does not change them; of a layer that runs several times, the last run
-    counts.
+    The model runs in evaluation mode and is left in the mode it was in; BatchNorm's running
+    statistics stay what they were. Whether a graph is built is up to the caller
+    (``torch.no_grad``). Layers are read by forward hooks and copied, so that a ReLU that works in
+    place does not change them; of a layer that runs several times, the last run counts.
+
+    Threads may share a model: each reads what its own call computed. One in training mode is
+    switched to evaluation mode for as long as any call of this function needs it; a thread that
+    calls it by itself meanwhile, to train it, is refused.
 
     Args:
         model: x -> logits, or (logits, confidence).
@@ -72,34 +90,38 @@ def extract(
         features: Name of the layer whose output are the features. By default they are what the
             classifier reads: the layer that ``model.get_classifier()`` gives (timm), else
             ``model.head``, ``model.fc`` or ``model.classifier`` if that is an ``nn.Linear``, else
-            the model's last ``nn.Linear``. Features (N, d, ...) are averaged over the positions.
+            the model's last ``nn.Linear``. False for none: nothing is hooked.
+        axis: Axis of features that have more than two, which are averaged over the others but the
+            first: 1 for (N, d, H, W), -1 for (N, T, d). None where the module tells: last for
+            torch's own linear and layer normalisation layers, second for its convolutions, batch
+            and group normalisation and pooling, and behind element-wise layers of an
+            ``nn.Sequential`` that of the layer before.
         evaluate: False to run the model in the mode it is in.
 
     Returns:
         :class:`Outputs`.
 
     Raises:
-        ValueError: The model has no layer of that name, or it did not run.
+        ValueError: The model has no layer of that name, or it did not run, or its features have
+            more than two axes and neither ``axis`` nor the module says which is theirs.
         TypeError: ``model`` is not an ``nn.Module``, or what it gives is no logits.
+        RuntimeError: Another thread runs the model by itself while it has to be in evaluation mode.
     """
     where = "extract"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, FeatureModel):
-        return extract(model.model, x, layers, features or model.features)
-    layers = tuple(layers)
-    named = dict(model.named_modules())
-    for name in layers if features is None else (*layers, features):
-        if name not in named:
-            near = difflib.get_close_matches(name, named, n=5, cutoff=0.3)
-            raise ValueError(
-                f"{where}: {type(model).__name__} has no layer {name!r}; "
-                f"near it are {near or [n for n in named if n][:5]}"
-            )
-
+        if features is None:
+            features = model.features
+        axis = model.axis if axis is None else axis
+        return extract(model.model, x, layers, features, axis, evaluate=evaluate)
+    named = {name: _layer(model, name) for name in dict.fromkeys(layers)}
+    thread = threading.get_ident()
     seen: dict[str | None, Tensor] = {}
 
     def keep(name: str | None, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:  # the call of another
+            return
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"{where}: layer {name!r} must give a tensor, got {type(output).__name__}"
@@ -107,31 +129,105 @@ def extract(
         seen[name] = output.clone()
 
     def keep_input(module: nn.Module, args: Any) -> None:
-        if args and isinstance(args[0], Tensor):
+        if threading.get_ident() == thread and args and isinstance(args[0], Tensor):
             seen[None] = args[0].clone()
 
+    source: nn.Module | None = None
     with ExitStack() as stack:
         if evaluate:
             stack.enter_context(_evaluating(model))
-        for name in layers:
-            stack.enter_context(named[name].register_forward_hook(partial(keep, name)))
-        if features is not None:
-            stack.enter_context(named[features].register_forward_hook(partial(keep, None)))
-        elif (classifier := _classifier(model)) is not None:
-            stack.enter_context(classifier.register_forward_pre_hook(keep_input))
+        for name, layer in named.items():
+            stack.enter_context(layer.register_forward_hook(partial(keep, name)))
+        if isinstance(features, str):
+            source = _layer(model, features)
+            stack.enter_context(source.register_forward_hook(partial(keep, None)))
+        elif features is not False and (source := _classifier(model)) is not None:
+            stack.enter_context(source.register_forward_pre_hook(keep_input))
         outputs = as_outputs(model(x))
 
-    for name in layers:
-        if name not in seen:
+    for name in [*named, *([features] if isinstance(features, str) else [])]:
+        if (name if name in named else None) not in seen:
             raise ValueError(f"{where}: layer {name!r} did not run in the model's forward pass")
-    if features is not None and None not in seen:
-        raise ValueError(f"{where}: layer {features!r} did not run in the model's forward pass")
     found = seen.pop(None, None)
-    if features is None and outputs.features is not None:
+    if not isinstance(features, str) and outputs.features is not None:
         found = outputs.features
-    if found is not None and found.dim() > 2:
-        found = found.flatten(2).mean(2)
-    return outputs._replace(features=found, layers={name: seen[name] for name in layers})
+    elif found is not None and source is not None:
+        what = f"layer {features!r}" if isinstance(features, str) else "the classifier's input"
+        axis = known_axis(source) if axis is None else axis
+        found = positions_mean(where, what, found, axis)
+    axes = {name: axis for name in named if (axis := known_axis(named[name])) is not None}
+    absent = getattr(model, "absent_column", None) if outputs.absent is None else outputs.absent
+    layers = {name: seen[name] for name in named}
+    return outputs._replace(features=found, layers=layers, axes=axes, absent=absent)
+
+
+def positions_mean(where: str, what: str, features: Tensor, axis: int | None) -> Tensor:
+    """Features (N, d) of a layer, averaged over the positions where there are more axes.
+
+    Args:
+        where: What errors start with.
+        what: The layer, in errors.
+        features: (N, d), or (N, ...) with the features on ``axis``.
+        axis: Not the first; None where it is not known.
+
+    Raises:
+        ValueError: There are more than two axes, and ``axis`` is not known or none of them.
+    """
+    if features.dim() == 2:
+        return features
+    shape = tuple(features.shape)
+    if axis is None:
+        raise ValueError(
+            f"{where}: {what} gives {shape}, of which nothing tells the axis of the features: say "
+            f"axis=1 if it is the second, axis=-1 if the last"
+        )
+    if not -features.dim() < axis < features.dim() or axis == 0:
+        raise ValueError(f"{where}: axis must be one but the first of {shape}, got {axis}")
+    features = features.to(accumulate_type(features.dtype))
+    return features.movedim(axis, 1).flatten(2).mean(2)
+
+
+_AXES = {"linear": -1, "conv": 1, "batchnorm": 1, "instancenorm": 1, "pooling": 1}
+
+
+def known_axis(module: nn.Module) -> int | None:
+    """The axis of the features in what one of torch's own layers reads and gives, if it tells."""
+    if type(module) is nn.Sequential:
+        for child in reversed(module):
+            if not _elementwise(child):
+                return known_axis(child)
+        return None
+    kind = _kind(module)
+    if _elementwise(module):
+        return None
+    if isinstance(module, nn.GroupNorm):
+        return 1 if kind == "normalization" else None
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return -1 if kind == "normalization" and len(module.normalized_shape) == 1 else None
+    return _AXES.get(kind)
+
+
+def _kind(module: nn.Module) -> str:
+    """The module of torch.nn.modules in which the layer's forward is written."""
+    forward = getattr(module.forward, "__func__", None)
+    package, _, name = str(getattr(forward, "__module__", "")).rpartition(".")
+    return name if package == "torch.nn.modules" else ""
+
+
+def _elementwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or _kind(module) in ("activation", "dropout")
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        names = [n for n, _ in model.named_modules() if n]
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
+        raise ValueError(
+            f"extract: {type(model).__name__} has no layer {name!r}; near it are "
+            f"{near or names[:5]}"
+        ) from None
 
 
 def as_outputs(result: Any) -> Outputs:
@@ -152,15 +248,22 @@ def as_outputs(result: Any) -> Outputs:
     )
 
 
-def run(model: Model, x: Tensor, layers: Sequence[str] = ()) -> Outputs:
+def run(model: Model, x: Tensor, layers: Sequence[str] = (), features: bool = True) -> Outputs:
     """What any :data:`Model` says about ``x``, which is brought to the model's device.
+
+    Args:
+        model: The model.
+        x: (N, ...).
+        layers: As for :func:`extract`.
+        features: Whether penultimate features are wanted. Without them and layers nothing is
+            hooked.
 
     Raises:
         ValueError: Layers are asked of a callable that does not give them.
         TypeError: As :func:`as_outputs`.
     """
     if isinstance(model, nn.Module):
-        return extract(model, to_model(model, x), layers)
+        return extract(model, to_model(model, x), layers, None if features else False)
     outputs = as_outputs(model(x))
     missing = [name for name in layers if name not in outputs.layers]
     if missing:
@@ -179,16 +282,63 @@ def to_model(model: Model, x: Tensor) -> Tensor:
     return x
 
 
+_SWITCH = threading.Lock()
+_switched: dict[int, int] = {}  # id of a module -> calls that have it in evaluation mode
+_inside: dict[int, int] = {}  # thread -> its calls under way on models that were switched
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """The model in evaluation mode until the last of the calls that have it so is over."""
+    thread = threading.get_ident()
+    with _SWITCH:
+        own = [m for m in _modules(model) if m.training or id(m) in _switched]
+        for module in own:
+            _switched[id(module)] = _switched.get(id(module), 0) + 1
+            module.training = False
+    if not own:
+        yield
+        return
+
+    def refuse_others(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() not in _inside:
+            raise RuntimeError(
+                f"{type(module).__name__} is in evaluation mode while another thread reads it: "
+                f"call model.eval() before threads share it, or train a copy"
+            )
+
+    with _SWITCH:
+        _inside[thread] = _inside.get(thread, 0) + 1
+    scripted = isinstance(model, torch.jit.ScriptModule)  # takes no hooks from Python
+    guard = None if scripted else model.register_forward_pre_hook(refuse_others, prepend=True)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        if guard is not None:
+            guard.remove()
+        with _SWITCH:
+            for counts, keys in ((_switched, [id(m) for m in own]), (_inside, [thread])):
+                for key in keys:
+                    counts[key] -= 1
+                    if not counts[key]:
+                        del counts[key]
+            for module in own:
+                if id(module) not in _switched:
+                    module.training = True
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """As ``model.modules()``, in a sixth of the time; a shared layer may come twice."""
+    found, seen, waiting = [model], {id(model)}, [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is None or id(child) in seen:
+                continue
+            found.append(child)
+            if child._modules:
+                seen.add(id(child))
+                waiting.append(child)
+    return found
 
 
 def _classifier(model: nn.Module) -> nn.Module | None:

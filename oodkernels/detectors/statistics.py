@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oodkernels._checks import check_floating
+from oodkernels._checks import check_count, check_floating, check_integers
 
 __all__ = ["ClassStatistics"]
 
@@ -47,8 +47,8 @@ class ClassStatistics:
     def __init__(
         self, num_classes: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"ClassStatistics: num_classes must be at least 1, got {num_classes}")
+        if num_classes is not None:
+            num_classes = check_count("ClassStatistics", "num_classes", num_classes)
         self._fixed = num_classes
         self._device = None if device is None else torch.device(device)
         self.counts = torch.zeros(num_classes or 0, dtype=torch.int64, device=device)
@@ -85,12 +85,17 @@ class ClassStatistics:
             raise ValueError("ClassStatistics.covariance: there must be rows, got none")
         return self.scatter / self.count
 
-    def update(self, features: Tensor, labels: Tensor) -> ClassStatistics:
+    @torch.inference_mode(False)  # or the statistics could not be updated outside of it
+    @torch.no_grad()
+    def update(
+        self, features: Tensor, labels: Tensor, *, where: str = "ClassStatistics.update"
+    ) -> ClassStatistics:
         """Take in some rows.
 
         Args:
             features: (N, d), float64, float32, bfloat16 or float16; finite.
             labels: (N,) integers, 0..C-1, or -1 for OOD rows, which are left out.
+            where: What errors start with.
 
         Returns:
             Itself.
@@ -100,19 +105,13 @@ class ClassStatistics:
                 that is not finite.
             TypeError: Features are not of a floating-point type above, labels are not integers.
         """
-        return self._update("ClassStatistics.update", features, labels)
-
-    @torch.inference_mode(False)  # or the statistics could not be updated outside of it
-    @torch.no_grad()
-    def _update(self, where: str, features: Tensor, labels: Tensor) -> ClassStatistics:
         features, labels = features.detach(), labels.detach()
         check_floating(where, "features", features)
         if features.dim() != 2 or not features.shape[1]:
             raise ValueError(
                 f"{where}: features must have shape (N, d), got {tuple(features.shape)}"
             )
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"{where}: labels must be integers, got {labels.dtype}")
+        check_integers(where, "labels", labels)
         if labels.shape != features.shape[:1]:
             raise ValueError(
                 f"{where}: labels must have shape ({len(features)},), as there are features, got "
@@ -215,13 +214,17 @@ class ClassStatistics:
         missing = [name for name in _STATE if name not in state]
         if missing:
             raise ValueError(f"{where}: state must hold {', '.join(_STATE)}, got no {missing[0]}")
-        c, d = len(state["counts"]), len(state["scatter"])
         shapes = [tuple(state[name].shape) for name in _STATE]
+        c, d = (size[0] if size else 0 for size in (shapes[0], shapes[2]))
         if shapes != [(c,), (c, d), (d, d)] or self._fixed not in (None, c):
             raise ValueError(
                 f"{where}: counts, means and scatter must have shapes (C,), (C, d) and (d, d)"
                 f"{'' if self._fixed is None else f' with C = {self._fixed}'}, got {shapes}"
             )
+        check_integers(where, "counts", state["counts"])
+        numbers = torch.cat([state[name].double().flatten() for name in _STATE])
+        if not numbers.isfinite().all() or (state["counts"] < 0).any():
+            raise ValueError(f"{where}: state must be finite, and counts not negative")
         for name in _STATE:
             kept = getattr(self, name)
             setattr(self, name, state[name].to(self._device, kept.dtype, copy=True))

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodkernels.detectors import AbsentClass, OODDetector
-from oodkernels.detectors.base import Batch
-from oodkernels.detectors.model import Model
+from oodkernels.detectors import AbsentClass, Batch, Model, OODDetector
 from oodkernels.evaluation.methods import (
     OTHER,
     OWN,
@@ -216,9 +214,10 @@ class _Tally:
             confidence, answer = found.prob, self.groups.to_class(found.label)
             classes = self.groups.num_classes
         else:
-            flat = batch.logit_scores(columns=-1 if self.absent else None)
+            absent = -1 if self.absent and batch.absent is None else batch.absent
+            flat = batch.logit_scores(absent=absent)
             confidence, answer = flat.msp, flat.label
-            classes = batch.logits.shape[1] - self.absent
+            classes = batch.logits.shape[1] - (absent is not None)
         wrong = (labels < 0) | (labels >= classes)
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])

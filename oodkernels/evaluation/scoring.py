@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from oodkernels.data.samples import ROLES, Samples
-from oodkernels.detectors import DETECTORS, OODDetector
-from oodkernels.detectors.base import Batch, _score_all
-from oodkernels.detectors.model import Model, run
+from oodkernels.detectors import DETECTORS, Batch, Model, OODDetector, run, score_batch
 from oodkernels.groups import Groups
 
 Data: TypeAlias = Iterable[Any] | Tensor
@@ -127,11 +125,8 @@ def fit_detectors(
     chosen = [detector for detector in detectors if detector.trained_on]
     layers = {str(i): detector for i, detector in enumerate(chosen)}
     for part in _parts(where, model, data, layers):
-        batch = part.batch
         for detector in chosen:
-            features = batch.layers if detector.layers else batch.features
-            given = {"logits": batch.logits, "features": features, "labels": part.labels}
-            detector.partial_fit(**{k: v for k, v in given.items() if k in detector.trained_on})
+            detector.fit_batch(part.batch, part.labels, where=where)
 
 
 def as_detectors(
@@ -227,6 +222,9 @@ def _parts(
 ) -> Iterator[_Part]:
     """A data set's batches, sent through the model where there is one."""
     layers = sorted({layer for detector in detectors.values() for layer in detector.layers})
+    features = any(
+        "features" in d.needs | d.trained_on and not d.layers for d in detectors.values()
+    )
     for item in [data] if isinstance(data, Tensor) else data:
         x, labels = item, None
         if isinstance(item, Mapping):
@@ -249,8 +247,8 @@ def _parts(
             yield _Part(Batch(logits=x), labels)
             continue
         with torch.no_grad():
-            found = run(model, x, layers)
-        yield _Part(Batch(x, found.logits, found.features, found.layers, found.confidence), labels)
+            found = run(model, x, layers, features)
+        yield _Part(Batch.of(x, found), labels)
 
 
 def _called(samples: Samples) -> str:
@@ -273,7 +271,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     scores: dict[str, Tensor] = {}
     if detectors and part.batch.tensors():
-        scores = _score_all(where, detectors, part.batch, None)
+        scores = score_batch(detectors, part.batch, where=where)
     scores |= part.scores
     for name, values in scores.items():
         nan = values.isnan()

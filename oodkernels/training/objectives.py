@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from oodkernels.detectors.abnormality import AbnormalityModule
-from oodkernels.detectors.model import as_outputs, extract
+from oodkernels.detectors import AbnormalityModule, extract
+from oodkernels.detectors.model import as_outputs
 from oodkernels.groups import Groups
 from oodkernels.nn.gan import Discriminator, Generator, JointGANLoss
 from oodkernels.nn.losses import (
@@ -414,7 +414,7 @@ class AbnormalityObjective(Objective):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(x), generator=generator).to(x.device)
         loss = self.detector.risk_loss(x[order], generator)
-        self.detector._status = "fitted"
+        self.detector.finish()
         return loss, {}
 
 

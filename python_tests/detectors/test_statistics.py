@@ -207,7 +207,7 @@ def test_refuses() -> None:
     bad[7, 2] = torch.nan
     state = fitted.state_dict()
     cases = [
-        (lambda: ClassStatistics(0), ValueError, "num_classes must be at least 1, got 0"),
+        (lambda: ClassStatistics(0), ValueError, "num_classes must be an int >= 1, got 0"),
         (lambda: fitted.update(x[0], y), ValueError, r"must have shape \(N, d\), got \(6,\)"),
         (lambda: fitted.update(x, y[:9]), ValueError, r"shape \(400,\), as there are features"),
         (lambda: fitted.update(x[:, :5], y), ValueError, "must have 6 columns, got 5"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oodkernels._checks import accumulate_type
-from oodkernels.detectors.base import Batch, OODDetector, _present
+from oodkernels._checks import accumulate_type, check_real
+from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.batch import Batch, present
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.ops import logit_scores
@@ -17,6 +19,7 @@ from oodkernels.ops import logit_scores
 __all__ = ["ODIN", "input_step"]
 
 
+@register("odin", "F", "Liang, Li & Srikant, ICLR 2018")
 class ODIN(OODDetector):
     """Maximum softmax probability at temperature T of an input moved towards its class.
 
@@ -31,13 +34,14 @@ class ODIN(OODDetector):
         eps: Size of the step >= 0, in the units of x before it was divided by ``std``.
         std: What x was divided by when it was normalised, a number or one for each channel of
             (N, channels, ...). The step is divided by it.
+        absent: Column of the logits that stands for no class and is left out; None for the model's
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`; differentiable in x.
 
     Raises:
         ValueError: ``temperature``, ``eps`` or ``std`` is out of its range.
     """
 
-    name = "odin"
     needs = frozenset({"x"})
 
     def __init__(
@@ -46,15 +50,17 @@ class ODIN(OODDetector):
         eps: float = 0.0014,
         std: float | Sequence[float] | None = None,
         *,
+        absent: int | None = None,
         model: Model | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, absent)
         self.temperature = check_temperature("ODIN", temperature)
         self.eps, self.std = check_step("ODIN", eps, std)
 
     def _check(self, where: str, batch: Batch) -> None:
         if self.model is None:
             raise ValueError(f"{where}: x needs a model: ODIN(..., model=model)")
+        super()._check(where, batch)
 
     def _score(self, batch: Batch) -> Tensor:
         return self._perturbed(batch)[0]
@@ -66,11 +72,14 @@ class ODIN(OODDetector):
         return batch.once(self, lambda: self._compute(batch))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        model = _present(self.model)
+        model = present(self.model)
         labels: list[Tensor] = []
 
+        def class_logits(x: Tensor) -> Tensor:
+            return Batch.of(x, run(model, x, features=False)).class_logits(self.absent)
+
         def loss(x: Tensor) -> Tensor:
-            logits = run(model, x).logits
+            logits = class_logits(x)
             logits = logits.to(accumulate_type(logits.dtype))
             labels.append(logits.detach().argmax(1))
             # Times T, which leaves the sign as it is and keeps half precision from underflow.
@@ -78,8 +87,8 @@ class ODIN(OODDetector):
                 logits / self.temperature, labels[0], reduction="sum"
             )
 
-        x = input_step("ODIN.score", loss, to_model(model, _present(batch.x)), self.eps, self.std)
-        scores = logit_scores(run(model, x).logits, self.temperature)
+        x = input_step("ODIN.score", loss, to_model(model, present(batch.x)), self.eps, self.std)
+        scores = logit_scores(class_logits(x), self.temperature)
         return scores.msp, labels[0]
 
 
@@ -129,11 +138,14 @@ def check_step(
     where: str, eps: float, std: float | Sequence[float] | None
 ) -> tuple[float, float | list[float] | None]:
     """Size of an input step and what inputs were divided by, if they are in range."""
+    eps = check_real(where, "eps", eps)
     if not (eps >= 0 and math.isfinite(eps)):
-        raise ValueError(f"{where}: eps must be >= 0 and finite, got {eps}")
+        raise ValueError(f"{where}: eps must be >= 0 and finite, got {eps:g}")
     if std is None:
-        return float(eps), None
-    values = [float(s) for s in std] if isinstance(std, Sequence) else [float(std)]
+        return eps, None
+    several = isinstance(std, Sequence) or getattr(std, "ndim", 0) == 1
+    every: Any = std if several else [std]
+    values = [check_real(where, "std", s) for s in every]
     if not values or not all(s > 0 and math.isfinite(s) for s in values):
         raise ValueError(f"{where}: std must be positive and finite, got {std}")
-    return float(eps), values if isinstance(std, Sequence) else values[0]
+    return eps, values if several else values[0]

@@ -1,4 +1,4 @@
-"""Mahalanobis distance to the nearest class, at one layer or several."""
+"""Detectors by class means and covariances of features."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oodkernels._checks import accumulate_type
-from oodkernels.detectors.base import (
-    Batch,
-    Features,
-    OODDetector,
-    _checked_labels,
-    _chunks,
-    _completed,
-    _present,
-)
-from oodkernels.detectors.model import Model, run, to_model
-from oodkernels.detectors.odin import check_step, input_step
+from oodkernels._checks import accumulate_type, check_class_ids, check_count, check_int, check_real
+from oodkernels._optional import require
+from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.batch import Batch, Features, as_batch, present
+from oodkernels.detectors.gradients import check_step, input_step
+from oodkernels.detectors.model import Model, positions_mean, run, to_model
 from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.ops import nearest_centroid
 
@@ -43,6 +37,7 @@ class _Space(NamedTuple):
     centroids: Tensor  # (C, d)
 
 
+@register("mahalanobis", "D", "Lee et al., NeurIPS 2018")
 class Mahalanobis(OODDetector):
     """Half the squared Mahalanobis distance to the nearest class mean, negated.
 
@@ -67,8 +62,11 @@ class Mahalanobis(OODDetector):
     data never are, looks in-distribution.
 
     Args:
-        layers: Names of the model's layers to read; outputs (N, d, ...) are averaged over the
-            positions. Empty for the penultimate features.
+        layers: Names of the model's layers to read; outputs of more than two axes are averaged over
+            the positions. Empty for the penultimate features.
+        axis: Axis of the layers' features, or one by the layer's name, where outputs have more than
+            two axes: 1 for (N, d, H, W), -1 for (N, T, d). None where the model's modules tell, as
+            for :func:`extract`; of tensors by keyword nothing else does.
         shrinkage: a, in [0, 1]; None for 0, or as above where S is singular.
         eps: Size >= 0 of the input step x - eps sign(grad_x (-M)) / std, taken for each layer
             before it is scored. Needs x and a model.
@@ -87,7 +85,6 @@ class Mahalanobis(OODDetector):
         ValueError: ``shrinkage``, ``eps``, ``std`` or ``classes`` is out of its range.
     """
 
-    name = "mahalanobis"
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
     weights: Tensor | None
@@ -96,6 +93,7 @@ class Mahalanobis(OODDetector):
         self,
         layers: Sequence[str] = (),
         *,
+        axis: int | Mapping[str, int] | None = None,
         shrinkage: float | None = None,
         eps: float = 0.0,
         std: float | Sequence[float] | None = None,
@@ -105,14 +103,23 @@ class Mahalanobis(OODDetector):
         super().__init__(model)
         if isinstance(layers, str):
             layers = (layers,)
-        if shrinkage is not None and not 0 <= shrinkage <= 1:
-            raise ValueError(f"Mahalanobis: shrinkage must be in [0, 1] or None, got {shrinkage}")
-        if classes is not None and classes < 1:
-            raise ValueError(f"Mahalanobis: classes must be at least 1, got {classes}")
+        if shrinkage is not None:
+            shrinkage = check_real("Mahalanobis", "shrinkage", shrinkage)
+            if not 0 <= shrinkage <= 1:
+                raise ValueError(
+                    f"Mahalanobis: shrinkage must be in [0, 1] or None, got {shrinkage:g}"
+                )
         self.layers = tuple(layers)
         self.shrinkage = shrinkage
         self.eps, self.std = check_step("Mahalanobis", eps, std)
-        self.classes = classes
+        self.classes = None if classes is None else check_count("Mahalanobis", "classes", classes)
+        self.axis: int | dict[str, int] | None
+        if isinstance(axis, Mapping):
+            self.axis = {
+                name: check_int("Mahalanobis", f"axis[{name!r}]", a) for name, a in axis.items()
+            }
+        else:
+            self.axis = None if axis is None else check_int("Mahalanobis", "axis", axis)
         if self.eps:
             self.needs = frozenset({"x"})
         self._reset()
@@ -125,13 +132,11 @@ class Mahalanobis(OODDetector):
             TypeError: As :meth:`score`.
             NotFittedError: ``fit`` has not been called.
         """
-        batch = self._batch("layer_scores", x, None, features, None)
-        parts = []
+        where = "Mahalanobis.layer_scores"
+        batch = as_batch(where, x, features=features)
         with torch.no_grad():
-            for part in _chunks(batch, None if x is None else self.batch_size):
-                (own,) = _completed("Mahalanobis.layer_scores", [self], part)
-                parts.append(self._nearest(own)[0])
-        return torch.cat(parts).to(batch.tensors()[0][1].device)
+            parts = [self._nearest(part)[0] for part in self._parts(where, batch)]
+        return torch.cat(parts).to(batch.device)
 
     def fit_weights(
         self,
@@ -151,7 +156,7 @@ class Mahalanobis(OODDetector):
             labels: (N,) integers, -1 for OOD; any class ids for ID.
 
         Returns:
-            The detector.
+            The detector, without its threshold.
 
         Raises:
             ValueError: As :meth:`score`; or of ID or OOD there are fewer than 5 samples, one for
@@ -161,24 +166,22 @@ class Mahalanobis(OODDetector):
             ImportError: scikit-learn is missing.
         """
         where = "Mahalanobis.fit_weights"
-        try:
-            from sklearn.linear_model import LogisticRegressionCV
-        except ImportError as error:
-            raise ImportError(
-                f"{where} needs scikit-learn: pip install 'oodkernels[detectors]'"
-            ) from error
+        models = require("sklearn.linear_model", "detectors", where)
         scores = self.layer_scores(x, features=features).double().cpu()
-        is_id = _checked_labels(where, labels, len(scores)).cpu() >= 0
+        is_id = check_class_ids(where, labels, len(scores)).cpu() >= 0
         for kind, n in (("ID", int(is_id.sum())), ("OOD", int((~is_id).sum()))):
             if n < 5:
                 raise ValueError(f"{where}: labels must have at least 5 {kind} samples, got {n}")
         mean, std = scores.mean(0), scores.std(0).clamp(min=torch.finfo(torch.float64).tiny)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of defaults that will change
-            regression = LogisticRegressionCV().fit(((scores - mean) / std).numpy(), is_id.numpy())
+            regression = models.LogisticRegressionCV().fit(
+                ((scores - mean) / std).numpy(), is_id.numpy()
+            )
         slope = torch.from_numpy(regression.coef_[0]) / std
         intercept = torch.from_numpy(regression.intercept_) - slope @ mean
         self.weights = torch.cat([slope, intercept])
+        self.threshold = None  # it was of other scores
         return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
@@ -191,7 +194,7 @@ class Mahalanobis(OODDetector):
         """
         for name in self._names():
             self.statistics.setdefault(name, ClassStatistics(self.classes)).all_reduce(group)
-        self._status = "pending"
+        self._status, self.threshold = "pending", None
         return self
 
     def to(self, device: torch.device | str | int) -> Self:
@@ -217,7 +220,7 @@ class Mahalanobis(OODDetector):
         for name in self._names():
             about = f"{where}: layer {name!r}" if self.layers else where
             statistics = self.statistics.setdefault(name, ClassStatistics(self.classes))
-            statistics._update(about, _read(batch, name), _present(labels))
+            statistics.update(self._read(where, batch, name), present(labels), where=about)
 
     def _finish(self, where: str) -> None:
         for name, statistics in self.statistics.items():
@@ -266,6 +269,18 @@ class Mahalanobis(OODDetector):
 
     # --- scoring ------------------------------------------------------------------------------
 
+    def _axis(self, batch: Batch, name: str) -> int | None:
+        """The axis of a layer's features: as said, else as the module tells."""
+        said = self.axis.get(name) if isinstance(self.axis, dict) else self.axis
+        return batch.axes.get(name) if said is None else said
+
+    def _read(self, where: str, batch: Batch, name: str) -> Tensor:
+        """Features (N, d) of a layer."""
+        if not self.layers:
+            return present(batch.features)
+        axis = self._axis(batch, name)
+        return positions_mean(where, f"layer {name!r}", batch.layers[name], axis)
+
     def _names(self) -> tuple[str, ...]:
         return tuple(self.layers) or ("features",)
 
@@ -304,8 +319,9 @@ class Mahalanobis(OODDetector):
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         scores = []
         for name in self._names():
-            own = self._stepped(name, _present(batch.x)) if self.eps else batch
-            labels, distance = self._distances(name, _read(own, name))
+            own = self._stepped(name, present(batch.x)) if self.eps else batch
+            features = self._read("Mahalanobis.score", own, name)
+            labels, distance = self._distances(name, features)
             scores.append(distance / -2)
         return torch.stack(scores, 1), labels
 
@@ -338,14 +354,15 @@ class Mahalanobis(OODDetector):
 
     def _stepped(self, name: str, x: Tensor) -> Batch:
         """What the model makes of x moved towards its nearest class at a layer."""
-        model = _present(self.model)
+        model = present(self.model)
 
         def outputs(x: Tensor) -> Batch:
-            found = run(model, x, (name,) if self.layers else ())
-            return Batch(x, features=found.features, layers=found.layers)
+            layers = (name,) if self.layers else ()
+            return Batch.of(x, run(model, x, layers, features=not self.layers))
 
         def loss(x: Tensor) -> Tensor:
-            space, z = self._whitened(name, _read(outputs(x), name))
+            features = self._read("Mahalanobis.score", outputs(x), name)
+            space, z = self._whitened(name, features)
             labels, _ = nearest_centroid(z.detach(), space.centroids)
             return (z - space.centroids[labels]).square().sum() / 2
 
@@ -380,16 +397,6 @@ class Mahalanobis(OODDetector):
             raise ValueError(
                 f"weights must have shape ({len(names) + 1},), got {tuple(self.weights.shape)}"
             )
-
-
-def _read(batch: Batch, name: str) -> Tensor:
-    """Features (N, d) of a layer."""
-    if batch.layers and name in batch.layers:
-        features = batch.layers[name]
-        if features.dim() > 2:
-            features = features.to(accumulate_type(features.dtype)).flatten(2).mean(2)
-        return features
-    return _present(batch.features)
 
 
 def _whitening(covariance: Tensor, shrinkage: float) -> Tensor | None:

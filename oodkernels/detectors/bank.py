@@ -1,15 +1,18 @@
-"""Distance to the k-th nearest training sample."""
+"""Detectors that compare with a bank of training features."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from oodkernels._checks import accumulate_type
-from oodkernels.detectors.base import Batch, OODDetector, _present
+from oodkernels._checks import accumulate_type, check_count
+from oodkernels._optional import require
+from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.batch import Batch, present
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
 
@@ -18,6 +21,7 @@ __all__ = ["KNN"]
 _QUERIES, _BLOCK = 1024, 1 << 14  # rows of a matrix of similarities, and columns
 
 
+@register("knn", "E", "Sun et al., ICML 2022")
 class KNN(OODDetector):
     """Distance to the k-th nearest training sample among normalised features, negated.
 
@@ -43,10 +47,10 @@ class KNN(OODDetector):
         ValueError: ``k`` or ``backend`` is none of these.
     """
 
-    name = "knn"
     needs = frozenset({"features"})
     trained_on = frozenset({"features"})
-    _tensors = ("bank",)
+    _tensors: ClassVar[Mapping[str, str]] = {"bank": "n d"}
+    _least = -2.0
     bank: Tensor
 
     def __init__(
@@ -57,11 +61,9 @@ class KNN(OODDetector):
         model: Model | None = None,
     ) -> None:
         super().__init__(model)
-        if k < 1:
-            raise ValueError(f"KNN: k must be at least 1, got {k}")
         if backend not in ("auto", "faiss", "torch"):
             raise ValueError(f"KNN: backend must be auto, faiss or torch, got {backend!r}")
-        self.k = k
+        self.k = check_count("KNN", "k", k)
         self.backend = backend
         self._reset()
 
@@ -71,7 +73,7 @@ class KNN(OODDetector):
         self._index: Any = None
 
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
-        features = _present(batch.features)
+        features = present(batch.features)
         check_finite(where, features)
         self.width = features.shape[1]
         self._new.append(_direction(features))
@@ -85,8 +87,13 @@ class KNN(OODDetector):
             )
         self.bank, self._new, self._index = bank, [], None
 
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._load_state(tensors)
+        if len(self.bank) < self.k:
+            raise ValueError(f"bank must have at least k = {self.k} rows, got {len(self.bank)}")
+
     def _score(self, batch: Batch) -> Tensor:
-        features = _present(batch.features)
+        features = present(batch.features)
         if self.bank.device != features.device:
             self.to(features.device)
         scores = [self._distance(rows) for rows in features.split(_QUERIES)]
@@ -117,16 +124,15 @@ class KNN(OODDetector):
         if self.backend == "torch" or (self.backend == "auto" and z.device.type != "cpu"):
             return False
         try:
-            import faiss
-        except ImportError as error:
+            faiss = require("faiss", "faiss", "KNN: backend='faiss'")
+        except ModuleNotFoundError:
             if self.backend == "auto":
                 return False
-            raise ImportError(
-                "KNN: backend='faiss' needs faiss: pip install 'oodkernels[faiss]'"
-            ) from error
+            raise
         if self._index is None:
-            self._index = faiss.IndexFlatL2(self.bank.shape[1])
-            self._index.add(self.bank.float().cpu().numpy())
+            index = faiss.IndexFlatL2(self.bank.shape[1])
+            index.add(self.bank.float().cpu().numpy())
+            self._index = index  # whole, for other threads
         return True
 
     def _kth_by_faiss(self, z: Tensor) -> Tensor:

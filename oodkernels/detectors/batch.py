@@ -1,0 +1,210 @@
+"""What detectors read of N inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from oodkernels.detectors.model import Outputs
+from oodkernels.groups import Groups
+from oodkernels.ops import LogitScores, MOSPrediction, logit_scores, mos_predict
+
+T = TypeVar("T")
+Features: TypeAlias = Tensor | Mapping[str, Tensor]
+"""(N, d), or by the name of the layer for a detector that reads several."""
+
+__all__ = ["Batch", "Features", "as_batch", "joined", "present"]
+
+
+class Batch:
+    """What detectors read of N inputs; what several of them need of it is computed once.
+
+    Attributes:
+        x: (N, ...) inputs, or None.
+        logits: (N, C), or None; one column more where one is ``absent``.
+        features: (N, d) penultimate features, or None.
+        layers: Outputs (N, ...) of layers by name.
+        confidence: (N,) logit of the confidence, or None.
+        axes: Axis of the features in ``layers``, for those of which the module tells.
+        absent: Column of ``logits`` that stands for no class, >= 0, or None.
+    """
+
+    def __init__(
+        self,
+        x: Tensor | None = None,
+        logits: Tensor | None = None,
+        features: Tensor | None = None,
+        layers: Mapping[str, Tensor] | None = None,
+        confidence: Tensor | None = None,
+        *,
+        axes: Mapping[str, int] | None = None,
+        absent: int | None = None,
+    ) -> None:
+        self.x = x
+        self.logits = logits
+        self.features = features
+        self.layers = layers or {}
+        self.confidence = confidence
+        self.axes = axes or {}
+        self.absent = absent
+        self._known: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of(cls, x: Tensor, outputs: Outputs) -> Batch:
+        """What a model says about ``x``."""
+        return cls(
+            x,
+            outputs.logits,
+            outputs.features,
+            outputs.layers,
+            outputs.confidence,
+            axes=outputs.axes,
+            absent=outputs.absent,
+        )
+
+    def __len__(self) -> int:
+        return len(self.tensors()[0][1])
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first tensor there is."""
+        return self.tensors()[0][1].device
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Those that are there, by the name that errors give them."""
+        fields = ("x", "logits", "features", "confidence")
+        found = [(name, getattr(self, name)) for name in fields]
+        layers = [(f"features[{name!r}]", tensor) for name, tensor in self.layers.items()]
+        return [(name, tensor) for name, tensor in found if tensor is not None] + layers
+
+    def rows(self, index: slice | Tensor) -> Batch:
+        """The batch of some of the rows."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        layers = {name: tensor[index] for name, tensor in self.layers.items()}
+        x, logits, features, confidence = map(
+            part, (self.x, self.logits, self.features, self.confidence)
+        )
+        return Batch(x, logits, features, layers, confidence, axes=self.axes, absent=self.absent)
+
+    def chunks(self, size: int | None) -> Iterator[Batch]:
+        """The batch in parts of at most ``size`` rows; None: in one."""
+        n = len(self)
+        if size is None or n <= size:
+            yield self
+            return
+        for begin in range(0, n, size):
+            yield self.rows(slice(begin, begin + size))
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What ``compute`` returned when ``key`` was first asked for."""
+        if key not in self._known:
+            self._known[key] = compute()
+        value: T = self._known[key]
+        return value
+
+    def absent_column(self, where: str, column: int | None) -> int | None:
+        """The number of the absent column: ``column`` if it is given, else :attr:`absent`.
+
+        Raises:
+            ValueError: They contradict each other, or the logits have no such column, or no other.
+        """
+        if column is None:
+            return self.absent
+        width = present(self.logits).shape[1]
+        if not -width <= column < width or width < 2:
+            raise ValueError(
+                f"{where}: absent must be one of several columns of logits, got {column} for "
+                f"{width} columns"
+            )
+        column %= width
+        if self.absent not in (None, column):
+            raise ValueError(
+                f"{where}: absent must be column {self.absent}, as the model has it, got {column}"
+            )
+        return column
+
+    def class_logits(self, absent: int | None = None) -> Tensor:
+        """(N, C) logits of the classes: a view where the absent column is none, first or last."""
+        logits = present(self.logits)
+        absent = self.absent_column("logits", absent)
+        if absent is None:
+            return logits
+        if absent in (0, logits.shape[1] - 1):
+            return logits[:, 1:] if absent == 0 else logits[:, :-1]
+        return self.once(
+            ("class_logits", absent),
+            lambda: torch.cat([logits[:, :absent], logits[:, absent + 1 :]], 1),
+        )
+
+    def logit_scores(self, temperature: float = 1.0, absent: int | None = None) -> LogitScores:
+        """:func:`oodkernels.logit_scores` of the classes' logits, without the absent column."""
+        return self.once(
+            ("logit_scores", temperature, self.absent_column("logits", absent)),
+            lambda: logit_scores(self.class_logits(absent), temperature),
+        )
+
+    def mos_predict(self, groups: Groups) -> MOSPrediction:
+        """:func:`oodkernels.mos_predict` of the logits."""
+        logits = present(self.logits)
+        return self.once(("mos_predict", groups), lambda: mos_predict(logits, groups))
+
+
+def as_batch(
+    where: str,
+    x: Tensor | None = None,
+    logits: Tensor | None = None,
+    features: Features | None = None,
+    confidence: Tensor | None = None,
+) -> Batch:
+    """The checked arguments of ``score`` as a batch.
+
+    Raises:
+        ValueError: There is none, or one has the wrong shape.
+        TypeError: One is no tensor, or not floating-point.
+    """
+    if isinstance(features, Mapping):
+        batch = Batch(x, logits, None, features, confidence)
+    else:
+        batch = Batch(x, logits, features, None, confidence)
+    shapes = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
+    tensors = batch.tensors()
+    if not tensors:
+        raise ValueError(f"{where}: x, logits, features or confidence must be given, got none")
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+        if name != "x" and not tensor.is_floating_point():
+            raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
+        dim, shape = shapes.get(name, (None, "(N, ...)"))
+        if tensor.dim() == 0 or dim not in (None, tensor.dim()):
+            raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
+        if len(tensor) != len(tensors[0][1]):
+            raise ValueError(
+                f"{where}: {tensors[0][0]} and {name} must be of the same samples, got "
+                f"{len(tensors[0][1])} and {len(tensor)}"
+            )
+    if confidence is not None and confidence.numel() != len(confidence):
+        raise ValueError(
+            f"{where}: confidence must be (N,) or (N, 1), got {tuple(confidence.shape)}"
+        )
+    return batch
+
+
+def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """The parts that are there as one tensor on a device, None where none is."""
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(device)
+
+
+def present(value: T | None) -> T:
+    """What is known to be there."""
+    assert value is not None
+    return value
