@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from oodk._output import printable
 from oodk._registries import REGISTRIES
 
+_ORDER = ("demo", "extract", "group", "train", "eval", "score", "threshold", "convert", "info")
 _BUGS = (AssertionError, AttributeError, NameError)
 _PLAIN = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 """Errors whose message says what is wrong."""
@@ -28,27 +29,27 @@ _CURES = {
 """Type of an error -> what helps."""
 
 
-class Failure(Exception):
+class CommandError(Exception):
     """What a user is told in a line: an error, what was being done, and what helps."""
 
 
 @contextmanager
-def step(what: str, file: object = None) -> Iterator[None]:
+def step(what: str, file: object) -> Iterator[None]:
     """Part of a command, for the line about what goes wrong in it.
 
     Args:
-        what: "reading", "training", ...
-        file: Which it is about.
+        what: "read", "train on", ...: what cannot be done then.
+        file: What it is done to.
     """
     try:
         yield
-    except (*_BUGS, Failure, typer.Abort, typer.Exit, typer.BadParameter):
+    except (*_BUGS, CommandError, typer.Abort, typer.Exit, typer.BadParameter):
         raise
     except Exception as error:
-        shown = "" if file is None else printable(str(file))
-        message = reason(error)
-        where = f"{what} {shown}".strip() if shown not in message else what
-        raise Failure(_with_cure(error, f"{message} (while {where})")) from error
+        message, shown = reason(error), printable(str(file))
+        if shown not in message:
+            message = f"cannot {what} {shown}: {message}"
+        raise CommandError(_with_cure(error, message)) from error
 
 
 def reason(error: BaseException) -> str:
@@ -66,7 +67,7 @@ def _with_cure(error: BaseException, message: str) -> str:
     for kind in type(error).__mro__:
         if kind.__name__ in _CURES:
             return f"{message}: {_CURES[kind.__name__]}"
-    if isinstance(error, (*_PLAIN, Failure)):
+    if isinstance(error, (*_PLAIN, CommandError)):
         return message
     return f"{message}; OODK_TRACEBACK=1 shows where"
 
@@ -76,8 +77,9 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
-        for about in (self, *self.params):
-            about.help = _filled(getattr(about, "help", None))  # type: ignore[union-attr]
+        abouts: list[Any] = [self, *self.params]
+        for about in abouts:
+            about.help = _filled(getattr(about, "help", None))
         super().format_help(ctx, formatter)
 
 
@@ -93,8 +95,8 @@ class Group(TyperGroup):
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of a run, as they were added."""
-        return list(self.commands)
+        """In the order of a run."""
+        return sorted(self.commands, key=_ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -110,9 +112,9 @@ class Group(TyperGroup):
             if own or type(error).__module__.startswith(("typer", "click")):
                 raise
             if os.environ.get("OODK_TRACEBACK") == "1":
-                cause = error.__cause__ if isinstance(error, Failure) else None
+                cause = error.__cause__ if isinstance(error, CommandError) else None
                 raise cause or error from None
-            message = str(error) if isinstance(error, Failure) else reason(error)
+            message = str(error) if isinstance(error, CommandError) else reason(error)
             typer.echo(f"oodk {ctx.invoked_subcommand}: {_with_cure(error, message)}", err=True)
             raise typer.Exit(1) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -107,8 +107,7 @@ def write_config(ctx: typer.Context, folder: Path) -> Path:
     options = {
         _flag(parameter): _plain(value)
         for parameter in ctx.command.params
-        if (value := ctx.params.get(str(parameter.name))) is not None
-        and parameter.name != "config"
+        if (value := ctx.params.get(str(parameter.name))) is not None and parameter.name != "config"
     }
     written = require("tomli_w", "cli", "config.toml").dumps(options)
     path = folder / "config.toml"
@@ -180,7 +179,7 @@ def read_groups(path: Path, class_names: Sequence[str] | None = None) -> Groups:
     """
     from oodkernels import Groups
 
-    readers = {
+    readers: dict[str, Callable[[Path], Groups]] = {
         ".json": Groups.load,
         ".csv": Groups.from_table,
         ".txt": Groups.from_image_list,
@@ -188,7 +187,7 @@ def read_groups(path: Path, class_names: Sequence[str] | None = None) -> Groups:
     }
     if path.suffix not in readers:
         raise ValueError(f"{path} must end in {', '.join(readers)}")
-    with step("reading", path):
+    with step("read", path):
         return readers[path.suffix](path)
 
 

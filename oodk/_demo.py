@@ -86,10 +86,10 @@ def demo(
     with progress(not quiet, remaining=False) as shown:
         tasks = {model: shown.add_task(f"train {model}", total=epochs) for model in settings.models}
         writing = shown.add_task("write report", total=1, start=False)
-        with step("training"):
+        with step("train on", "the digits"):
             result = run(settings, lambda model, epoch: shown.update(tasks[model], completed=epoch))
         shown.start_task(writing)
-        with step("writing to", out):
+        with step("write to", out):
             paths = write_report(result, out)
         shown.update(writing, completed=1)
 
@@ -134,10 +134,11 @@ def _list_detectors(as_json: bool) -> None:
 
     found = {
         name: {
-            "what": (kind.__doc__ or "").splitlines()[0],
+            "what": kind.spec.summary,
             "needs": sorted(kind.needs),
             "trained_on": sorted(kind.trained_on),
-            "settings": settings_of(name),
+            "settings": [str(option.name) for option in kind.spec.options.values()],
+            "paper": kind.spec.paper,
         }
         for name, kind in DETECTORS.items()
     }

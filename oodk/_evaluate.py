@@ -135,14 +135,16 @@ def evaluate(
     if out is not None:
         require_writable(out)
     if name is not None and len(inputs.models) > 1:
-        raise typer.BadParameter("is for one; name heads by --head NAME=PATH", param_hint="'--name'")
+        raise typer.BadParameter(
+            "is for one; name heads by --head NAME=PATH", param_hint="'--name'"
+        )
     inside = inputs.open("--id", id_data, labels)
     outside = {key: inputs.open("--ood", path) for key, path in sets.items()}
     curve = None if sweep is None else _read_sweep(sweep)
     parts = []
     for label, model in inputs.models.items():
         detectors = inputs.detectors(inside, model)
-        with watching(quiet, {"ID": inside, **outside}) as on_batch, step("evaluating", label):
+        with watching(quiet, {"ID": inside, **outside}) as on_batch, step("evaluate", id_data):
             parts.append(
                 run(
                     model,
@@ -159,7 +161,7 @@ def evaluate(
     found = replace(combine(*parts), sweep=curve)
     paths: list[Path] = []
     if out is not None:
-        with step("writing to", out):
+        with step("write to", out):
             paths = [*found.save(out, report=False), write_config(ctx, out)]
     if as_json:
         print_json(found.as_dict())
@@ -172,7 +174,7 @@ def evaluate(
         for note in found.notes:
             typer.echo(note, err=quiet)
     if out is not None:
-        with step("drawing the report", out):
+        with step("draw the report in", out):
             write_text(out / "report.html", found.to_html())
         paths.append(out / "report.html")
     if not quiet and not as_json:
@@ -225,18 +227,18 @@ def score(
     require_writable_file(out)
     limit = None
     if threshold is not None:
-        with step("reading", threshold):
+        with step("read", threshold):
             limit = Threshold.load(threshold)
     scores, sources = _scores(inputs, "--data", data, quiet)
     if limit is not None:
         if len(scores) != 1:
             raise ValueError(f"a threshold is for one detector, got {', '.join(scores)}")
         ((name, values),) = scores.items()
-        with step("comparing with", threshold):
+        with step("use", threshold):
             limit.check_source(sources[name], "oodk score")
         scores["is_ood"] = limit.predict(values).to(torch.uint8)
     if out is not None:
-        with step("writing", out):
+        with step("write", out):
             save_arrays(out, scores)
         print_path(out)
         return
@@ -288,10 +290,10 @@ def threshold(
             f"one is needed, got {', '.join(scores)}", param_hint="'--detector'"
         )
     ((name, values),) = scores.items()
-    with step("calibrating on", id_data):
+    with step("calibrate on", id_data):
         found = Threshold.calibrate(values, tpr, confidence, source=sources[name])
     if out is not None:
-        with step("writing", out):
+        with step("write", out):
             found.save(out)
     if as_json:
         print_json({"detector": name, **json.loads(found.to_json())})
@@ -319,7 +321,7 @@ def _scores(
     kept: dict[str, list[Tensor]] = {}
     sources: dict[str, ThresholdSource] = {}
     sets: dict[str, Any] = {samples.name: samples}
-    with watching(quiet, sets) as on_batch, step("scoring", path):
+    with watching(quiet, sets) as on_batch, step("score", path):
         for found in score_sets(option, sets, detectors, model=model, groups=groups):
             for name, values in found.scores.items():
                 kept.setdefault(name, []).append(values)

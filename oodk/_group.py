@@ -97,10 +97,10 @@ def features(
     from oodkernels.detectors.statistics import ClassStatistics
 
     require_writable_file(out)
-    with step("reading", data):
+    with step("read", data):
         samples = open_samples(data, kind="features", labels=labels).only("features", "labels")
     statistics = ClassStatistics()
-    with step("reading", data):
+    with step("read", data):
         for batch in samples:
             statistics.update(batch["features"], batch["labels"])
     if statistics.missing:

@@ -61,10 +61,20 @@ class Images:
     def _made(self) -> tuple[nn.Module, Any]:
         import torch
 
-        from oodkernels.data.extract import ToTensor, load_model
+        from oodkernels.data import ToTensor, load_model
+        from oodkernels.nn.weights import read_weights
 
-        with step("making", self.model):
-            network, transform = load_model(self.model, self.weights)
+        facts = None
+        if self.weights is not None:
+            with step("read", self.weights):
+                facts = read_weights(self.weights)
+        with step("make", self.model):
+            network, transform = load_model(
+                self.model, self.weights, None if facts is None else facts.columns
+            )
+        if facts is not None:  # as a head has them
+            known = {"absent_column": facts.absent, "groups": facts.groups}
+            vars(network).update(known, class_names=facts.class_names)
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.size is not None or transform is None:
@@ -83,9 +93,9 @@ class Images:
 
     def open(self, source: str, root: Path | None = None) -> ImageBatches:
         """The images in a folder, a list or shards."""
-        from oodkernels.data.extract import open_images
+        from oodkernels.data import open_images
 
-        with step("reading", source):
+        with step("read", source):
             return ImageBatches(source, open_images(source, self.transform, root), self)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from oodk._command import one_of, step
-from oodk._common import GroupsOption, pairs, parse_toml, read_groups
+from oodk._common import GroupsOption, pairs, read_groups
 from oodk._images import DeviceOption, Images, ModelOption, SizeOption, WeightsOption, WorkersOption
 from oodk._output import printable
 
@@ -81,9 +80,9 @@ class Inputs:
     model: ModelOption = None
     weights: WeightsOption = None
     size: SizeOption = None
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images sent through --model at once.")
-    ] = 64
+    batch_size: Annotated[int, typer.Option(min=1, help="Images sent through --model at once.")] = (
+        64
+    )
     workers: WorkersOption = 0
     device: DeviceOption = "auto"
 
@@ -103,7 +102,7 @@ class Inputs:
             return {self.model: self.images.network}
         found: dict[str, nn.Module | None] = {}
         for name, path in pairs("--head", self.head or (), stem=True).items():
-            with step("reading", path):
+            with step("read", path):
                 found[name] = Head.load(path)
         return found or {"model": None}
 
@@ -137,13 +136,13 @@ class Inputs:
         if not Path(path).exists():
             raise typer.BadParameter(f"there is no {printable(path)!r}", param_hint=f"'{option}'")
         kind = self.kind or ("features" if self.head else None)
-        with step("reading", path):
+        with step("read", path):
             return open_samples(path, kind=kind, columns=self.columns, labels=labels)
 
     def detectors(self, samples: Any, model: nn.Module | None) -> dict[str, OODDetector] | None:
         """Those asked for, fitted where they have to be; None for those by default."""
-        from oodkernels.detectors import OODDetector
-        from oodkernels.evaluation import fit_detectors, make_detector
+        from oodkernels.detectors import DETECTORS, OODDetector
+        from oodkernels.evaluation import fit_detectors
 
         if not self.detector:
             arrays = getattr(samples, "arrays", {"logits": None})
@@ -159,28 +158,27 @@ class Inputs:
             if label in found:
                 raise typer.BadParameter(f"{label!r} is there twice", param_hint="'--detector'")
             if path.suffix == ".safetensors":
-                with step("reading", path):
+                with step("read", path):
                     found[label] = OODDetector.load(path, model)
                 continue
             name, _, settings = text.partition(":")
-            context = {"groups": groups, "model": model}
-            found[label] = make_detector(name, context, _settings(settings), "--detector")
+            if name not in DETECTORS:
+                raise ValueError(
+                    f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}"
+                )
+            options = pairs("--detector", settings.split(",") if settings else ())
+            spec = DETECTORS[name].spec
+            found[label] = spec.make("--detector", options, groups=groups, model=model)
             if found[label].trained_on:
                 unfitted[label] = found[label]
         if unfitted and self.train is None:
             raise typer.BadParameter(f"is needed for {', '.join(unfitted)}", param_hint="'--train'")
         if unfitted:
             assert self.train is not None
-            with step(f"fitting {', '.join(unfitted)} on", self.train):
+            with step(f"fit {', '.join(unfitted)} on", self.train):
                 data = self.open("--train", self.train)
                 fit_detectors("--train", unfitted.values(), data, model)
         return found
-
-
-def _settings(text: str) -> dict[str, Any]:
-    """Those in ``k=10,std=[1,2]``."""
-    parts = re.split(r",(?![^\[]*\])", text) if text else []
-    return {key: parse_toml(value) for key, value in pairs("--detector", parts).items()}
 
 
 def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
@@ -205,7 +203,7 @@ def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
         mine = {f.name: given.pop(f.name) for f in fields(Inputs)}
         command(**given, inputs=Inputs(**mine))
 
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from oodkernels.evaluation.tables import Row
 
 
@@ -72,7 +69,9 @@ def print_table(
         table.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console.width = max(80, Measurement.get(console, console.options.update(width=1 << 20), table).maximum)
+        console.width = max(
+            80, Measurement.get(console, console.options.update(width=1 << 20), table).maximum
+        )
     else:
         console.width = max(console.width, Measurement.get(console, console.options, table).minimum)
     console.print(table)

@@ -40,7 +40,7 @@ class Registry(NamedTuple):
 REGISTRIES = {
     "conventions": Registry("oodkernels.metrics.ood", "CONVENTIONS"),
     "detectors": Registry("oodkernels.detectors", "DETECTORS"),
-    "formats": Registry("oodkernels.data.samples", "FORMATS"),
-    "kinds": Registry("oodkernels.data.samples", "ROLES"),
+    "formats": Registry("oodkernels.data", "FORMATS"),
+    "kinds": Registry("oodkernels.data", "ROLES"),
     "objectives": Registry("oodkernels.training.objectives", "OBJECTIVES"),
 }

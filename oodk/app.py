@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +34,8 @@ app = typer.Typer(
 def _show_version(wanted: bool) -> None:
     if wanted:
         spec = find_spec("oodkernels")
-        assert spec is not None and spec.origin is not None
-        found = runpy.run_path(str(Path(spec.origin).with_name("_version.py")))
+        folder = Path(str(spec and spec.origin)).parent
+        found = runpy.run_path(str(folder / "_version.py"))
         typer.echo(f"oodkernels {found['__version__']}")
         raise typer.Exit
 
@@ -51,18 +52,16 @@ def _main(
     pass
 
 
-for name, command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": _demo.demo,
     "extract": _extract.extract,
-    "group": _group.app,
     "train": _train.train,
     "eval": _evaluate.evaluate,
     "score": _evaluate.score,
     "threshold": _evaluate.threshold,
-    "convert": _convert.app,
     "info": _demo.info,
-}.items():
-    if isinstance(command, typer.Typer):
-        app.add_typer(command, name=name)
-    else:
-        app.command(name, cls=Command)(command)
+}
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
+app.add_typer(_group.app, name="group")
+app.add_typer(_convert.app, name="convert")

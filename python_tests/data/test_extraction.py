@@ -20,7 +20,7 @@ pytest.importorskip("typer")
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from oodkernels.cli import app
+from oodk.app import app
 from oodkernels.data.extract import (
     ImageFiles,
     Plan,
