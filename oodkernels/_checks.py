@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -105,6 +106,16 @@ def _share(op: str, name: str, value: Any, range_: str, *, with_one: bool) -> fl
     return share
 
 
+def check_number(op: str, name: str, value: Any) -> float:
+    """A number as a float; raise where it is none or NaN."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    if math.isnan(number):
+        raise ValueError(f"{op}: {name} must not be NaN")
+    return float(number)
+
+
 def check_integer(op: str, name: str, value: Any) -> int:
     """An integer of any size as an int, NumPy's included; raise TypeError unless it is one."""
     value = plain(value)
@@ -129,10 +140,10 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     return flag
 
 
-def check_integers(op: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless x holds integers, which bool is not."""
+def check_integers(op: str, name: str, x: Tensor, when: str = "") -> None:
+    """Raise TypeError unless x holds integers, which bool is not; ``when`` says where it must."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be integers{when}, got {x.dtype}")
 
 
 def check_no_nan(op: str, name: str, x: Tensor) -> None:

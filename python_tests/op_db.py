@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from oodkernels import reference
+from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
+from oodkernels.ops.keys import keys_of_scores, order_key
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = math.inf, math.nan
@@ -48,13 +50,27 @@ class Op:
     rowwise: tuple[int, ...] = (0,)  # positions of the arguments that have the leading dimensions
     problem: tuple[int, ...] = ()  # the same, where the op is one of all rows and not row by row
     float64: tuple[int, ...] = ()  # outputs that are float64 whatever the input
+    sets: tuple[int, ...] = ()  # the same, where all that they hold is one set
+    like_input: tuple[int, ...] = ()  # outputs of the type of the logits
+    as_is: bool = False  # the reference, too, must see the type of the input
+    varied: int = 0  # position of the argument whose strides the op follows
+    says: str = ""  # how its errors begin, where it is not with its name
+    functional: Callable[..., Any] | None = None  # of an op that changes its argument
     differentiable: bool = False
     # Compares what no tolerance can, such as labels among nearly equal classes.
     compare: Callable[[Sample, Any, Any], None] | None = None
 
     @property
+    def overload(self) -> Callable[..., Any]:
+        return getattr(torch.ops.oodk, self.name).default
+
+    @property
     def call(self) -> Callable[..., Any]:
-        return getattr(torch.ops.oodk, self.name)
+        return self.functional or getattr(torch.ops.oodk, self.name)
+
+    @property
+    def mapped(self) -> tuple[int, ...]:
+        return self.rowwise or self.problem or self.sets
 
 
 def offsets_of(widths: list[int], device: str, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -472,6 +488,312 @@ def dos_refused(device: str) -> Iterator[Refused]:
     yield Refused((x, s, 2, 2), ValueError, "mode must be default or official", {"mode": "best"})
 
 
+# --- the ops that others are made of --------------------------------------------------------------
+
+
+def plain(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """Those without special values, whose statistics no result shows."""
+    return (sample for sample in samples if "special" not in sample.name)
+
+
+def random_like(x: Tensor, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+
+def mos_statistics(logits: Tensor, groups: Tensor) -> Tensor:
+    """The largest logit m of each group and its sum of exp(z - m), (..., K, 2)."""
+    parts = [logits[..., a:b] for a, b in pairwise(groups.tolist())]
+    m = torch.stack([z.amax(-1) for z in parts], -1)
+    s = torch.stack([(z - z.amax(-1, keepdim=True)).exp().sum(-1) for z in parts], -1)
+    return torch.stack([m, s], -1)
+
+
+def outlier_statistics(logits: Tensor) -> Tensor:
+    m = logits.amax(-1)
+    return torch.stack([m, (logits - m[..., None]).exp().sum(-1)], -1)
+
+
+def gradient_of(outputs: Callable[[Tensor], Any], logits: Tensor, *grads: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        out = outputs(leaf)
+        out = out if isinstance(out, tuple) else (out,)
+        return torch.autograd.grad(out, leaf, grads)[0]
+
+
+def _mos_log_others(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.mos_log_others(logits, groups), mos_statistics(logits, groups)
+
+
+def _mos_log_others_backward(grad: Tensor, logits: Tensor, groups: Tensor, stats: Tensor) -> Tensor:
+    return gradient_of(lambda z: reference.mos_log_others(z, groups), logits, grad)
+
+
+def _mos_loss(
+    logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return (
+        reference.mos_loss(logits, target, groups, ignore_index),
+        mos_statistics(logits, groups),
+    )
+
+
+def _mos_loss_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, groups: Tensor, stats: Tensor, ignore_index: int
+) -> Tensor:
+    return gradient_of(lambda z: reference.mos_loss(z, target, groups, ignore_index), logits, grad)
+
+
+def _outlier_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (*reference.outlier_cross_entropy(logits, target), outlier_statistics(logits))
+
+
+def _outlier_cross_entropy_backward(
+    grad_loss: Tensor, grad_logsumexp: Tensor, logits: Tensor, target: Tensor, stats: Tensor
+) -> Tensor:
+    return gradient_of(
+        lambda z: reference.outlier_cross_entropy(z, target), logits, grad_loss, grad_logsumexp
+    )
+
+
+def _outlier_loss(
+    logits: Tensor, target: Tensor, weight: float, absent: bool, mean: bool
+) -> tuple[Tensor, Tensor]:
+    last = logits.shape[-1] - 1
+    is_ood = (target == -1) | (absent & (target == last))
+    n_ood = is_ood.sum()
+    share = torch.where(is_ood, n_ood, is_ood.numel() - n_ood) if mean else 1
+    weights = torch.where(is_ood, weight, 1.0).double() / share
+    target = torch.where(is_ood & absent, last, target)
+
+    def loss(z: Tensor) -> Tensor:
+        return (weights * reference.outlier_cross_entropy(z, target)[0]).sum()
+
+    return loss(logits), gradient_of(loss, logits, torch.ones_like(logits[..., 0].sum()))
+
+
+def mos_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in plain(mos_samples(device, dtype)):
+        z, groups = sample.args
+        log_others, stats = torch.ops.oodk._mos_log_others(z, groups)
+        yield Sample((random_like(log_others), z, groups, stats), name=sample.name)
+
+
+def mos_inner_loss_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in plain(mos_loss_samples(device, dtype)):
+        z, target, groups, *ignored = sample.args
+        yield Sample((z, target, groups, *(ignored or [-100])), name=sample.name)
+
+
+def mos_loss_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in mos_inner_loss_samples(device, dtype):
+        z, target, groups, ignored = sample.args
+        loss, stats = torch.ops.oodk._mos_loss(*sample.args)
+        yield Sample((random_like(loss), z, target, groups, stats, ignored), name=sample.name)
+
+
+def outlier_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in plain(outlier_samples(device, dtype)):
+        loss, logsumexp, stats = torch.ops.oodk._outlier_cross_entropy(*sample.args)
+        grads = random_like(loss), random_like(logsumexp, 4)
+        yield Sample((*grads, *sample.args, stats), name=sample.name)
+
+
+def outlier_loss_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in plain(outlier_samples(device, dtype)):
+        if sample.args[1].numel():
+            for absent in (False, True):
+                for mean in (False, True):
+                    yield Sample((*sample.args, 0.5, absent, mean), name=sample.name)
+
+
+def mos_inner_loss_refused(device: str) -> Iterator[Refused]:
+    for case in mos_loss_refused(device):
+        ignored = () if len(case.args) == 4 else (-100,)
+        yield Refused((*case.args, *ignored), case.error, case.message, contents=case.contents)
+
+
+def stale(op: str, device: str, *first: str) -> Iterator[Refused]:
+    """Gradients and statistics that belong to other logits; ``first``: names of the gradients."""
+    z = torch.randn(4, 6, device=device)
+    g = offsets_of([3, 3], device)
+    t = torch.tensor([0, 1, 2, 3], device=device)
+    if op == "_outlier_cross_entropy_backward":
+        good: list[Any] = [z[:, 0], z[:, 0], z, t, z[:, :2]]
+    else:
+        good = [z[:, :2], z, g, z.new_ones(4, 2, 2)]
+        if op == "_mos_loss_backward":
+            good = [z[:, 0], z, t, g, z.new_ones(4, 2, 2), -100]
+    names = {i: name for i, name in enumerate((*first, "", "", "", "")) if name}
+    names[next(i for i in range(len(good) - 1, -1, -1) if isinstance(good[i], Tensor))] = "stats"
+    for i, name in names.items():
+        args = list(good)
+        args[i] = good[i][:3]
+        yield Refused(tuple(args), ValueError, f"{name} has the wrong shape, ")
+        args[i] = good[i].double()
+        yield Refused(tuple(args), TypeError, f"{name} must be ")
+    wrong = [z.long() if a is z else a for a in good]
+    yield Refused(tuple(wrong), TypeError, "logits must be float64")
+
+
+def outlier_loss_refused(device: str) -> Iterator[Refused]:
+    for case in outlier_refused(device):
+        yield Refused((*case.args, 0.5, False, True), case.error, case.message, {}, case.contents)
+
+
+def gradient_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    return {
+        torch.float64: (1e-11, 1e-12),
+        torch.float32: (1e-5, 1e-6),
+        torch.bfloat16: (2**-8, 1e-6),
+        torch.float16: (2**-11, 1e-6),
+    }[dtype]
+
+
+def loss_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    return gradient_tolerance(output, dtype) if output else log_tolerance(output, dtype)
+
+
+# --- scores of two sets ---------------------------------------------------------------------------
+
+
+def score_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for shape in ((90,), (1,), (20, 7), (3, 2, 5)):
+        x = logits_of(shape[:-1], shape[-1], device, dtype)
+        yield Sample((x,), name=f"{shape}")
+        yield Sample((x.round(),), name=f"{shape}, ties")
+    x = logits_of((), 50, device, dtype)
+    x[:4] = torch.tensor([INF, -INF, 0.0, -0.0])
+    yield Sample((x,), name="infinite, signed zeros")
+
+
+def roc_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in score_samples(device, dtype):
+        (x,) = sample.args
+        yield Sample((x, x - 1), name=sample.name)
+        yield Sample((x, x.reshape(-1)[::3] + 0.5, 0.5), name=f"{sample.name}, sizes")
+
+
+def keys_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in score_samples(device, dtype):
+        yield Sample((*sample.args, "f", "x"), name=sample.name)
+
+
+def counts_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in roc_samples(device, dtype):
+        keys = (torch.ops.oodk._roc_keys(x, "f", "x") for x in sample.args[:2])
+        yield Sample(tuple(keys), name=sample.name)
+
+
+def histogram_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    prefixes = torch.arange(N_PREFIXES, device=device)
+    for shift in (16, 13):
+        table = shift | prefixes << 5 + 16 - shift
+        bins = N_PREFIXES << 16 - shift
+        for i, sample in enumerate(score_samples(device, dtype)):
+            (x,) = sample.args
+            counts = torch.zeros(2, bins + N_FACTS, dtype=torch.int64, device=device)
+            rows = (x > 0) if i % 2 else None
+            yield Sample((counts, table, x, 0, rows), name=f"{sample.name}, {shift}")
+    atoms = order_key(x.reshape(-1)).unique()
+    first = torch.searchsorted((atoms >> 16).long() + N_PREFIXES // 2, prefixes)
+    table = table | first << 32
+    table[:-1] |= first.diff() << 56
+    counts = counts.new_zeros(2, bins + len(atoms) + N_FACTS)
+    yield Sample((counts, table, x, 1, None, atoms), name="atoms")
+
+
+def _roc_keys(scores: Tensor, op: str, argument: str) -> Tensor:
+    return keys_of_scores(scores.reshape(-1)).sort().values
+
+
+def _roc_counts(id_keys: Tensor, ood_keys: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = id_keys.tolist(), ood_keys.tolist()
+    levels = sorted({*x, *y})
+    above = [2 * sum(b < a for b in y) + y.count(a) for a in x]
+    below = [2 * sum(a > b for a in x) + x.count(b) for b in y]
+    kept = [(sum(a >= v for a in x), sum(b >= v for b in y)) for v in reversed(levels)]
+    flagged = [(sum(b <= v for b in y), sum(a <= v for a in x)) for v in levels]
+    sums = [
+        sum(above),
+        sum(y.count(a) for a in x),
+        sum(v * v for v in above),
+        sum(v * v for v in below),
+        max(0, *(a * len(y) - b * len(x) for a, b in kept)),
+    ]
+
+    def areas(points: list[tuple[int, int]]) -> list[float]:
+        """Average precision and trapezoid of (positives, negatives) so far."""
+        n = points[-1][0]
+        curve = [(0.0, 1.0), *((p / n, p / (p + q)) for p, q in points)]
+        average = sum((r1 - r0) * p1 for (r0, _), (r1, p1) in pairwise(curve))
+        trapezoid = sum((r1 - r0) * (p0 + p1) / 2 for (r0, p0), (r1, p1) in pairwise(curve))
+        return [average, trapezoid]
+
+    averages, trapezoids = zip(areas(kept), areas(flagged), strict=True)
+    counts = torch.tensor([[v >> 62, v & (1 << 62) - 1] for v in sums])
+    both = torch.tensor([*averages, *trapezoids], dtype=torch.float64)
+    return counts.to(id_keys.device), both.to(id_keys.device)
+
+
+def histogram_call(counts: Tensor, *args: Any) -> Tensor:
+    """``roc_histogram_`` on a copy of ``counts``, which it returns."""
+    counts = counts.clone()
+    torch.ops.oodk.roc_histogram_(counts, *args)
+    return counts
+
+
+def histogram_reference(counts: Tensor, *args: Any) -> Tensor:
+    counts = counts.clone()
+    reference.roc_histogram_(counts, *args)
+    return counts
+
+
+def scores_refused(device: str, argument: str) -> Iterator[tuple[Tensor, type[Exception], str]]:
+    x = torch.randn(5, device=device)
+    yield x.long(), TypeError, f"{argument} must be float64"
+    yield x[0], ValueError, f"{argument} must have at least one dimension"
+    yield x[:0], ValueError, f"{argument} must not be empty"
+
+
+def roc_refused(device: str) -> Iterator[Refused]:
+    x = torch.randn(5, device=device)
+    for bad, error, message in scores_refused(device, "id_scores"):
+        yield Refused((bad, bad), error, message)
+    for tpr in (0.0, 1.01, NAN):
+        yield Refused((x, x, tpr), ValueError, r"tpr must be in \(0, 1\], got")
+    yield Refused((x, x.double()), TypeError, "ood_scores must have the type of id_scores")
+    yield Refused((x / 0 * 0, x), ValueError, "id_scores must not hold NaN, got 5", contents=True)
+
+
+def keys_refused(device: str) -> Iterator[Refused]:
+    for bad, error, message in scores_refused(device, "x"):
+        yield Refused((bad, "f", "x"), error, message)
+
+
+def counts_refused(device: str) -> Iterator[Refused]:
+    keys = torch.arange(5, device=device)
+    yield Refused((keys.float(), keys), TypeError, "id_keys must be int64, int32 or int16")
+    yield Refused((keys, keys.int()), TypeError, "ood_keys must have the type of id_keys")
+    for bad in (keys[:0], keys[None]):
+        yield Refused((keys, bad), ValueError, r"ood_keys must have shape \(N,\), N >= 1, got")
+
+
+def histogram_refused(device: str) -> Iterator[Refused]:
+    counts, table, x, _, _ = next(histogram_samples(device, torch.float32)).args
+    yield Refused((counts, table, x.long(), 0), TypeError, "scores must be float64")
+    yield Refused((counts.double(), table, x, 0), TypeError, "counts must be")
+    yield Refused((counts[:, :4], table, x, 0), ValueError, "counts must have shape")
+    yield Refused((counts, table[:5], x, 0), ValueError, "table must have shape")
+    yield Refused((counts, table, x, 2), ValueError, "side must be in 0..1, got 2")
+    rows = (x > 0)[1:]
+    yield Refused((counts, table, x, 0, rows), ValueError, "rows must have the shape of scores")
+    yield Refused((counts, table, x, 0, x), TypeError, "rows must be uint8 or bool")
+    yield Refused((counts, table, x, 0, None, table), TypeError, "atoms must be")
+    yield Refused((counts, table, x / 0 * 0, 0), ValueError, "NaN, got 90 NaN", contents=True)
+
+
 OPS = [
     Op("mos_score", reference.mos_score, mos_samples, mos_refused, score_tolerance),
     Op(
@@ -559,5 +881,112 @@ OPS = [
         rowwise=(),
         problem=(0, 1),
         float64=(3,),
+    ),
+    Op(
+        "_mos_log_others",
+        _mos_log_others,
+        lambda device, dtype: plain(mos_samples(device, dtype)),
+        mos_refused,
+        log_tolerance,
+        says="mos_log_others",
+    ),
+    Op(
+        "_mos_log_others_backward",
+        _mos_log_others_backward,
+        mos_backward_samples,
+        lambda device: stale("_mos_log_others_backward", device, "grad"),
+        gradient_tolerance,
+        rowwise=(0, 1, 3),
+        like_input=(0,),
+    ),
+    Op(
+        "_mos_loss",
+        _mos_loss,
+        mos_inner_loss_samples,
+        mos_inner_loss_refused,
+        log_tolerance,
+        rowwise=(0, 1),
+        says="mos_loss",
+    ),
+    Op(
+        "_mos_loss_backward",
+        _mos_loss_backward,
+        mos_loss_backward_samples,
+        lambda device: stale("_mos_loss_backward", device, "grad"),
+        gradient_tolerance,
+        rowwise=(0, 1, 2, 4),
+        like_input=(0,),
+    ),
+    Op(
+        "_outlier_cross_entropy",
+        _outlier_cross_entropy,
+        lambda device, dtype: plain(outlier_samples(device, dtype)),
+        outlier_refused,
+        log_tolerance,
+        rowwise=(0, 1),
+        says="outlier_cross_entropy",
+    ),
+    Op(
+        "_outlier_cross_entropy_backward",
+        _outlier_cross_entropy_backward,
+        outlier_backward_samples,
+        lambda device: stale(
+            "_outlier_cross_entropy_backward", device, "grad_loss", "grad_logsumexp"
+        ),
+        gradient_tolerance,
+        rowwise=(0, 1, 2, 3, 4),
+        like_input=(0,),
+    ),
+    Op(
+        "_outlier_loss",
+        _outlier_loss,
+        outlier_loss_samples,
+        outlier_loss_refused,
+        loss_tolerance,
+        rowwise=(),
+        sets=(0, 1),
+        like_input=(1,),
+        says="outlier_cross_entropy",
+    ),
+    Op(
+        "roc_metrics",
+        reference.roc_metrics,
+        roc_samples,
+        roc_refused,
+        lambda output, dtype: (1e-12, 1e-15),
+        rowwise=(),
+        sets=(0, 1),
+        float64=(0,),
+    ),
+    Op(
+        "_roc_keys",
+        _roc_keys,
+        keys_samples,
+        keys_refused,
+        lambda output, dtype: (0.0, 0.0),
+        rowwise=(),
+        sets=(0,),
+        as_is=True,
+        says="f",
+    ),
+    Op(
+        "_roc_counts",
+        _roc_counts,
+        counts_samples,
+        counts_refused,
+        lambda output, dtype: (1e-12, 1e-15),
+        rowwise=(),
+        float64=(1,),
+    ),
+    Op(
+        "roc_histogram_",
+        histogram_reference,
+        histogram_samples,
+        histogram_refused,
+        lambda output, dtype: (0.0, 0.0),
+        rowwise=(),
+        as_is=True,
+        varied=2,
+        functional=histogram_call,
     ),
 ]

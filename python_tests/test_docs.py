@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -39,3 +40,45 @@ def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert {page.relative_to(ROOT / "docs").as_posix() for page in DOCS} == listed
+
+
+def public_names() -> dict[str, list[str]]:
+    """``__all__`` of each module that has one, without the command line and the demo."""
+    found = {}
+    for path in sorted((ROOT / "oodkernels").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module.split(".")[1:2] in (["cli"], ["demo"]):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                found[module] = ast.literal_eval(node.value)
+    return found
+
+
+def test_api_covers_every_public_name() -> None:
+    """A page shows all of a module's ``__all__``, those of modules in it too, or one name."""
+    names = public_names()
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown: dict[str, set[str]] = {}
+    for path in re.findall(r"^::: (\S+)$", pages, re.MULTILINE):
+        module, _, name = path.rpartition(".")
+        shown.setdefault(path if path in names else module, set()).update(names.get(path, [name]))
+    everything = set().union(*shown.values())
+    missing = [
+        f"{module}.{name}"
+        for module, public in names.items()
+        for name in public
+        if name != "__version__"
+        and not (
+            name in everything
+            if module == "oodkernels"
+            else any(name in shown[s] for s in shown if f"{module}.".startswith(f"{s}."))
+        )
+    ]
+    assert not missing, "in no page of docs/api: " + ", ".join(missing)
+
+
+def test_figures_are_those_of_the_results() -> None:
+    script = ROOT / "benchmarks" / "tables.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

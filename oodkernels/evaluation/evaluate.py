@@ -30,8 +30,7 @@ from oodkernels.metrics.ood import CONVENTIONS
 from oodkernels.ops import mos_log_others
 
 if TYPE_CHECKING:
-    from oodkernels.metrics.calibration import CalibrationError
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics.streaming import CalibrationError, OODMetrics
 
 __all__ = ["evaluate"]
 
@@ -196,7 +195,7 @@ class _Tally:
             self.kept.setdefault(score, {}).setdefault(name, []).append(values)
             return
         if score not in self.metrics:
-            from oodkernels.metrics.streaming.ood import OODMetrics
+            from oodkernels.metrics.streaming import OODMetrics
 
             self.metrics[score] = OODMetrics(memory=self.memory, sets=len(self.ood_sets))
         if name == ID:
@@ -248,7 +247,7 @@ class _Tally:
         self.right += int(correct.sum())
         self.labelled += len(labels)
         if self.calibration is None:
-            from oodkernels.metrics.calibration import CalibrationError
+            from oodkernels.metrics.streaming import CalibrationError
 
             self.calibration = CalibrationError()
         self.calibration.update(confidence.cpu().clamp(max=1), correct.cpu())
@@ -266,7 +265,7 @@ class _Tally:
             methods.append(MethodResult(model, score, accuracy, inside, arrays, convention))
         reliability = {}
         if self.calibration is not None:
-            reliability[model] = self.calibration._totals("evaluate")
+            reliability[model] = self.calibration.calibration_bins()
         notes = []
         if self.without_accuracy is not None:
             notes.append(f"{model}: accuracy is left out: {self.without_accuracy}.")

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from oodkernels._checks import check_confidence, check_tpr
 from oodkernels.metrics.intervals import (
     Interval,
     auroc_interval,
@@ -86,6 +87,11 @@ CONVENTIONS: dict[str, Convention] = {
 def fpr_name(tpr: float) -> str:
     """``"fpr95"`` for 0.95: the name under which the FPR at a TPR is reported."""
     return f"fpr{100 * tpr:.10g}"
+
+
+def in_one_line(name: str) -> str:
+    """A name in one line of text, with escapes in place of what cannot be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,7 @@ class OODResults(Mapping[str, OODResult]):
         for (name, values), positive in zip(figures.items(), positives, strict=True):
             percent = [f"{100 * values[key]:.2f}" for key in rows[0][1:5]]
             threshold = "" if math.isnan(values["threshold"]) else f"{values['threshold']:.6g}"
-            rows.append([name, *percent, threshold, positive])
+            rows.append([in_one_line(name), *percent, threshold, positive])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -287,9 +293,10 @@ def ood_metrics(
             or out of range.
         TypeError: Scores are not of a type above.
     """
+    where = "ood_metrics"
     conventions = [_convention(convention)]
-    check_shares("ood_metrics", tpr, confidence)
-    inside = _Side("ood_metrics", "id_scores", id_scores)
+    tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
+    inside = _Side(where, "id_scores", id_scores)
     if not isinstance(ood_scores, Mapping):
         return _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)[0]
     if not ood_scores:
@@ -319,8 +326,9 @@ def compare_conventions(
         ValueError: As :func:`ood_metrics`.
         TypeError: As :func:`ood_metrics`.
     """
-    check_shares("compare_conventions", tpr, confidence)
-    inside = _Side("compare_conventions", "id_scores", id_scores)
+    where = "compare_conventions"
+    tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
+    inside = _Side(where, "id_scores", id_scores)
     conventions = list(CONVENTIONS.values())
     results = _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)
     return OODResults({result.convention: result for result in results}, "convention")
@@ -334,38 +342,61 @@ def _convention(name: str) -> Convention:
     return CONVENTIONS[name]
 
 
-def check_shares(function: str, tpr: float, confidence: float) -> None:
-    """Refuse a true positive rate or a confidence that is no share.
+def from_array(function: str, name: str, values: Any) -> Tensor:
+    """An array, or what NumPy makes one of, as a tensor on the host.
+
+    Args:
+        function: Whom errors name.
+        name: What errors call the values.
+        values: Numbers or bools of any shape, strides and byte order.
 
     Raises:
-        ValueError: ``tpr`` is not in (0, 1], or ``confidence`` not in (0, 1).
+        ValueError: They are lists of several lengths.
+        TypeError: They are something else, or wider than 64 bits.
     """
-    if not 0 < tpr <= 1:
-        raise ValueError(f"{function}: tpr must be in (0, 1], got {tpr}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"{function}: confidence must be in (0, 1), got {confidence}")
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{function}: {name} must be an array: {error}") from None
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        raise TypeError(f"{function}: {name} must be numbers, got {array.dtype}")
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    usable = native.flags.writeable and all(stride >= 0 for stride in native.strides)
+    return torch.from_numpy(native if usable else native.copy())
 
 
-def as_tensor(function: str, name: str, scores: Any) -> Tensor:
-    """Scores as a floating-point tensor, by the rule in :func:`ood_metrics`."""
+def as_tensor(function: str, name: str, scores: Any, device: torch.device | None = None) -> Tensor:
+    """Scores as a floating-point tensor without gradient, by the rule in :func:`ood_metrics`.
+
+    Args:
+        function: Whom errors name.
+        name: What errors call the scores.
+        scores: A tensor, an array, or what NumPy makes one of.
+        device: A metric's, where arrays are put and tensors must be; None for wherever they are.
+
+    Raises:
+        ValueError: They are on another device, or are integers of 2**53 or more.
+        TypeError: They are not numbers.
+    """
     if not isinstance(scores, Tensor):
-        array = np.asarray(scores)
-        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-            raise TypeError(f"{function}: {name} must be numbers, got {array.dtype}")
-        native = array.astype(array.dtype.newbyteorder("="), copy=False)
-        plain = native.flags.writeable and all(stride >= 0 for stride in native.strides)
-        scores = torch.from_numpy(native if plain else native.copy())
+        scores = from_array(function, name, scores).to(device)
     scores = scores.detach()
     if scores.dtype == torch.bool or scores.is_complex():
         raise TypeError(f"{function}: {name} must be numbers, got {scores.dtype}")
-    if not scores.is_floating_point():
-        converted = scores.to(torch.float64)
-        if scores.numel() and converted.abs().max() >= 2**53:
-            raise ValueError(
-                f"{function}: {name} must be integers below 2**53, which float64 holds exactly"
-            )
-        return converted
-    return scores
+    if device is not None and scores.device != device:
+        raise ValueError(
+            f"{function}: {name} must be on the metric's device, {device}, got {scores.device}: "
+            "move it with metric.to(...)"
+        )
+    if scores.is_floating_point():
+        return scores if scores.itemsize > 1 else scores.float()
+    converted = scores.double()
+    # 32 bits are below it: nothing to look at, and no accelerator to wait for.
+    if scores.itemsize > 4 and scores.numel() and converted.abs().max() >= 2**53:
+        raise ValueError(
+            f"{function}: {name} must be integers below 2**53, which float64 holds exactly"
+        )
+    return converted
 
 
 class _Side:

@@ -468,8 +468,6 @@ def is_below(scores: Scores, value: float, function: str) -> Tensor:
         TypeError: Scores are not numbers.
     """
     scores = as_tensor(function, "scores", scores)
-    if scores.itemsize < 2:
-        scores = scores.float()
     # The least number of the scores' type that is not below value parts them as value does.
     edge = torch.tensor(value, dtype=torch.float64, device="cpu").to(scores.dtype)
     if float(edge) < value:

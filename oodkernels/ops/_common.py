@@ -6,8 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from oodkernels._checks import check_device, check_dtype
 
 library = torch.library.Library("oodk", "FRAGMENT")
+
+
+def check_like(op: str, name: str, t: Tensor, expected: Tensor) -> None:
+    """Raise unless t, saved by a forward or its gradient, has the type and shape it came with."""
+    check_dtype(op, name, t, expected.dtype)
+    if t.shape != expected.shape:
+        raise ValueError(f"{op}: {name} has the wrong shape, {tuple(t.shape)}")
+    check_device(op, name, t, "logits", expected)
 
 
 def register_batch_rule(op: str, batched: tuple[int, ...], shared: tuple[int, ...] = ()) -> None:

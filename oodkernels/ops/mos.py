@@ -21,6 +21,7 @@ from oodkernels._checks import (
     check_target,
 )
 from oodkernels.ops._common import (
+    check_like,
     register_batch_rule,
     register_composite,
     register_not_differentiable,
@@ -237,6 +238,10 @@ def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int) -> tupl
 
 @torch.library.register_fake("oodk::_mos_log_others_backward")
 def _(grad: Tensor, logits: Tensor, groups: Tensor, stats: Tensor) -> Tensor:
+    op, k = "_mos_log_others_backward", groups.shape[0] - 1
+    _check(op, logits, groups)
+    check_like(op, "grad", grad, _rows(logits, k))
+    check_like(op, "stats", stats, _rows(logits, k, 2))
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -244,6 +249,11 @@ def _(grad: Tensor, logits: Tensor, groups: Tensor, stats: Tensor) -> Tensor:
 def _(
     grad: Tensor, logits: Tensor, target: Tensor, groups: Tensor, stats: Tensor, ignore_index: int
 ) -> Tensor:
+    op = "_mos_loss_backward"
+    _check(op, logits, groups)
+    check_target(op, logits, target)
+    check_like(op, "grad", grad, _rows(logits))
+    check_like(op, "stats", stats, _rows(logits, groups.shape[0] - 1, 2))
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -302,6 +312,10 @@ def _(logits: Tensor, target: Tensor, groups: Tensor, ignore_index: int = -100) 
     return _Loss.apply(logits, target, groups, ignore_index)[0]  # type: ignore[no-untyped-call]
 
 
+register_not_differentiable("_mos_log_others")
+register_not_differentiable("_mos_log_others_backward")
+register_not_differentiable("_mos_loss")
+register_not_differentiable("_mos_loss_backward")
 register_not_differentiable("mos_score")
 register_not_differentiable("mos_predict")
 

@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oodkernels._checks import accumulate_type, check_classes, check_target
-from oodkernels.ops._common import register_batch_rule, register_composite
+from oodkernels.ops._common import (
+    check_like,
+    register_batch_rule,
+    register_composite,
+    register_not_differentiable,
+)
 
 OOD = -1
 """The target of OOD samples."""
@@ -88,6 +93,13 @@ def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _(
     grad_loss: Tensor, grad_logsumexp: Tensor, logits: Tensor, target: Tensor, stats: Tensor
 ) -> Tensor:
+    op = "_outlier_cross_entropy_backward"
+    check_classes(op, logits)
+    check_target(op, logits, target)
+    rows = logits.new_empty(target.shape, dtype=accumulate_type(logits.dtype))
+    check_like(op, "grad_loss", grad_loss, rows)
+    check_like(op, "grad_logsumexp", grad_logsumexp, rows)
+    check_like(op, "stats", stats, rows.new_empty((*rows.shape, 2)))
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -146,6 +158,10 @@ class _Loss(torch.autograd.Function):
 def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return _CrossEntropy.apply(logits, target)[:2]  # type: ignore[no-untyped-call]
 
+
+register_not_differentiable("_outlier_cross_entropy")
+register_not_differentiable("_outlier_cross_entropy_backward")
+register_not_differentiable("_outlier_loss")
 
 register_batch_rule("outlier_cross_entropy", batched=(0, 1))
 register_batch_rule("_outlier_cross_entropy", batched=(0, 1))

@@ -16,6 +16,7 @@ from oodkernels._checks import (
     check_tpr,
     plain,
 )
+from oodkernels.ops._common import register_not_differentiable
 from oodkernels.ops.keys import KEY_TYPES, scores_of_keys
 
 
@@ -212,3 +213,7 @@ def _(id_keys: Tensor, ood_keys: Tensor) -> tuple[Tensor, Tensor]:
         id_keys.new_empty((len(ROCCounts._fields), 2), dtype=torch.int64),
         id_keys.new_empty((len(ROCAreas._fields),), dtype=torch.float64),
     )
+
+
+register_not_differentiable("_roc_keys")
+register_not_differentiable("_roc_counts")

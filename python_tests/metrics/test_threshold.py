@@ -180,7 +180,7 @@ def stream(kind, n):
 @pytest.mark.parametrize("kind", ["normal", "bfloat16", "ties", "msp", "float64"])
 def test_stream_bounds_hold(kind):
     pytest.importorskip("torchmetrics")
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics.streaming import OODMetrics
 
     x = stream(kind, 200_000)
     metric = OODMetrics()
@@ -202,7 +202,7 @@ def test_stream_bounds_hold(kind):
 @pytest.mark.parametrize("exact", [True, False])
 def test_kept_scores_are_exact(exact):
     pytest.importorskip("torchmetrics")
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics.streaming import OODMetrics
 
     x = normal(5000, dtype=torch.float64)
     metric = OODMetrics(exact=exact, tpr=0.9)
@@ -217,7 +217,7 @@ def test_kept_scores_are_exact(exact):
 def test_interval_from_a_stream_covers():
     """Bins make the threshold depend on the sample: the interval has to hold all the same."""
     pytest.importorskip("torchmetrics")
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics.streaming import OODMetrics
 
     misses = 0
     for seed in range(8):
@@ -419,7 +419,7 @@ def test_predict_refuses():
 
 def test_from_metric_refuses():
     pytest.importorskip("torchmetrics")
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics.streaming import OODMetrics
 
     with pytest.raises(TypeError, match="metric must be an OODMetrics, got int"):
         Threshold.from_metric(3)
