@@ -151,7 +151,7 @@ def evaluate(
                     inside,
                     outside,
                     detectors,
-                    groups=inputs.groups_of(model),
+                    groups=inputs.groups_of(model, inside),
                     model_name=name or label,
                     memory=memory,
                     convention=convention,
@@ -317,7 +317,7 @@ def _scores(
     model = inputs.one_model
     samples = inputs.open(option, path)
     detectors = inputs.detectors(samples, model)
-    groups = inputs.groups_of(model)
+    groups = inputs.groups_of(model, samples)
     kept: dict[str, list[Tensor]] = {}
     sources: dict[str, ThresholdSource] = {}
     sets: dict[str, Any] = {samples.name: samples}

@@ -77,6 +77,22 @@ def extract(
             help="One samples.safetensors, or a .npy for each of logits, features and labels.",
         ),
     ] = Format.safetensors,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="Names of the model's classes in their order, to which those of the folders are "
+            "matched: a text file with one a line, or the folder that the model was trained on. By "
+            "default those in the weights of `oodk train`, or ImageNet's for a model of timm.",
+        ),
+    ] = None,
+    allow_shell: Annotated[
+        bool,
+        typer.Option(
+            "--allow-shell",
+            help="Let shards be more than files: commands (`pipe:`) and addresses.",
+        ),
+    ] = False,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images sent through the model at once.")
     ] = 64,
@@ -101,28 +117,41 @@ def extract(
 
         oodk extract --model vit_base_patch16_224 --data 'shards/{000..099}.tar' --out runs/train
     """
+    from oodkernels._files import file_digest
     from oodkernels._progress import progress
-    from oodkernels.data.extract import (
-        Plan,
+    from oodkernels.data import (
+        ExtractionPlan,
+        ImageFiles,
         Shards,
         ToTensor,
         extract_images,
         is_extracted,
+        open_samples,
+        read_class_names,
     )
 
     if dtype is DType.bfloat16 and file_format is Format.npy:
         raise typer.BadParameter(".npy has no bfloat16", param_hint="'--dtype'")
     require_writable(out)
-    how = Images(str(model), weights, size, batch_size, workers, device)
+    how = Images(str(model), weights, size, batch_size, workers, device, allow_shell)
     network, transform = how.network, how.transform
     images = how.open(data, root).images
-    plan = Plan(
+    own_names = getattr(network, "class_names", None)
+    names = own_names if classes is None else read_class_names(classes)
+    own = images.class_names or ()
+    if names is not None and isinstance(images, ImageFiles) and not set(names).isdisjoint(own):
+        images = images.matched(names, data)
+    meaning = how.meaning
+    plan = ExtractionPlan(
         model=str(model),
-        weights=None if weights is None else str(weights.resolve()),
+        weights=None if weights is None else f"{weights.resolve()} {file_digest(weights)}",
         layer=layer,
         data=f"{data} {images.digest()}",
         transform=repr(transform) if isinstance(transform, ToTensor) else "of the model",
         dtype=dtype.value,
+        model_classes=names,
+        absent=None if meaning is None else meaning.absent,
+        groups=None if meaning is None or meaning.groups is None else meaning.groups.to_json(),
     )
     if not is_extracted(out, plan, file_format.value):
         write_config(ctx, out)
@@ -141,5 +170,7 @@ def extract(
             device=how.device,
             on_batch=lambda done: shown.update(task, completed=done),
         )
+    if (why := open_samples(out).without_accuracy) is not None:
+        typer.echo(f"no accuracy later on: {why} (--classes says which they are)", err=True)
     for path in paths:
         print_path(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,9 @@ import typer
 from oodk._command import step
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from oodkernels.nn import Weights
 
 ModelOption: TypeAlias = Annotated[
     str | None,
@@ -56,25 +58,31 @@ class Images:
     batch_size: int
     workers: int
     device: str
+    shell: bool = False
+
+    @cached_property
+    def meaning(self) -> Weights | None:
+        """What the file of weights says of its columns."""
+        from oodkernels.nn import read_weights
+
+        if self.weights is None:
+            return None
+        with step("read", self.weights):
+            return read_weights(self.weights)
 
     @cached_property
     def _made(self) -> tuple[nn.Module, Any]:
         import torch
 
-        from oodkernels.data import ToTensor, load_model
-        from oodkernels.nn.weights import read_weights
+        from oodkernels.data import ToTensor, load_model, model_classes
 
-        facts = None
-        if self.weights is not None:
-            with step("read", self.weights):
-                facts = read_weights(self.weights)
+        facts = self.meaning
         with step("make", self.model):
-            network, transform = load_model(
-                self.model, self.weights, None if facts is None else facts.columns
-            )
-        if facts is not None:  # as a head has them
-            known = {"absent_column": facts.absent, "groups": facts.groups}
-            vars(network).update(known, class_names=facts.class_names)
+            network, transform = load_model(self.model, self.weights)
+        # As heads say what their columns are.
+        vars(network)["class_names"] = model_classes(network, self.weights)
+        if facts is not None:
+            vars(network).update(absent_column=facts.absent, groups=facts.groups)
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.size is not None or transform is None:
@@ -83,7 +91,7 @@ class Images:
 
     @property
     def network(self) -> nn.Module:
-        """The model, in evaluation mode."""
+        """The model, in evaluation mode; it says its class names, absent column and groups."""
         return self._made[0]
 
     @property
@@ -96,7 +104,8 @@ class Images:
         from oodkernels.data import open_images
 
         with step("read", source):
-            return ImageBatches(source, open_images(source, self.transform, root), self)
+            images = open_images(source, self.transform, root, shell=self.shell)
+            return ImageBatches(source, images, self)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,6 @@ class ImageBatches:
     name: str
     images: Any
     how: Images
-    ids: Tensor | None = None
 
     @property
     def num_samples(self) -> int | None:
@@ -116,16 +124,12 @@ class ImageBatches:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Of the labels 0, 1, ...; None where nothing says."""
-        return tuple(self.images.classes) or None
+        found: tuple[str, ...] | None = self.images.class_names
+        return found
 
-    def with_classes(self, names: list[str]) -> ImageBatches:
+    def with_classes(self, names: Sequence[str]) -> ImageBatches:
         """The same images, with labels that count ``names``."""
-        import torch
-
-        from oodkernels.data.samples import match_classes
-
-        ids = torch.tensor(match_classes(self.class_names or (), names, self.name))
-        return replace(self, ids=ids)
+        return replace(self, images=self.images.matched(names, self.name))
 
     def __iter__(self) -> Iterator[Any]:
         import torch
@@ -135,16 +139,14 @@ class ImageBatches:
             images, labels = zip(*(sample[:2] for sample in samples), strict=True)
             return torch.stack(images), torch.tensor(labels)
 
-        labelled = min(getattr(self.images, "labels", [-1]), default=-1) >= 0
+        counted = self.num_samples is not None  # shards are read by one process
         loader = DataLoader(
             self.images,
             self.how.batch_size,
-            num_workers=self.how.workers if self.num_samples is not None else 0,
+            num_workers=self.how.workers if counted else 0,
             collate_fn=collate,
         )
+        labelled = counted and min(self.images.labels) >= 0
         for images, labels in loader:
             images = images.to(self.how.device)
-            if not labelled:
-                yield images
-            else:
-                yield images, labels if self.ids is None else self.ids[labels]
+            yield (images, labels) if labelled else images

@@ -121,9 +121,11 @@ class Inputs:
             raise typer.BadParameter("one is enough here", param_hint="'--head'")
         return next(iter(self.models.values()))
 
-    def groups_of(self, model: nn.Module | None) -> Groups | None:
-        """Those asked for, or else a head's own."""
-        return getattr(model, "groups", None) if self.groups is None else read_groups(self.groups)
+    def groups_of(self, model: nn.Module | None, samples: Any) -> Groups | None:
+        """Those asked for, or else those of the head, the model or the file."""
+        if self.groups is not None:
+            return read_groups(self.groups)
+        return getattr(samples if model is None else model, "groups", None)
 
     def open(self, option: str, path: str, labels: Path | None = None) -> Samples | Any:
         """The samples in a file or folder, or the images there."""
@@ -149,7 +151,7 @@ class Inputs:
             if model is None and not arrays.keys() - {"features", "labels"}:
                 raise typer.BadParameter("is needed for features", param_hint="'--detector'")
             return None
-        groups = self.groups_of(model)
+        groups = self.groups_of(model, samples)
         found: dict[str, OODDetector] = {}
         unfitted = {}
         for text in self.detector:

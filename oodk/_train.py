@@ -272,6 +272,7 @@ def _on_features(
     from oodkernels.training.trainer import tensor_loader
 
     loaders = {}
+    names: tuple[str, ...] | None = None
     width = 0
     for key, path in sources.items():
         if not Path(path).exists():
@@ -279,6 +280,10 @@ def _on_features(
             raise typer.BadParameter(f"there is no {path!r}", param_hint=f"'{option}'")
         with step("read", path):
             samples = open_samples(path, kind="features")
+            if key == "train":
+                names = samples.class_names
+            elif key == "val" and names is not None and samples.class_names is not None:
+                samples = samples.with_classes(names)
             tensors = [samples.read("features")]
             if key != "outliers":
                 tensors.append(samples.read("labels"))
@@ -286,7 +291,7 @@ def _on_features(
             width = tensors[0].shape[1]
             if groups is not None:
                 classes = groups.num_classes
-            classes = classes or int(tensors[1].max()) + 1
+            classes = classes or (len(names) if names else int(tensors[1].max()) + 1)
         wrong = (tensors[-1] < 0) | (tensors[-1] >= (classes or 0))
         if key != "outliers" and bool(wrong.any()):
             first = int(wrong.nonzero()[0])
@@ -302,7 +307,15 @@ def _on_features(
         loaders[key] = tensor_loader(*tensors, batch_size=sizes[key], shuffle=key != "val")
     assert classes is not None
     columns = groups.width if groups is not None else classes + (name in _ABSENT)
-    return Head(width, columns, groups, confidence=name == "confidence"), loaders
+    head = Head(
+        width,
+        columns,
+        groups,
+        name == "confidence",
+        absent=groups is None and name in _ABSENT,
+        class_names=names,
+    )
+    return head, loaders
 
 
 def _on_images(
@@ -320,7 +333,7 @@ def _on_images(
     """A model, and loaders of the images it is trained on."""
     from torch.utils.data import DataLoader
 
-    from oodkernels.data.extract import (
+    from oodkernels.data import (
         ImageFiles,
         Shards,
         ToTensor,
@@ -329,12 +342,18 @@ def _on_images(
         open_images,
     )
 
-    opened = {key: open_images(source) for key, source in sources.items()}
+    opened = {}
+    names: Sequence[str] | None = (
+        None  # of the classes of the training set, to which those of the others are matched
+    )
+    for key in sorted(sources, key=("train", "val", "outliers").index):
+        opened[key] = open_images(sources[key], class_names=names if key == "val" else None)
+        names = opened["train"].class_names
     for key, images in opened.items():
         if key != "outliers" and isinstance(images, ImageFiles) and min(images.labels) < 0:
             raise ValueError(f"{sources[key]}: images must have labels")
     if classes is None and isinstance(images := opened["train"], ImageFiles):
-        classes = max(images.labels) + 1
+        classes = len(names) if names is not None else max(images.labels) + 1
     if columns is None and classes is not None:
         columns = classes + (name in _ABSENT)
     network, transform = load_model(spec, weights, columns)

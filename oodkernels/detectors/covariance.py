@@ -279,27 +279,25 @@ class Mahalanobis(OODDetector):
         if not self.layers:
             return present(batch.features)
         axis = self._axis(batch, name)
-        return positions_mean(where, f"layer {name!r}", batch.layers[name], axis)
+        features = positions_mean(where, f"layer {name!r}", batch.layers[name], axis)
+        statistics = self.statistics.get(name)
+        if statistics and statistics.width not in (0, features.shape[1]):
+            raise ValueError(
+                f"{where}: features[{name!r}] must have width {statistics.width}, got "
+                f"{features.shape[1]}"
+            )
+        return features
 
     def _names(self) -> tuple[str, ...]:
         return tuple(self.layers) or ("features",)
 
     def _check(self, where: str, batch: Batch) -> None:
         super()._check(where, batch)
-        if self.eps and self.model is None and not where.endswith("fit"):
-            raise ValueError(f"{where}: eps > 0 needs a model: Mahalanobis(..., model=model)")
         for name in self.layers:
-            statistics, layer = self.statistics.get(name), batch.layers.get(name)
-            if layer is None:
-                continue
-            if layer.dim() < 2:
+            layer = batch.layers.get(name)
+            if layer is not None and layer.dim() < 2:
                 raise ValueError(
                     f"{where}: features[{name!r}] must be (N, d, ...), got {tuple(layer.shape)}"
-                )
-            if statistics and statistics.width not in (0, layer.shape[1]):
-                raise ValueError(
-                    f"{where}: features[{name!r}] must have width {statistics.width}, got "
-                    f"{layer.shape[1]}"
                 )
 
     def _score(self, batch: Batch) -> Tensor:
@@ -317,6 +315,10 @@ class Mahalanobis(OODDetector):
         return batch.once(self, lambda: self._compute(batch))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.eps and self.model is None:
+            raise ValueError(
+                "Mahalanobis.score: eps > 0 needs a model: Mahalanobis(..., model=model)"
+            )
         scores = []
         for name in self._names():
             own = self._stepped(name, present(batch.x)) if self.eps else batch

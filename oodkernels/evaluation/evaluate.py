@@ -111,6 +111,8 @@ def evaluate(
     if groups is None and detectors is not None:
         given = detectors.values() if isinstance(detectors, Mapping) else detectors
         groups = next((g for d in given if (g := getattr(d, "groups", None))), None)
+    if groups is None:
+        groups = getattr(id_loader if model is None else model, "groups", None)
     chosen = None if detectors is None else as_detectors(detectors, groups, model)
     id_data, why = _comparable(id_loader, model)
     sets = {ID: id_data, **{printable(name): data for name, data in ood_loaders.items()}}

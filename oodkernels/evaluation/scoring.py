@@ -93,11 +93,13 @@ def score_sets(
     """
     first = _First(where)
     for name, data in sets.items():
-        source, done, given = name, 0, GIVEN
+        source, done, given, absent = name, 0, GIVEN, None
         if isinstance(data, Samples):
             source, data = data.name, _pruned(data, detectors, model)
-            given = _called(data)
+            given, absent = _called(data), data.absent if model is None else None
         for part in _parts(where, model, data, detectors or {}, given):
+            if part.batch.absent is None and part.batch.logits is not None:
+                part.batch.absent = absent
             if detectors is None:
                 detectors = as_detectors(_default(part.batch, groups), groups, model, where)
             _tell_absent(where, detectors, part.batch)

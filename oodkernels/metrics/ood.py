@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from oodkernels._checks import check_confidence, check_tpr
+from oodkernels._checks import check_confidence, check_device, check_tpr, plain
 from oodkernels.metrics.intervals import (
     Interval,
     auroc_interval,
@@ -86,7 +86,7 @@ CONVENTIONS: dict[str, Convention] = {
 
 def fpr_name(tpr: float) -> str:
     """``"fpr95"`` for 0.95: the name under which the FPR at a TPR is reported."""
-    return f"fpr{100 * tpr:.10g}"
+    return f"fpr{100 * plain(tpr):.10g}"
 
 
 def in_one_line(name: str) -> str:
@@ -278,8 +278,9 @@ def ood_metrics(
         id_scores: Scores of ID samples, higher = more ID: a tensor or array of float64, float32,
             bfloat16 or float16, of any shape and strides. Integers below 2**53 become float64;
             booleans are refused.
-        ood_scores: Scores of OOD samples; or several sets by name, for which the ID side is sorted
-            once. Two types meet in the one that holds both.
+        ood_scores: Scores of OOD samples, not labels: as many values as ``id_scores``, all of them
+            0 or 1, are refused unless they have a name. Or several sets by name, for which the ID
+            side is sorted once. Two types meet in the one that holds both.
         tpr: 0 < tpr <= 1, read as the decimal it prints as: 0.95 of 20 scores are 19.
         convention: A name in :data:`CONVENTIONS`.
         confidence: Of the intervals, in (0, 1).
@@ -289,8 +290,8 @@ def ood_metrics(
 
     Raises:
         ValueError: Scores are empty or hold NaN (the message has the count and the first index),
-            or are integers of 2**53 or more; ``tpr``, ``convention`` or ``confidence`` is unknown
-            or out of range.
+            are integers of 2**53 or more, or ``ood_scores`` look like labels; ``tpr``,
+            ``convention`` or ``confidence`` is unknown or out of range.
         TypeError: Scores are not of a type above.
     """
     where = "ood_metrics"
@@ -298,13 +299,14 @@ def ood_metrics(
     tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
     inside = _Side(where, "id_scores", id_scores)
     if not isinstance(ood_scores, Mapping):
-        return _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)[0]
+        outside = _unnamed(inside, ood_scores)
+        return _evaluate(inside, outside, tpr, conventions, confidence)[0]
     if not ood_scores:
         raise ValueError("ood_metrics: ood_scores must name at least one set of scores, got none")
     results = {}
     for name, scores in ood_scores.items():
-        argument = f"ood_scores[{name!r}]"
-        (results[name],) = _evaluate(inside, argument, scores, tpr, conventions, confidence)
+        outside = _Side(where, f"ood_scores[{name!r}]", scores)
+        (results[name],) = _evaluate(inside, outside, tpr, conventions, confidence)
     return OODResults(results)
 
 
@@ -330,12 +332,13 @@ def compare_conventions(
     tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
     inside = _Side(where, "id_scores", id_scores)
     conventions = list(CONVENTIONS.values())
-    results = _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)
+    outside = _unnamed(inside, ood_scores)
+    results = _evaluate(inside, outside, tpr, conventions, confidence)
     return OODResults({result.convention: result for result in results}, "convention")
 
 
 def _convention(name: str) -> Convention:
-    if name not in CONVENTIONS:
+    if not isinstance(name, str) or name not in CONVENTIONS:
         raise ValueError(
             f"ood_metrics: convention must be one of {', '.join(CONVENTIONS)}, got {name!r}"
         )
@@ -414,22 +417,38 @@ class _Side:
         return self._keys[dtype]
 
 
+def _unnamed(inside: _Side, ood_scores: Any) -> _Side:
+    """OOD scores that have no name, unless they look like scikit-learn's labels of all scores."""
+    where = inside.function
+    cure = (
+        f"for labels with 1 = OOD, write {where}(scores[labels == 0], scores[labels == 1]), and "
+        "the other way round with 1 = ID"
+    )
+    if not isinstance(ood_scores, Tensor):
+        ood_scores = from_array(where, "ood_scores", ood_scores)
+    if ood_scores.dtype == torch.bool:
+        raise TypeError(f"{where}: ood_scores must be numbers, got torch.bool: {cure}")
+    outside = _Side(where, "ood_scores", ood_scores)
+    zero, one, n = outside.scores == 0, outside.scores == 1, outside.scores.numel()
+    if n == inside.scores.numel() and bool((zero | one).all() & zero.any() & one.any()):
+        raise ValueError(
+            f"{where}: ood_scores must be scores of OOD samples, got {n} values that are all 0 or "
+            f"1, one for each of id_scores: {cure}; for scores that are so, write "
+            "ood_metrics(id_scores, {'ood': ood_scores})"
+        )
+    return outside
+
+
 def _evaluate(
     inside: _Side,
-    name: str,
-    ood_scores: Any,
+    outside: _Side,
     tpr: float,
     conventions: list[Convention],
     confidence: float,
 ) -> list[OODResult]:
-    outside = _Side(inside.function, name, ood_scores)
     dtype = torch.promote_types(inside.scores.dtype, outside.scores.dtype)
     id_keys, ood_keys = inside.keys(dtype), outside.keys(dtype)
-    if id_keys.device != ood_keys.device:
-        raise ValueError(
-            f"{inside.function}: {name} must be on the device of id_scores, {id_keys.device}, got "
-            f"{ood_keys.device}"
-        )
+    check_device(inside.function, outside.name, ood_keys, "id_scores", id_keys)
     n_id, n_ood = len(id_keys), len(ood_keys)
     pairs = n_id * n_ood
     counts, areas = roc_counts(id_keys, ood_keys)
