@@ -156,7 +156,7 @@ def extract(
     if not is_extracted(out, plan, file_format.value):
         write_config(ctx, out)
     total = None if isinstance(images, Shards) else len(images)
-    with step("extract from", data), progress(not quiet) as shown:
+    with step("extract to", out), progress(not quiet) as shown:
         task = shown.add_task("extract", total=total)
         paths = extract_images(
             network,
