@@ -76,7 +76,7 @@ def demo(
         require(module, "demo", "oodk demo")
     from oodkernels.demo import METHODS, Settings, run
     from oodkernels.demo.report import averages, kinds, write_report
-    from oodkernels.training.trainer import TrainConfig
+    from oodkernels.training import TrainConfig
 
     require_writable(out)
     start = time.perf_counter()
