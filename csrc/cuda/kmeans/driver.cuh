@@ -1,4 +1,4 @@
-// K-means on CUDA: the contract is that of ops/kmeans.h, the steps are those of cpu/kmeans_core.cpp.
+// K-means on CUDA: the contract is that of ops/kmeans.h, the steps are those of cpu/kmeans/solver.cpp.
 // A run is one restart of one problem. Everything is decided on the device: the host enqueues the
 // same launches whatever the data.
 //
@@ -13,7 +13,7 @@
 // the next only clusters that changed are summed again, N (d + N) values at most, out of L2, and
 // labels take N K multiply-adds. More points: an iteration is four launches over all runs (assign,
 // sort, sum, move), N d K multiply-adds in tiles that keep the argmin in registers
-// (kmeans_points.cuh) and one more read of x. A run that is done lets pass what is still enqueued.
+// (points.cuh) and one more read of x. A run that is done lets pass what is still enqueued.
 //
 // N = 384, d = 342, K = 64, 5 restarts: G takes 50 M multiply-adds, a step of seeding reads 9 kB a
 // run, an iteration at most 1.1 MB and 25 k multiply-adds a run; 13 launches with the selection.
@@ -26,20 +26,20 @@
 
 #include <algorithm>
 
-#include "cuda/kmeans_lloyd.cuh"
-#include "cuda/kmeans_points.cuh"
-#include "cuda/kmeans_seeding.cuh"
+#include "cuda/kmeans/lloyd.cuh"
+#include "cuda/kmeans/points.cuh"
+#include "cuda/kmeans/seeding.cuh"
 #include "cuda/launches.cuh"
 
 namespace oodk::cuda {
 
 constexpr int kSmall = 1024; // most points of a problem whose iterations are all one launch
 constexpr int kGram = 8192; // most points whose products are all computed, for seeding alone
-constexpr int kSeedingLimit = 1 << 16, kSeedingSample = 1 << 15; // as on the CPU
 
 // Where and how the kernels run: sizes at which the way changes, for tests to set.
 struct KmeansLaunches : Launches {
-  int small = kSmall, gram = kGram, seeding_limit = kSeedingLimit, sample = kSeedingSample;
+  int small = kSmall, gram = kGram;
+  int seeding_limit = int(kSeedingLimit), sample = int(kSeedingSample);
   int64_t memory = int64_t(1) << 30; // bytes that a part of a batch may take
 };
 
@@ -124,8 +124,8 @@ class Clustering {
     int64_t pitch = pitch_;
     const bool gram = uses_gram(on_, x.capacity, o);
     if (x.capacity > on_.seeding_limit) {
-      x.capacity = int(std::max({int64_t(on_.seeding_limit), int64_t(on_.sample),
-          std::min<int64_t>(x.rows, 2 * int64_t(o.k))}));
+      x.capacity =
+          int(std::max<int64_t>(on_.seeding_limit, seeding_sample(x.rows, o.k, on_.sample)));
       int* const ids = on_.scratch.array<int>(batch_ * x.capacity);
       int* const count = on_.scratch.array<int>(batch_);
       on_.run(sample_points<S>, batch_, on_.threads, 0, x_, on_.seeding_limit, on_.sample, o.k,

@@ -4,7 +4,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "cpu/kmeans_core.h"
+#include "cpu/kmeans/solver.h"
 #include "ops/kmeans.h"
 
 namespace oodk {
@@ -40,7 +40,7 @@ std::unique_ptr<Gram<T>> gram_of(const PointSet<T>& x, const Work& work) {
 template <typename T>
 struct PaddedRows {
   PaddedRows(const T* from, int64_t n, int64_t d) : stride(row_stride<T>(d)), rows(n * stride) {
-    const Points source{from, sizeof(T) == 8 ? DType::f64 : DType::f32, d, d};
+    const PointRows source{from, sizeof(T) == 8 ? DType::f64 : DType::f32, d, d};
     kmeans_kernels<T>().load(source, 0, n, rows, stride);
   }
   int64_t stride;

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cpu/kmeans_problem.h"
+#include "cpu/kmeans/problem.h"
 
 namespace oodk {
 namespace {

@@ -2,13 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#if defined(__CUDACC__)
-#define OODK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define OODK_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
+#include "common/order_key.h"
 
 namespace oodk {
 
@@ -20,6 +16,14 @@ enum Fact : int64_t {
   kLowBits, // OR of the low 16 bits of all float32 values
   kFacts
 };
+
+struct HistogramTable {
+  const uint64_t* entries; // (65536,)
+  const int32_t* atoms; // (n_atoms,) keys, ascending
+  int64_t bins, n_atoms;
+};
+
+namespace {
 
 // Where the counters of one prefix, the high 16 bits of a score's key, are. As in the table:
 // bits 0-4 shift, 5-31 start, 32-55 first atom, 56-62 number of atoms.
@@ -40,25 +44,8 @@ struct HistogramEntry {
   }
 };
 
-struct HistogramTable {
-  const uint64_t* entries; // (65536,)
-  const int32_t* atoms; // (n_atoms,) keys, ascending
-  int64_t bins, n_atoms;
-};
-
-OODK_HOST_DEVICE uint32_t float_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// Ascending with the value; -0.0 and 0.0 must have been made one.
-OODK_HOST_DEVICE int32_t order_key(uint32_t bits) {
-  return int32_t(bits) ^ int32_t((uint32_t(int32_t(bits) >> 31)) >> 1);
-}
-
 // The counter of a key, or -1 where the table points outside of the row.
-OODK_HOST_DEVICE int64_t find_counter(const HistogramTable& table, int32_t key) {
+OODK_HOST_DEVICE inline int64_t find_counter(const HistogramTable& table, int32_t key) {
   const HistogramEntry entry{table.entries[uint16_t(key >> 16) ^ 0x8000]};
   if (const uint32_t n = entry.n_atoms()) {
     uint32_t first = entry.first_atom(), last = first + n;
@@ -78,5 +65,7 @@ OODK_HOST_DEVICE int64_t find_counter(const HistogramTable& table, int32_t key) 
   const uint32_t bin = entry.start() + ((uint32_t(key) & 0xffff) >> entry.shift());
   return bin < table.bins ? int64_t(bin) : -1;
 }
+
+} // namespace
 
 } // namespace oodk

@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define OODK_HOST_DEVICE __host__ __device__
-#else
-#define OODK_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace oodk {
 

@@ -4,7 +4,7 @@
 // of two vectors' width: rows x 2 accumulators, one broadcast a row and feature, two loads a feature,
 // so that the multiply-adders are the limit and not the loads. The argmax is taken lane by lane while
 // the accumulators are still in registers; lanes meet once a row. N x K never exists in memory.
-#include "cpu/kmeans_kernel.h"
+#include "cpu/kmeans/kernel.h"
 
 #include "cpu/simd.h"
 
@@ -19,12 +19,12 @@ constexpr int kTile = 6; // 12, 2 and 1 of 16
 #endif
 
 template <typename S>
-OODK_INLINE const S* row_of(const Points& p, int64_t i) {
+OODK_INLINE const S* row_of(const PointRows& p, int64_t i) {
   return (const S*)p.x + (p.ids ? p.ids[i] : i) * p.stride;
 }
 
 template <typename T>
-OODK_INLINE T scale_of(const Points& p, int64_t i) {
+OODK_INLINE T scale_of(const PointRows& p, int64_t i) {
   return p.scale ? ((const T*)p.scale)[i] : T(1);
 }
 
@@ -43,7 +43,7 @@ OODK_INLINE T squared_norm(const T* row, int64_t d) {
 
 // Calls f(S{}) where S is an element type that accumulates in T.
 template <typename T, typename F>
-OODK_INLINE void dispatch_as(const Points& p, F f) {
+OODK_INLINE void dispatch_as(const PointRows& p, F f) {
   dispatch(p.dtype, [&](auto s) {
     if constexpr (std::is_same_v<acc_t<decltype(s)>, T>)
       f(s);
@@ -67,7 +67,7 @@ OODK_INLINE T row_norm2(const S* x, int64_t d) {
 }
 
 template <typename T>
-void scales(const Points& p, int64_t begin, int64_t end, bool normalize, T* scale) {
+void scales(const PointRows& p, int64_t begin, int64_t end, bool normalize, T* scale) {
   constexpr T tiny = std::numeric_limits<T>::min() * T(1e16); // squares below may have been lost
   dispatch_as<T>(p, [&](auto s) {
     using S = decltype(s);
@@ -89,7 +89,7 @@ void scales(const Points& p, int64_t begin, int64_t end, bool normalize, T* scal
 }
 
 template <typename T>
-void load_rows(const Points& p, int64_t begin, int64_t end, T* rows, int64_t stride) {
+void load_rows(const PointRows& p, int64_t begin, int64_t end, T* rows, int64_t stride) {
   dispatch_as<T>(p, [&](auto s) {
     using S = decltype(s);
     for (int64_t i = begin; i < end; ++i, rows += stride) {
@@ -253,7 +253,7 @@ void assign_products(const T* dots, int64_t stride, int64_t k, const T* factor, 
 // Columns [column, column + V * lanes) of the sum of rows; V = 1 may be short of a whole vector.
 template <typename S, int V, typename T = acc_t<S>>
 OODK_INLINE void sum_columns(
-    const Points& p, const int32_t* members, int64_t count, int64_t column, T* sum) {
+    const PointRows& p, const int32_t* members, int64_t count, int64_t column, T* sum) {
   constexpr int L = lanes<T>;
   constexpr int64_t run = 64;
   const int64_t width = p.d - column;
@@ -293,7 +293,7 @@ OODK_INLINE void sum_columns(
 }
 
 template <typename T>
-void sum_rows(const Points& p, const int32_t* members, int64_t count, T* sum) {
+void sum_rows(const PointRows& p, const int32_t* members, int64_t count, T* sum) {
   constexpr int V = 8;
   dispatch_as<T>(p, [&](auto s) {
     using S = decltype(s);
@@ -306,7 +306,7 @@ void sum_rows(const Points& p, const int32_t* members, int64_t count, T* sum) {
 }
 
 template <typename T>
-void distances(const Points& p, int64_t begin, int64_t end, const int32_t* label,
+void distances(const PointRows& p, int64_t begin, int64_t end, const int32_t* label,
     const T* centroids, int64_t stride, T* distance) {
   constexpr int L = lanes<T>;
   dispatch_as<T>(p, [&](auto s) {

@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "cpu/capability.h"
-#include "dtype.h"
 
 namespace oodk {
 
 // Row i of a problem: the d values at x + ids[i] * stride, times scale[i].
-struct Points {
+struct PointRows {
   const void* x;
   DType dtype;
   int64_t d, stride;
@@ -30,9 +30,9 @@ struct KmeansKernels {
   static constexpr int64_t kBlock = 64;
 
   // 1 (or 1 / |x|, with normalize; 1 for a zero row), NaN where the row is to be left out.
-  void (*scales)(const Points&, int64_t begin, int64_t end, bool normalize, T* scale);
+  void (*scales)(const PointRows&, int64_t begin, int64_t end, bool normalize, T* scale);
   // Rows [begin, end), `stride` apart; values past the d-th are 0.
-  void (*load)(const Points&, int64_t begin, int64_t end, T* rows, int64_t stride);
+  void (*load)(const PointRows&, int64_t begin, int64_t end, T* rows, int64_t stride);
   // Squared norm of a loaded row, summed as `product` does.
   T (*norm2)(const T* row, int64_t d);
   // Packs `count` loaded rows as columns, the last panel filled up with zeros.
@@ -49,9 +49,9 @@ struct KmeansKernels {
   void (*assign_products)(const T* dots, int64_t stride, int64_t k, const T* factor, const T* bias,
       int64_t begin, int64_t end, int32_t* label);
   // Sum of the rows at `members`, in that order: float within runs of 64 rows, double across.
-  void (*sum_rows)(const Points&, const int32_t* members, int64_t count, T* sum);
+  void (*sum_rows)(const PointRows&, const int32_t* members, int64_t count, T* sum);
   // Squared distance of row i to centroid label[i]; 0 where the label is negative.
-  void (*distances)(const Points&, int64_t begin, int64_t end, const int32_t* label,
+  void (*distances)(const PointRows&, int64_t begin, int64_t end, const int32_t* label,
       const T* centroids, int64_t stride, T* distance);
 
   // Greedy k-means++ on squared distances, from norms and products with a candidate c:

@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define OODK_HOST_DEVICE __host__ __device__
-#else
-#define OODK_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace oodk {
 
@@ -47,13 +43,6 @@ OODK_HOST_DEVICE inline uint64_t random_bits(
 // Uniform in [0, 1), a multiple of 2^-53.
 OODK_HOST_DEVICE inline double uniform(uint64_t bits) {
   return double(bits >> 11) * 0x1p-53;
-}
-
-// Which of n items stands for stratum j of `count`, each n / count wide. Clamped: the last stratum's
-// end is n, and a draw next to 1 rounds to it.
-OODK_HOST_DEVICE inline int32_t stratified(int64_t n, int64_t count, int64_t j, uint64_t bits) {
-  const double at = double(n) / double(count) * (double(j) + uniform(bits));
-  return int32_t(at < double(n) ? at : double(n - 1));
 }
 
 } // namespace oodk

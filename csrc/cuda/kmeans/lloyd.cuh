@@ -1,7 +1,7 @@
-// Lloyd's iteration on CUDA, see kmeans_kernel.cuh.
+// Lloyd's iteration on CUDA, see kmeans/driver.cuh.
 #pragma once
 
-#include "cuda/kmeans_points.cuh"
+#include "cuda/kmeans/points.cuh"
 
 namespace oodk::cuda {
 

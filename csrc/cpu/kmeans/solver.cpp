@@ -1,4 +1,4 @@
-#include "cpu/kmeans_core.h"
+#include "cpu/kmeans/solver.h"
 
 #include <numeric>
 
@@ -165,8 +165,8 @@ class Lloyd {
     const auto& kernels = kmeans_kernels<T>();
     const int64_t d = x_.dim();
     std::vector<double> shift(k_);
-    const Points products =
-        gram_ ? Points{gram_->values.get(), x_dtype(), gram_->n, gram_->stride} : Points{};
+    const PointRows products =
+        gram_ ? PointRows{gram_->values.get(), x_dtype(), gram_->n, gram_->stride} : PointRows{};
     for_clusters(members, 4.0 * d + (gram_ ? gram_->n : 0), [&](int64_t c) {
       if (!all && members.same(c, members_))
         return;
@@ -492,7 +492,7 @@ void seed_clusters(
     const PointSet<T>& x, const Gram<T>* gram, const Work& work, int64_t seed, int64_t* rows) {
   const int64_t n = x.size(), k = work.k;
   if (n > kSeedingLimit) {
-    std::vector<int32_t> sample(std::max(kSeedingSample, std::min(n, 2 * k)));
+    std::vector<int32_t> sample(seeding_sample(n, k, kSeedingSample));
     for (size_t j = 0; j < sample.size(); ++j)
       sample[j] = stratified(n, int64_t(sample.size()), int64_t(j),
           random_bits(uint64_t(seed), Stream::sample, 0, 0, uint32_t(j)));

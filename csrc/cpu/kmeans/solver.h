@@ -24,10 +24,10 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kmeans_kernel.h"
+#include "common/seeding.h"
+#include "cpu/kmeans/kernel.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
-#include "ops/philox.h"
 
 namespace oodk {
 
@@ -124,7 +124,7 @@ class PointSet {
     return row_stride<T>(source_.d);
   }
   // As the kernels read them.
-  const Points& points() const {
+  const PointRows& points() const {
     return copied_ ? dense_ : source_;
   }
   // Row of the problem that a valid row is, and the reverse (-1 for a row left out).
@@ -228,7 +228,7 @@ class PointSet {
   }
 
   const KmeansKernels<T>& kernels_;
-  Points source_, dense_;
+  PointRows source_, dense_;
   int64_t all_, size_ = 0;
   Buffer<T> scale_, copy_;
   std::vector<int32_t> ids_;
@@ -273,7 +273,6 @@ bool gram_pays(const PointSet<T>& x, const Work& work);
 
 // Greedy k-means++: rows (restarts, k) of the problem, -1 where there are fewer than k valid rows.
 // More than kSeedingLimit valid rows are represented by a stratified random sample.
-constexpr int64_t kSeedingLimit = 1 << 16, kSeedingSample = 1 << 15;
 template <typename T>
 void seed_clusters(
     const PointSet<T>& x, const Gram<T>* gram, const Work& work, int64_t seed, int64_t* rows);

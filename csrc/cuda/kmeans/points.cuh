@@ -13,9 +13,9 @@
 // conflict.
 #pragma once
 
+#include "common/seeding.h"
 #include "cuda/block.cuh"
 #include "cuda/launches.cuh"
-#include "ops/philox.h"
 
 namespace oodk::cuda {
 
@@ -145,7 +145,7 @@ __global__ void sample_points(
     Points<S> x, int limit, int least, int k, uint64_t seed, int capacity, int* ids, int* count) {
   const Points<S> points = x.at(blockIdx.x);
   const int n = points.size();
-  const int wanted = n > limit ? int(max(int64_t(least), min(int64_t(n), 2 * int64_t(k)))) : n;
+  const int wanted = n > limit ? int(seeding_sample(n, k, least)) : n;
   ids += int64_t(blockIdx.x) * capacity;
   for (int j = int(threadIdx.x); j < wanted; j += int(blockDim.x)) {
     const uint64_t bits = random_bits(seed, Stream::sample, 0, 0, uint32_t(j));
