@@ -78,7 +78,7 @@ def demo(
     # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
     from oodkernels.demo import METHODS, Settings, run
     from oodkernels.demo.report import averages, kinds, write_report
-    from oodkernels.training.trainer import TrainConfig
+    from oodkernels.training import TrainConfig
 
     require_writable(out)
     start = time.perf_counter()

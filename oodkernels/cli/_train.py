@@ -205,8 +205,13 @@ def train(
         raise typer.BadParameter("give --epochs or --steps, not both", param_hint="'--steps'")
     options = {key: parse_toml(text) for key, text in pairs("--option", option or ()).items()}
     require_writable(out)
-    from oodkernels.training.objectives import AbnormalityObjective, MOSObjective
-    from oodkernels.training.trainer import TrainConfig, Trainer, load_weights
+    from oodkernels.training import (
+        AbnormalityObjective,
+        MOSObjective,
+        TrainConfig,
+        Trainer,
+        load_weights,
+    )
 
     found_groups = None if groups is None else read_groups(groups)
     sources = {"train": data, "outliers": outliers, "val": val}
@@ -276,7 +281,7 @@ def _on_features(
     """A head, and loaders of what it is trained on."""
     from oodkernels.data.samples import open_samples
     from oodkernels.nn.heads import Head
-    from oodkernels.training.trainer import tensor_loader
+    from oodkernels.training import tensor_loader
 
     loaders = {}
     names: tuple[str, ...] | None = None

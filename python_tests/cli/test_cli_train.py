@@ -20,7 +20,7 @@ from oodkernels import Groups, mos_predict
 from oodkernels.data import ToTensor, load_model
 from oodkernels.detectors import OODDetector
 from oodkernels.nn.heads import Head
-from oodkernels.training.trainer import load_checkpoint
+from oodkernels.training import load_checkpoint
 
 C, D = 6, 5
 OUTLIERS = ("oe", "energy", "absent-class", "dos", "ntom", "poem")

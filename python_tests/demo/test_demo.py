@@ -33,8 +33,7 @@ from oodkernels.evaluation.methods import OTHER, OWN
 from oodkernels.evaluation.results import CONVENTION
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.training import objectives
-from oodkernels.training.trainer import TrainConfig, reproducible
+from oodkernels.training import TrainConfig, objectives, reproducible
 
 SETTINGS = demo.Settings(seed=1, recipe=TrainConfig(epochs=3, accelerator="cpu"))
 
