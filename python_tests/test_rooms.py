@@ -6,8 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import oodkernels
 
 PACKAGE = Path(oodkernels.__file__).parent
@@ -86,7 +84,6 @@ def wrong(path: Path) -> Iterator[str]:
             yield f"{module} imports {source}.{name}: private there"
 
 
-@pytest.mark.xfail(reason="rooms are being cleared")
 def test_rooms() -> None:
     paths = sorted([*PACKAGE.rglob("*.py"), *COMMANDS.rglob("*.py")])
     found = [line for path in paths for line in wrong(path)]
@@ -108,13 +105,14 @@ def circles(graph: dict[str, set[str]]) -> Iterator[str]:
         yield from visit(node, [])
 
 
-@pytest.mark.xfail(reason="rooms are being cleared")
 def test_no_circles() -> None:
     graph: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         graph[module] = set()
         for source, name in imports(path):
+            if not source and name in ("_C", "_cuda"):  # compiled; no module of Python's
+                continue
             for candidate in (f"{source}.{name}", source, f"{source}.__init__"):
                 file = PACKAGE / (candidate.strip(".").replace(".", "/") + ".py")
                 if candidate.strip(".") and file.exists():
