@@ -116,14 +116,6 @@ def check_number(op: str, name: str, value: Any) -> float:
     return float(number)
 
 
-def check_integer(op: str, name: str, value: Any) -> int:
-    """An integer of any size as an int, NumPy's included; raise TypeError unless it is one."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
-    return value
-
-
 def check_count(op: str, name: str, value: Any, least: int = 1) -> int:
     """A number of things as an int; raise unless it is an integer of at least ``least``."""
     count = plain(value)

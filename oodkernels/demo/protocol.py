@@ -35,13 +35,16 @@ from oodkernels.detectors import (
 from oodkernels.evaluation import Evaluation, combine, evaluate
 from oodkernels.groups import Groups
 from oodkernels.nn.mos import MOSHead
-from oodkernels.training.objectives import (
+from oodkernels.training import (
     AbnormalityObjective,
     MOSObjective,
     Objective,
+    TrainConfig,
+    Trainer,
     make_objective,
+    reproducible,
+    tensor_loader,
 )
-from oodkernels.training.trainer import TrainConfig, Trainer, reproducible, tensor_loader
 
 ID_SET = "digits"
 NUM_CLASSES = 10

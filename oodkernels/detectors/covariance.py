@@ -13,7 +13,7 @@ from torch import Tensor
 from oodkernels._checks import accumulate_type, check_class_ids, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, as_batch, present
+from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, present
 from oodkernels.detectors.gradients import check_step, input_step
 from oodkernels.detectors.model import Model, positions_mean, run, to_model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -392,9 +392,14 @@ class Mahalanobis(OODDetector):
             self.statistics[name] = ClassStatistics(self.classes)
             parts = {part: tensors[f"{name}.{part}"] for part in _STATE}
             self.statistics[name].load_state_dict(parts)
-            self._whiten("load", name, float(parts["shrinkage"]))
+            amount = parts["shrinkage"]
+            if amount.shape != () or not amount.is_floating_point() or not 0 <= amount <= 1:
+                raise ValueError(f"{name}.shrinkage must be a number in [0, 1]")
+            self._whiten("load", name, float(amount))
         self._set_shape()
         self.weights = tensors.get("weights")
+        if self.weights is not None:
+            check_kept("weights", self.weights)
         if self.weights is not None and self.weights.shape != (len(names) + 1,):
             raise ValueError(
                 f"weights must have shape ({len(names) + 1},), got {tuple(self.weights.shape)}"

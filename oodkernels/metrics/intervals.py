@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from oodkernels._checks import check_confidence, check_integer, check_number
+from oodkernels._checks import check_confidence, check_int, check_number
 
 Interval = tuple[float, float]
 
@@ -36,8 +36,8 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> In
     """
     where = "clopper_pearson"
     confidence = check_confidence(where, confidence)
-    successes = check_integer(where, "successes", successes)
-    trials = check_integer(where, "trials", trials)
+    successes = check_int(where, "successes", successes)
+    trials = check_int(where, "trials", trials)
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(
             f"{where}: successes must be in 0..trials and trials >= 1, got {successes} of {trials}"
@@ -71,7 +71,7 @@ def quantile_ranks(n: int, q: float, confidence: float = 0.95) -> tuple[int, int
     """
     where = "quantile_ranks"
     confidence = check_confidence(where, confidence)
-    n, q = check_integer(where, "n", n), check_number(where, "q", q)
+    n, q = check_int(where, "n", n), check_number(where, "q", q)
     if n < 1 or not 0 <= q <= 1:
         raise ValueError(f"{where}: n must be >= 1 and q in [0, 1], got n={n}, q={q}")
     tail = (1 - confidence) / 2
@@ -122,7 +122,7 @@ def delong(
         TypeError: An argument is not an integer.
     """
     wins, n_id, n_ood, id_squares, ood_squares = (
-        check_integer("delong", name, value)  # of any size, which NumPy's are not
+        check_int("delong", name, value)  # of any size, which NumPy's are not
         for name, value in (
             ("wins", wins),
             ("n_id", n_id),
