@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     """The state dict."""
     columns: int | None = None
     """Logits: C, C + K for groups, C + 1 with an absent class."""
-    absent_column: int | None = None
+    absent: int | None = None
     """Column of the absent class, the last; None without one."""
     groups: Groups | None = None
     """Of a MOS head."""
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
         """C; None where the file does not say."""
         if self.groups is not None:
             return self.groups.num_classes
-        return None if self.columns is None else self.columns - (self.absent_column is not None)
+        return None if self.columns is None else self.columns - (self.absent is not None)
 
 
 def save_weights(
@@ -71,7 +71,7 @@ def save_weights(
         "version": _VERSION,
         "model": model.state_dict(),
         "columns": columns,
-        "absent_column": columns - 1 if absent else None,
+        "absent": columns - 1 if absent else None,
         "groups": None if groups is None else groups.to_json(),
         "class_names": None if class_names is None else [str(name) for name in class_names],
     }
@@ -108,7 +108,7 @@ def read_weights(path: PathLike) -> Weights:
     return Weights(
         content,
         facts.get("columns"),
-        facts.get("absent_column"),
+        facts.get("absent"),
         None if groups is None else Groups.from_json(groups),
         facts.get("class_names"),
     )
