@@ -9,6 +9,7 @@ from pathlib import Path
 import oodkernels
 
 PACKAGE = Path(oodkernels.__file__).parent
+COMMANDS = PACKAGE.with_name("oodk")
 
 # From the ground up; rooms of one line do not know each other.
 STOREYS = [
@@ -26,7 +27,7 @@ STOREYS = [
     ["deploy"],
     [""],  # oodkernels itself
     ["demo"],
-    ["cli"],
+    ["oodk"],  # the command line, beside the package
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
@@ -67,7 +68,8 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def wrong(path: Path) -> Iterator[str]:
-    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__")
+    where = path.relative_to(COMMANDS.parent if path.is_relative_to(COMMANDS) else PACKAGE)
+    module = ".".join(where.with_suffix("").parts).removesuffix("__init__")
     home = room_of(module.rstrip("."))
     for source, name in imports(path):
         if not source and name in LEVEL:
@@ -83,7 +85,8 @@ def wrong(path: Path) -> Iterator[str]:
 
 
 def test_rooms() -> None:
-    found = [line for path in sorted(PACKAGE.rglob("*.py")) for line in wrong(path)]
+    paths = sorted([*PACKAGE.rglob("*.py"), *COMMANDS.rglob("*.py")])
+    found = [line for path in paths for line in wrong(path)]
     assert not found, "\n".join(found)
 
 
