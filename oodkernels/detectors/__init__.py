@@ -4,6 +4,16 @@
 """
 
 from oodkernels.detectors.abnormality import AbnormalityModule
+from oodkernels.detectors.activations import (
+    FDBD,
+    LTS,
+    NCI,
+    PNML,
+    SCALE,
+    SHE,
+    CADRef,
+    GradNorm,
+)
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
 from oodkernels.detectors.bank import KNN
 from oodkernels.detectors.base import (
@@ -18,6 +28,7 @@ from oodkernels.detectors.base import (
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.covariance import Mahalanobis
 from oodkernels.detectors.gradients import ODIN
+from oodkernels.detectors.head import Head, HeadDetector
 from oodkernels.detectors.logits import (
     MOS,
     MSP,
@@ -35,19 +46,29 @@ from oodkernels.detectors.statistics import ClassStatistics
 __all__ = [
     "DETECTORS",
     "FAMILIES",
+    "FDBD",
     "KNN",
+    "LTS",
     "MOS",
     "MSP",
+    "NCI",
     "ODIN",
+    "PNML",
+    "SCALE",
+    "SHE",
     "AbnormalityModule",
     "AbsentClass",
     "Batch",
+    "CADRef",
     "ClassStatistics",
     "ConfidenceBranch",
     "DetectorSpec",
     "Energy",
     "Entropy",
     "FeatureModel",
+    "GradNorm",
+    "Head",
+    "HeadDetector",
     "MOSLogOdds",
     "Mahalanobis",
     "MaxLogit",
