@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ def write_report(result: DemoResult, out: Path) -> list[Path]:
     Raises:
         OSError: The folder or a file cannot be written.
     """
-    writers = {
+    writers: dict[str, Callable[[], str]] = {
         "results.csv": result.evaluation.to_csv,
         "results.json": partial(to_json, result),
         "report.html": partial(to_html, result),

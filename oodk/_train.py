@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodkernels.cli._common import (
+from oodk._command import one_of, step
+from oodk._common import (
     ConfigOption,
     GroupsOption,
     JsonOption,
     QuietOption,
     pairs,
     parse_toml,
-    print_json,
     read_groups,
     require_writable,
     write_config,
 )
+from oodk._output import print_json, print_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,22 +32,6 @@ if TYPE_CHECKING:
 _ABSENT = ("absent-class", "dos", "ntom")
 _CANDIDATES = {"dos": 6}
 """Outliers read for each ID sample: DOS selects one of six (Jiang et al., ICLR 2024)."""
-
-
-class Name(str, Enum):
-    """Of an objective."""
-
-    softmax = "softmax"
-    mos = "mos"
-    oe = "oe"
-    energy = "energy"
-    absent_class = "absent-class"
-    dos = "dos"
-    ntom = "ntom"
-    poem = "poem"
-    confidence = "confidence"
-    synthetic = "synthetic"
-    abnormality = "abnormality"
 
 
 class Optimizer(str, Enum):
@@ -91,7 +76,14 @@ def train(
             "checkpoints, log.csv, config.toml.",
         ),
     ],
-    objective: Annotated[Name, typer.Option(help="What to minimise; see below.")] = Name.softmax,
+    objective: Annotated[
+        str,
+        typer.Option(
+            parser=one_of("objectives"),
+            metavar="NAME",
+            help="What to minimise, of {objectives}; see below.",
+        ),
+    ] = "softmax",
     groups: GroupsOption = None,
     outliers: Annotated[
         str | None,
@@ -191,7 +183,7 @@ def train(
 
         oodk train --model mypackage:make --data images/train --val images/val --out runs/flat
     """
-    name = objective.value
+    name = objective
     needs_outliers = name in ("oe", "energy", "ntom", "poem", *_ABSENT[:2])
     if needs_outliers != (outliers is not None):
         what = "is needed" if needs_outliers else "is of no use"
@@ -249,9 +241,10 @@ def train(
         write_config(ctx, out)
     made = None if found_groups is None else MOSObjective(found_groups, **options)
     trainer = Trainer(network, made, settings, folder=out, progress=not quiet)
-    result = trainer.fit(
-        loaders["train"], loaders.get("outliers"), loaders.get("val"), resume=resume
-    )
+    with step("train on", data):
+        result = trainer.fit(
+            loaders["train"], loaders.get("outliers"), loaders.get("val"), resume=resume
+        )
     if not trainer.fabric.is_global_zero:
         return
     best = result.best_path or result.last_path
@@ -268,7 +261,7 @@ def train(
     shown = {k: v for k, v in last.items() if k not in ("step", "epoch", "lr")}
     figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
     typer.echo(f"{result.steps} steps: {figures}", err=True)
-    typer.echo(path)
+    print_path(path)
 
 
 def _on_features(
@@ -290,14 +283,15 @@ def _on_features(
         if not Path(path).exists():
             option = "--data" if key == "train" else f"--{key}"
             raise typer.BadParameter(f"there is no {path!r}", param_hint=f"'{option}'")
-        samples = open_samples(path, kind="features")
-        if key == "train":
-            names = samples.class_names
-        elif key == "val" and names is not None and samples.class_names is not None:
-            samples = samples.with_classes(names)
-        tensors = [samples.read("features")]
-        if key != "outliers":
-            tensors.append(samples.read("labels"))
+        with step("read", path):
+            samples = open_samples(path, kind="features")
+            if key == "train":
+                names = samples.class_names
+            elif key == "val" and names is not None and samples.class_names is not None:
+                samples = samples.with_classes(names)
+            tensors = [samples.read("features")]
+            if key != "outliers":
+                tensors.append(samples.read("labels"))
         if key == "train":
             width = tensors[0].shape[1]
             if groups is not None:
