@@ -82,7 +82,7 @@ class Images:
         # As heads say what their columns are.
         vars(network)["class_names"] = model_classes(network, self.weights)
         if facts is not None:
-            vars(network).update(absent_column=facts.absent, groups=facts.groups)
+            vars(network).update(absent_column=facts.absent_column, groups=facts.groups)
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.size is not None or transform is None:
