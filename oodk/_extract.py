@@ -150,7 +150,7 @@ def extract(
         transform=repr(transform) if isinstance(transform, ToTensor) else "of the model",
         dtype=dtype.value,
         model_classes=names,
-        absent=None if meaning is None else meaning.absent_column,
+        absent_column=None if meaning is None else meaning.absent_column,
         groups=None if meaning is None or meaning.groups is None else meaning.groups.to_json(),
     )
     if not is_extracted(out, plan, file_format.value):

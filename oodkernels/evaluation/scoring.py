@@ -96,7 +96,7 @@ def score_sets(
         source, done, given, absent = name, 0, GIVEN, None
         if isinstance(data, Samples):
             source, data = data.name, _pruned(data, detectors, model)
-            given, absent = _called(data), data.absent if model is None else None
+            given, absent = _called(data), data.absent_column if model is None else None
         for part in _parts(where, model, data, detectors or {}, given):
             if part.batch.absent is None and part.batch.logits is not None:
                 part.batch.absent = absent

@@ -381,7 +381,7 @@ class Threshold:
         names = {f.name for f in fields(cls)}
         if content.keys() != names:
             missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
-            raise ValueError(f"{where}: fields missing: {missing}, unknown: {unknown}")
+            raise ValueError(f"{where}: fields missing: {missing}, unknown: {unknown!s:.300}")
         read: dict[str, Any] = {}
         for name, value in content.items():
             try:

@@ -105,13 +105,12 @@ def read_weights(path: PathLike) -> Weights:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{where}: must hold a state dict, names and tensors, and does not")
     groups = facts.get("groups")
-    return Weights(
-        content,
-        facts.get("columns"),
-        facts.get("absent_column"),
-        None if groups is None else Groups.from_json(groups),
-        facts.get("class_names"),
-    )
+    try:
+        groups = None if groups is None else Groups.from_json(groups)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    columns, absent = facts.get("columns"), facts.get("absent_column")
+    return Weights(content, columns, absent, groups, facts.get("class_names"))
 
 
 def _content(path: PathLike) -> Any:
@@ -121,10 +120,10 @@ def _content(path: PathLike) -> Any:
         if Path(path).suffix == ".safetensors":
             return require("safetensors.torch", "files", "read_weights").load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ImportError):
+    except ImportError:
         raise
     except Exception as error:  # of whatever kind the readers of a broken file raise
-        first = str(error).partition("\n")[0]
+        first = str(error).partition("\n")[0][:300]
         raise ValueError(
             f"read_weights: {os.fspath(path)} must be a file of weights, got {first}"
         ) from error

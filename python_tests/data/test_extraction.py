@@ -464,7 +464,7 @@ def test_what_the_columns_mean_is_kept(here: Path) -> None:
     model, _ = load_model("my_models:make")
     save_weights(model, "model.pt", 4, absent=True, class_names=["a", "b", "c"])
     assert oodk(*GIVEN, "--weights", "model.pt", "--out", "run").exit_code == 0
-    assert open_samples("run").absent == 3
+    assert open_samples("run").absent_column == 3
     groups = Groups([0, 1], class_names=["a", "b"])
     save_weights(model, "model.pt", 4, groups=groups)
     (here / "list.txt").write_text("images/a/00.png 1\n")

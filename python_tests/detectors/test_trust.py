@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -386,3 +387,10 @@ def test_a_name_is_registered_once() -> None:
         register("msp", "A", "Nobody, 2000")
     with pytest.raises(ValueError, match="family must be one of A, B, C, D, E, F, got 'Z'"):
         register("new", "Z", "Nobody, 2000")
+
+
+def test_the_docs_have_the_registry() -> None:
+    root = Path(__file__).parents[2]
+    namespace = runpy.run_path(str(root / "scripts" / "detectors_table.py"))
+    text = namespace["PAGE"].read_text(encoding="utf-8")
+    assert text == namespace["page"](text), "run scripts/detectors_table.py"
