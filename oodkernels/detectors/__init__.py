@@ -40,11 +40,16 @@ from oodkernels.detectors.logits import (
     MOSLogOdds,
 )
 from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReAct
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
 
 __all__ = [
+    "ASHB",
+    "ASHP",
+    "ASHS",
     "DETECTORS",
+    "DICE",
     "FAMILIES",
     "FDBD",
     "KNN",
@@ -56,6 +61,7 @@ __all__ = [
     "PNML",
     "SCALE",
     "SHE",
+    "VRA",
     "AbnormalityModule",
     "AbsentClass",
     "Batch",
@@ -75,10 +81,12 @@ __all__ = [
     "Model",
     "NotFittedError",
     "OODDetector",
+    "OptFS",
     "Option",
     "Outputs",
     "Prediction",
     "PytorchOODDetector",
+    "ReAct",
     "as_pytorch_ood",
     "extract",
     "register",
