@@ -493,7 +493,7 @@ def _os_error(error: BaseException) -> OSError | None:
     """The system's error that an error is or came of: torch.save hides it in a RuntimeError."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
-        found = found.__cause__ or found.__context__
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return found
 
 

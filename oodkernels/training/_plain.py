@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from oodkernels import _checks
 from oodkernels.groups import Groups
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
         return value if type(value) is Tensor else value.detach()
     if isinstance(value, np.generic):
-        return plain(value.item(), where)
+        return plain(_checks.plain(value), where)
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, Enum):
