@@ -15,7 +15,7 @@ from oodkernels.detectors.activations import (
     GradNorm,
 )
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
-from oodkernels.detectors.bank import KNN
+from oodkernels.detectors.bank import KNN, MCM, NNGuide, Relation
 from oodkernels.detectors.base import (
     DETECTORS,
     NotFittedError,
@@ -56,6 +56,7 @@ __all__ = [
     "FDBD",
     "KNN",
     "LTS",
+    "MCM",
     "MOS",
     "MSP",
     "NCI",
@@ -86,6 +87,7 @@ __all__ = [
     "MahalanobisPlusPlus",
     "MaxLogit",
     "Model",
+    "NNGuide",
     "NotFittedError",
     "OODDetector",
     "OptFS",
@@ -95,6 +97,7 @@ __all__ = [
     "PytorchOODDetector",
     "RMDSPlusPlus",
     "ReAct",
+    "Relation",
     "Residual",
     "ViM",
     "as_pytorch_ood",
