@@ -17,13 +17,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from tables import FIGURES, demo_table
+
 from oodkernels._files import write_text
 from oodkernels.demo.protocol import Settings, run
 from oodkernels.demo.report import kinds, to_json
-from oodkernels.evaluation.tables import LOWER_IS_BETTER, METRIC_NAMES
-from oodkernels.training.trainer import TrainConfig
-
-FIGURES = ("id_accuracy", *METRIC_NAMES)
+from oodkernels.training import TrainConfig
 
 
 def one(settings: Settings) -> dict[str, Any]:
@@ -60,28 +59,6 @@ def per_seed(seeds: list[int], records: list[dict[str, Any]]) -> list[dict[str, 
 
 def _rounded(fraction: float) -> float:
     return round(fraction, 6)
-
-
-def markdown(rows: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
-    """The averages over the OOD sets in per cent; the best mean of a column in bold, by kind."""
-    names = {"id_accuracy": "ID acc.", **METRIC_NAMES}
-    arrows = {figure: "↓" if figure in LOWER_IS_BETTER else "↑" for figure in FIGURES}
-    heads = ["trained on", "model", "score", *(f"{names[f]} {arrows[f]}" for f in FIGURES)]
-    lines = [heads, ["---"] * 3 + ["---:"] * len(FIGURES)]
-    for kind, models in kinds.items():
-        part = [row for row in rows if row["ood_set"] == "average" and row["model"] in models]
-        best = {
-            figure: (min if figure in LOWER_IS_BETTER else max)(r[figure]["mean"] for r in part)
-            for figure in FIGURES
-        }
-        for row in part:
-            cells = []
-            for figure in FIGURES:
-                value, spread = row[figure]["mean"], row[figure]["std"]
-                text = f"{100 * value:.2f} ± {100 * spread:.2f}"
-                cells.append(f"**{text}**" if value == best[figure] else text)
-            lines.append([kind, row["model"], row["score"], *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
@@ -121,7 +98,7 @@ def main() -> None:
         text += f',\n  "{key}": [\n{body}\n  ]'
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(given.out, text + "\n}\n")
-    print(markdown(found, shared["kinds"]))
+    print(demo_table(found, shared["kinds"]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torchmetrics
 from shapes import QUICK
 
-from oodkernels.metrics.streaming.ood import OODMetrics
+from oodkernels.metrics.streaming import OODMetrics
 from oodkernels.ops import roc_histogram_
 
 BATCH = 200_000 if QUICK else 1_000_000

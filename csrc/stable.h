@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "dtype.h"
+#include "common/dtype.h"
 #include "errors.h"
 
 namespace oodk {
@@ -84,39 +84,39 @@ inline ScalarType accumulate_type(DType dtype) {
 
 // The first `dims` dimensions walked in order: `count` items, each `stride` values after the one
 // before (as given where there is only one), unless no single stride leads through them.
-struct Walk {
+struct EvenSteps {
   int64_t count, stride;
   bool even;
 };
 
-inline Walk walk(const Tensor& t, int64_t dims, int64_t stride) {
-  Walk walk{1, stride, true};
+inline EvenSteps even_steps(const Tensor& t, int64_t dims, int64_t stride) {
+  EvenSteps steps{1, stride, true};
   for (int64_t i = dims - 1; i >= 0; --i) {
     if (t.size(i) == 1)
       continue;
-    if (walk.count == 1)
-      walk.stride = t.stride(i);
+    if (steps.count == 1)
+      steps.stride = t.stride(i);
     else
-      walk.even = walk.even && t.stride(i) == walk.stride * walk.count;
-    walk.count *= t.size(i);
+      steps.even = steps.even && t.stride(i) == steps.stride * steps.count;
+    steps.count *= t.size(i);
   }
-  return walk;
+  return steps;
 }
 
 // A tensor seen as `count` rows of `width` adjacent values, `stride` values apart.
-struct Rows {
+struct TensorRows {
   Tensor tensor;
   DType dtype;
   int64_t count, width, stride;
 };
 
 // Copies only where the rows are not evenly spaced or their values not adjacent.
-inline Rows as_rows(const char* op, const char* argument, const Tensor& t) {
+inline TensorRows as_rows(const char* op, const char* argument, const Tensor& t) {
   const DType dtype = float_dtype(op, argument, t);
   const int64_t dim = t.dim();
   OODK_CHECK_VALUE(dim >= 1, op, ": ", argument, " must have at least one dimension, got a scalar");
   const int64_t width = t.size(dim - 1);
-  const Walk rows = walk(t, dim - 1, width);
+  const EvenSteps rows = even_steps(t, dim - 1, width);
   const bool adjacent = width <= 1 || t.stride(dim - 1) == 1;
   if (adjacent && rows.even && rows.stride >= width)
     return {t, dtype, rows.count, width, rows.stride};

@@ -19,7 +19,17 @@ from oodkernels.detectors import (
 )
 from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.groups import Groups
-from oodkernels.metrics import OODResult, OODResults, compare_conventions, ood_metrics
+from oodkernels.metrics import (
+    OODResult,
+    OODResults,
+    Threshold,
+    ThresholdSource,
+    compare_conventions,
+    expected_calibration_error,
+    misclassification_metrics,
+    ood_metrics,
+    reliability_diagram,
+)
 from oodkernels.nn import (
     AbsentClassLoss,
     ConfidenceLoss,
@@ -65,35 +75,22 @@ from oodkernels.training import (
 if TYPE_CHECKING:
     from oodkernels.cluster import KMeans
     from oodkernels.data import open_samples
-    from oodkernels.evaluation import Evaluation, evaluate
-    from oodkernels.metrics import Threshold
-    from oodkernels.metrics.calibration import (
-        CalibrationError,
-        expected_calibration_error,
-        reliability_diagram,
-    )
-    from oodkernels.metrics.misclassification import (
-        MisclassificationMetrics,
-        misclassification_metrics,
-    )
-    from oodkernels.metrics.streaming import OODMetrics
+    from oodkernels.evaluation import Evaluation
+    from oodkernels.evaluation.evaluate import evaluate
+    from oodkernels.metrics.streaming import CalibrationError, MisclassificationMetrics, OODMetrics
     from oodkernels.training import TrainConfig, Trainer
 
 # Loaded when asked for: they bring torchmetrics and others that take longer than all the rest.
 _LATER = {
-    "CalibrationError": "metrics.calibration",
+    "CalibrationError": "metrics.streaming",
     "Evaluation": "evaluation",
     "KMeans": "cluster",
-    "MisclassificationMetrics": "metrics.misclassification",
+    "MisclassificationMetrics": "metrics.streaming",
     "OODMetrics": "metrics.streaming",
-    "Threshold": "metrics",
     "TrainConfig": "training",
     "Trainer": "training",
     "evaluate": "evaluation",
-    "expected_calibration_error": "metrics.calibration",
-    "misclassification_metrics": "metrics.misclassification",
     "open_samples": "data",
-    "reliability_diagram": "metrics.calibration",
 }
 
 __all__ = [
@@ -128,6 +125,7 @@ __all__ = [
     "Prediction",
     "ROCMetricsResult",
     "Threshold",
+    "ThresholdSource",
     "TrainConfig",
     "Trainer",
     "UniformMiner",

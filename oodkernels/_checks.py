@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -85,9 +86,9 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def check_tpr(op: str, tpr: Any) -> float:
-    """The true positive rate as a float; raise unless it is a number in (0, 1]."""
-    return _share(op, "tpr", tpr, "(0, 1]", with_one=True)
+def check_tpr(op: str, tpr: Any, name: str = "tpr") -> float:
+    """A true positive rate, or another share, as a float; raise unless it is in (0, 1]."""
+    return _share(op, name, tpr, "(0, 1]", with_one=True)
 
 
 def check_confidence(op: str, confidence: Any) -> float:
@@ -105,12 +106,14 @@ def _share(op: str, name: str, value: Any, range_: str, *, with_one: bool) -> fl
     return share
 
 
-def check_integer(op: str, name: str, value: Any) -> int:
-    """An integer of any size as an int, NumPy's included; raise TypeError unless it is one."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
-    return value
+def check_number(op: str, name: str, value: Any) -> float:
+    """A number as a float; raise where it is none or NaN."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    if math.isnan(number):
+        raise ValueError(f"{op}: {name} must not be NaN")
+    return float(number)
 
 
 def check_count(op: str, name: str, value: Any, least: int = 1) -> int:
@@ -129,10 +132,10 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     return flag
 
 
-def check_integers(op: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless x holds integers, which bool is not."""
+def check_integers(op: str, name: str, x: Tensor, when: str = "") -> None:
+    """Raise TypeError unless x holds integers, which bool is not; ``when`` says where it must."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be integers{when}, got {x.dtype}")
 
 
 def check_no_nan(op: str, name: str, x: Tensor) -> None:

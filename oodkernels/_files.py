@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -135,6 +136,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text to ``path`` by way of :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """The first 16 hex digits of the SHA-256 of a file's content.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with open(path, "rb") as file:
+        found = hashlib.sha256()
+        while data := file.read(1 << 20):
+            found.update(data)
+    return found.hexdigest()[:16]
 
 
 def read_json(where: str, text: str, format: str, version: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodkernels._checks import check_integer
+from oodkernels._checks import check_int
 from oodkernels._files import read_json, write_text
 from oodkernels._wordnet import WORDNET_GROUPS, super_classes
 from oodkernels.cluster import kmeans
@@ -711,7 +711,7 @@ def _check(expectation: str, array: NDArray[np.int64], fine: NDArray[np.bool_]) 
 
 
 def _in_range(where: str, name: str, value: Any, low: int, high: int | None = None) -> int:
-    value = check_integer(where, name, value)
+    value = check_int(where, name, value)
     if value < low or (high is not None and value > high):
         allowed = f">= {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{where}: {name} must be {allowed}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import oodkernels
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -39,3 +42,26 @@ def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert {page.relative_to(ROOT / "docs").as_posix() for page in DOCS} == listed
+
+
+def test_api_covers_every_public_name() -> None:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    pages = [hooks.complete(page.read_text()) for page in (ROOT / "docs" / "api").glob("*.md")]
+    everything = "\n".join(pages)
+    shown = {path.rpartition(".")[2] for path in hooks.DIRECTIVE.findall(everything)}
+    for module in hooks.DIRECTIVE.findall(everything):
+        shown.update(hooks.public_names().get(module, []))
+    assert set(oodkernels.__all__) - {"__version__"} <= shown
+    rooms = [name for name in hooks.public_names() if name.count(".") == 1]
+    assert len(rooms) > 8
+    assert hooks.missing(everything, rooms) == []
+
+
+def test_figures_are_those_of_the_results() -> None:
+    script = ROOT / "benchmarks" / "tables.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@
 #include <numeric>
 #include <tuple>
 
-#include "cpu/kmeans_problem.h"
+#include "cpu/kmeans/problem.h"
 
 namespace oodk {
 namespace {
@@ -41,7 +41,7 @@ std::vector<std::vector<int64_t>> best_of_clusters(
 
 // f(b, scores as double or float) for every problem.
 template <typename F>
-void for_score_rows(const Rows& scores, const F& f) {
+void for_score_rows(const TensorRows& scores, const F& f) {
   const char* from = (const char*)scores.tensor.const_data_ptr();
   const int64_t bytes = scores.stride * scores.tensor.element_size();
   parallel_for(0, scores.count, 1, [&](int64_t begin, int64_t end) {

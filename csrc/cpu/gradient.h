@@ -1,13 +1,13 @@
 #pragma once
 
 #include "cpu/memory.h"
-#include "stable.h"
+#include "ops/rows.h"
 
 namespace oodk {
 
-// The gradient of logits, contiguous and about to be written.
-inline Tensor new_gradient(const Tensor& logits) {
-  Tensor grad = empty(sizes_of(logits), logits.scalar_type(), logits);
+// The gradient of logits, about to be written.
+inline Tensor new_gradient(const RowArgs& args) {
+  Tensor grad = args.new_gradient();
   advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * grad.element_size());
   return grad;
 }

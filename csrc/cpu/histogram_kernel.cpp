@@ -56,7 +56,7 @@ void count_block(const HistogramInput& in, const S* scores, const uint8_t* rows,
   int32_t keys[kBlock];
   for (int i = 0; i < n; ++i) {
     n_rounded += rounded(widen(scores[i]));
-    const uint32_t bits = float_bits(float(widen(scores[i])) + 0.0f); // -0.0 becomes 0.0
+    const uint32_t bits = float_bits(float(widen(scores[i])));
     low_bits |= bits;
     keys[i] = order_key(bits);
   }

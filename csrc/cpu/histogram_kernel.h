@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+#include "common/histogram_key.h"
 #include "cpu/capability.h"
-#include "dtype.h"
-#include "histogram_key.h"
 
 namespace oodk {
 

@@ -11,7 +11,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_scores(
     const Tensor& logits, double temperature) {
-  const Rows rows = logit_args("logit_scores", logits, temperature);
+  const TensorRows rows = logit_args("logit_scores", logits, temperature);
   const LogitScores out = new_logit_scores(logits, rows.dtype);
   const void* z = rows.tensor.const_data_ptr();
   void *msp = out.msp.mutable_data_ptr(), *max_logit = out.max_logit.mutable_data_ptr(),

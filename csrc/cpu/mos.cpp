@@ -11,8 +11,8 @@
 namespace oodk {
 namespace {
 
-struct Call {
-  Call(const char* op, const Tensor& logits, const Tensor& groups)
+struct MosCall {
+  MosCall(const char* op, const Tensor& logits, const Tensor& groups)
       : args(mos_args(op, logits, groups)),
         offsets(checked_offsets(op, args.groups, args.logits.width)),
         rows{args.logits.tensor.const_data_ptr(), args.logits.dtype, args.logits.count,
@@ -33,7 +33,7 @@ const MosKernels& kernels() {
 }
 
 Tensor mos_score(const Tensor& logits, const Tensor& groups) {
-  const Call call("mos_score", logits, groups);
+  const MosCall call("mos_score", logits, groups);
   Tensor score = call.args.new_rows(call.args.out_type());
   void* out = score.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) { kernels().score(call.rows, begin, end, out); });
@@ -42,7 +42,7 @@ Tensor mos_score(const Tensor& logits, const Tensor& groups) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mos_predict(
     const Tensor& logits, const Tensor& groups) {
-  const Call call("mos_predict", logits, groups);
+  const MosCall call("mos_predict", logits, groups);
   const ScalarType type = call.args.out_type();
   Tensor score = call.args.new_rows(type), log_odds = call.args.new_rows(type),
          prob = call.args.new_rows(type), label = call.args.new_rows(ScalarType::Long),
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mos_predict(
 }
 
 std::tuple<Tensor, Tensor> mos_log_others(const Tensor& logits, const Tensor& groups) {
-  const Call call("mos_log_others", logits, groups);
+  const MosCall call("mos_log_others", logits, groups);
   Tensor log_others = call.args.new_groups(), stats = call.args.new_stats();
   void *out = log_others.mutable_data_ptr(), *st = stats.mutable_data_ptr();
   call.for_rows(
@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor> mos_log_others(const Tensor& logits, const Tensor& gr
 }
 
 // The target as the kernels take it, its contents checked.
-struct Target {
-  Target(const char* op, const Call& call, const Tensor& target, int64_t ignore_index)
+struct CheckedTarget {
+  CheckedTarget(const char* op, const MosCall& call, const Tensor& target, int64_t ignore_index)
       : tensor(checked_target(op, target, call.args)),
         group_of(call.rows.width - call.rows.groups),
         labels{tensor.const_data_ptr<int64_t>(), group_of.data(), ignore_index} {
@@ -82,8 +82,8 @@ struct Target {
 
 std::tuple<Tensor, Tensor> mos_loss(
     const Tensor& logits, const Tensor& target, const Tensor& groups, int64_t ignore_index) {
-  const Call call("mos_loss", logits, groups);
-  const Target labels("mos_loss", call, target, ignore_index);
+  const MosCall call("mos_loss", logits, groups);
+  const CheckedTarget labels("mos_loss", call, target, ignore_index);
   Tensor loss = call.args.new_rows(call.args.out_type()), stats = call.args.new_stats();
   void *out = loss.mutable_data_ptr(), *st = stats.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {
@@ -95,12 +95,12 @@ std::tuple<Tensor, Tensor> mos_loss(
 Tensor mos_log_others_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& groups, const Tensor& stats) {
   const char* op = "_mos_log_others_backward";
-  const Call call(op, logits, groups);
+  const MosCall call(op, logits, groups);
   const int64_t k = call.args.n_groups;
   const Tensor g = checked_like(op, "grad", grad, with(call.args.batch_sizes, {k}), call.args);
   const Tensor st =
       checked_like(op, "stats", stats, with(call.args.batch_sizes, {k, 2}), call.args);
-  Tensor out = new_gradient(call.args.logits.tensor);
+  Tensor out = new_gradient(call.args);
   const void *gp = g.const_data_ptr(), *sp = st.const_data_ptr();
   void* to = out.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {
@@ -112,12 +112,12 @@ Tensor mos_log_others_backward(
 Tensor mos_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
     const Tensor& groups, const Tensor& stats, int64_t ignore_index) {
   const char* op = "_mos_loss_backward";
-  const Call call(op, logits, groups);
-  const Target labels(op, call, target, ignore_index);
+  const MosCall call(op, logits, groups);
+  const CheckedTarget labels(op, call, target, ignore_index);
   const Tensor g = checked_like(op, "grad", grad, call.args.batch_sizes, call.args);
   const Tensor st = checked_like(
       op, "stats", stats, with(call.args.batch_sizes, {call.args.n_groups, 2}), call.args);
-  Tensor out = new_gradient(call.args.logits.tensor);
+  Tensor out = new_gradient(call.args);
   const void *gp = g.const_data_ptr(), *sp = st.const_data_ptr();
   void* to = out.mutable_data_ptr();
   call.for_rows([&](int64_t begin, int64_t end) {

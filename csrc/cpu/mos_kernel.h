@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "cpu/capability.h"
-#include "dtype.h"
 
 namespace oodk {
 

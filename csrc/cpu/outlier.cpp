@@ -15,7 +15,7 @@ const OutlierKernels& kernels() {
 }
 
 OutlierRows rows_of(const OutlierArgs& args) {
-  const Rows& rows = args.logits;
+  const TensorRows& rows = args.logits;
   return {rows.tensor.const_data_ptr(), rows.dtype, rows.width, rows.stride,
       args.target.const_data_ptr<int64_t>()};
 }
@@ -44,7 +44,7 @@ Tensor outlier_cross_entropy_backward(const Tensor& grad_loss, const Tensor& gra
   const Tensor h = args.checked_rows(op, "grad_logsumexp", grad_logsumexp);
   const Tensor st = args.checked_stats(op, stats);
   const OutlierRows rows = rows_of(args);
-  Tensor out = new_gradient(args.logits.tensor);
+  Tensor out = new_gradient(args);
   const void *gp = g.const_data_ptr(), *hp = h.const_data_ptr(), *sp = st.const_data_ptr();
   void* to = out.mutable_data_ptr();
   for_row_blocks(args.logits.count, rows.width,
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> outlier_loss(
   const auto share = [&](int64_t n) { return mean && n > 0 ? 1.0 / double(n) : 1.0; };
   const OutlierWeights weights{share(count - n_ood), weight * share(n_ood), absent};
   const Tensor each = args.new_rows(args.out_type());
-  Tensor grad = new_gradient(args.logits.tensor), loss = empty({}, args.out_type(), logits);
+  Tensor grad = new_gradient(args), loss = empty({}, args.out_type(), logits);
   void *e = each.mutable_data_ptr(), *to = grad.mutable_data_ptr();
   for_row_blocks(count, rows.width, [&](int64_t begin, int64_t end) {
     kernels().loss_and_gradient(rows, begin, end, weights, e, to);

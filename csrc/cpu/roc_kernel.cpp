@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "common/order_key.h"
 #include "cpu/simd.h"
 
 namespace oodk {
@@ -19,13 +20,6 @@ namespace {
 
 template <typename K>
 constexpr K kSign = K(K(1) << (8 * sizeof(K) - 1));
-
-template <typename K>
-OODK_INLINE K key_of(K bits) { // K is unsigned
-  const K negative = K(0) - (bits >> (8 * sizeof(K) - 1));
-  const K key = bits ^ (negative & K(~kSign<K>));
-  return key + (key == K(~K(0))); // -0.0
-}
 
 template <typename K>
 OODK_INLINE int digit_of(K key, int digit) {
@@ -52,7 +46,7 @@ void make_keys(const void* scores, int64_t stride, int width, int64_t inf_bits, 
     // Keys beyond those of both infinities: the largest magnitudes, as NaN's are.
     const K span = K(2 * K(inf_bits) + 1), low = K(~K(inf_bits));
     for (int64_t i = begin; i < end; ++i) {
-      const K key = ((K*)keys)[i] = key_of(bits[i * stride]);
+      const K key = ((K*)keys)[i] = K(order_key(bits[i * stride]));
       if (K(key - low) > span) [[unlikely]] {
         if (nan->count++ == 0)
           nan->first = i;
@@ -221,20 +215,20 @@ void sums_of(
   const vec<double> all_above = splat(double(n - begin.i) + double(m - begin.j));
   const vec<double> all_below = splat(double(begin.i) + double(begin.j));
   const vec<double> one = splat(1.0), scale_n = splat(double(n)), scale_m = splat(double(m));
-  struct Points { // of adjacent levels
+  struct Levels { // of adjacent levels
     vec<double> i, j, in, out;
   };
   const auto points_at = [&](int64_t k) {
     const vec<double> i = load_offsets(at_i + k), both = load_offsets(at_both + k), j = both - i;
     const vec<double> over = all_above - both, under = all_below + both;
-    return Points{i, j, over > 0 ? (above - i) / over : one, under > 0 ? (below + j) / under : one};
+    return Levels{i, j, over > 0 ? (above - i) / over : one, under > 0 ? (below + j) / under : one};
   };
   vec<double> wins{}, ties{}, id_squares{}, ood_squares{}, ap_in{}, ap_out{}, tz_in{}, tz_out{};
   vec<double> separation = splat(-std::numeric_limits<double>::infinity());
-  Points from = points_at(0);
+  Levels from = points_at(0);
   for (int64_t k = 0; k < count; k += W) {
-    const Points more = points_at(k + W);
-    const Points to{following(from.i, more.i), following(from.j, more.j),
+    const Levels more = points_at(k + W);
+    const Levels to{following(from.i, more.i), following(from.j, more.j),
         following(from.in, more.in), following(from.out, more.out)};
     const vec<double> a = to.i - from.i, b = to.j - from.j;
     const vec<double> p = from.j + to.j, q = from.i + to.i;

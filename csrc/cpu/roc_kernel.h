@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "common/exact_sums.h"
 #include "cpu/capability.h"
-#include "ops/roc_sums.h"
 
 namespace oodk {
 

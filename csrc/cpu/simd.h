@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 #define OODK_INLINE inline __attribute__((always_inline))
 

@@ -15,7 +15,7 @@
 #include <string>
 #include <type_traits>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 namespace oodk::cuda {
 

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "cuda/dos_kernel.cuh"
-#include "cuda/kmeans_launch.h"
+#include "cuda/kmeans/launch.h"
 
 namespace oodk {
 namespace {

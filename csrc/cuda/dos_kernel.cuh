@@ -9,9 +9,9 @@
 // and the few that remain are ranked by comparing all with all.
 #pragma once
 
+#include "common/philox.h"
 #include "cuda/block.cuh"
 #include "cuda/launches.cuh"
-#include "ops/philox.h"
 
 namespace oodk::cuda {
 

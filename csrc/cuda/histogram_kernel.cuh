@@ -3,8 +3,8 @@
 // one address. Traffic: the scores once; table and counters mostly stay in L2.
 #pragma once
 
+#include "common/histogram_key.h"
 #include "cuda/common.cuh"
-#include "histogram_key.h"
 
 namespace oodk::cuda {
 
@@ -34,7 +34,7 @@ __device__ inline void count_score(
     const bool outside = row >= in.n_rows;
     row = outside ? in.row : row;
     const acc_t<S> score = widen(in.scores[i]);
-    const float x = float(score) + 0.0f; // -0.0 becomes 0.0
+    const float x = float(score);
     int64_t counter = -1;
     if (x == x && !outside)
       counter = find_counter(in.table, order_key(float_bits(x)));

@@ -4,8 +4,8 @@
 
 #include <tuple>
 
-#include "cuda/kmeans_kernel.cuh"
-#include "cuda/kmeans_launch.h"
+#include "cuda/kmeans/driver.cuh"
+#include "cuda/kmeans/launch.h"
 
 namespace oodk {
 

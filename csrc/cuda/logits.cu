@@ -12,7 +12,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_scores(
     const Tensor& logits, double temperature) {
   const char* op = "logit_scores";
-  const Rows rows = logit_args(op, logits, temperature);
+  const TensorRows rows = logit_args(op, logits, temperature);
   const cuda::OnDevice on(op, logits);
   cuda::check_width(op, rows.width);
   const LogitScores out = new_logit_scores(logits, rows.dtype);

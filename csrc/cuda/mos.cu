@@ -10,10 +10,10 @@
 namespace oodk {
 namespace {
 
-struct Call {
-  Call(const char* op, const Tensor& logits, const Tensor& groups)
+struct CudaMosCall {
+  CudaMosCall(const char* op, const Tensor& logits, const Tensor& groups)
       : args(mos_args(op, logits, groups)), on(op, logits) {
-    const Rows& rows = args.logits;
+    const TensorRows& rows = args.logits;
     cuda::check_width(op, rows.width);
     OODK_CHECK_VALUE(rows.width >= 2 * args.n_groups, op, ": groups must leave every group at ",
         "least 2 columns (others and one class), got ", args.n_groups,
@@ -26,7 +26,7 @@ struct Call {
     return args.logits.count == 0;
   }
   cuda::MosInput input() const {
-    const Rows& rows = args.logits;
+    const TensorRows& rows = args.logits;
     return {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width, rows.stride,
         args.groups.const_data_ptr(), args.groups.scalar_type() == ScalarType::Long, args.n_groups,
         on.stream};
@@ -37,17 +37,12 @@ struct Call {
       check_target_contents(op, t, args.logits.width - args.n_groups, "ignore_index", ignore_index);
     return t;
   }
-  Tensor new_gradient() const {
-    const Tensor& logits = args.logits.tensor;
-    return oodk::empty(sizes_of(logits), logits.scalar_type(), logits);
-  }
-
   MosArgs args;
   cuda::OnDevice on;
 };
 
 Tensor mos_score(const Tensor& logits, const Tensor& groups) {
-  const Call call("mos_score", logits, groups);
+  const CudaMosCall call("mos_score", logits, groups);
   Tensor score = call.args.new_rows(call.args.out_type());
   if (!call.empty())
     cuda::mos_score(call.input(), score.mutable_data_ptr());
@@ -56,7 +51,7 @@ Tensor mos_score(const Tensor& logits, const Tensor& groups) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mos_predict(
     const Tensor& logits, const Tensor& groups) {
-  const Call call("mos_predict", logits, groups);
+  const CudaMosCall call("mos_predict", logits, groups);
   const ScalarType type = call.args.out_type();
   Tensor score = call.args.new_rows(type), log_odds = call.args.new_rows(type),
          prob = call.args.new_rows(type), label = call.args.new_rows(ScalarType::Long),
@@ -69,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mos_predict(
 }
 
 std::tuple<Tensor, Tensor> mos_log_others(const Tensor& logits, const Tensor& groups) {
-  const Call call("mos_log_others", logits, groups);
+  const CudaMosCall call("mos_log_others", logits, groups);
   Tensor log_others = call.args.new_groups(), stats = call.args.new_stats();
   if (!call.empty())
     cuda::mos_log_others(call.input(), log_others.mutable_data_ptr(), stats.mutable_data_ptr());
@@ -79,7 +74,7 @@ std::tuple<Tensor, Tensor> mos_log_others(const Tensor& logits, const Tensor& gr
 std::tuple<Tensor, Tensor> mos_loss(
     const Tensor& logits, const Tensor& target, const Tensor& groups, int64_t ignore_index) {
   const char* op = "mos_loss";
-  const Call call(op, logits, groups);
+  const CudaMosCall call(op, logits, groups);
   const Tensor t = call.target(op, target, ignore_index);
   Tensor loss = call.args.new_rows(call.args.out_type()), stats = call.args.new_stats();
   if (!call.empty())
@@ -91,11 +86,11 @@ std::tuple<Tensor, Tensor> mos_loss(
 Tensor mos_log_others_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& groups, const Tensor& stats) {
   const char* op = "_mos_log_others_backward";
-  const Call call(op, logits, groups);
+  const CudaMosCall call(op, logits, groups);
   const int64_t k = call.args.n_groups;
   const Tensor g = checked_like(op, "grad", grad, with(call.args.batch_sizes, {k}), call.args);
   const Tensor s = checked_like(op, "stats", stats, with(call.args.batch_sizes, {k, 2}), call.args);
-  Tensor out = call.new_gradient();
+  Tensor out = call.args.new_gradient();
   if (!call.empty())
     cuda::mos_log_others_backward(
         call.input(), g.const_data_ptr(), s.const_data_ptr(), out.mutable_data_ptr());
@@ -105,12 +100,12 @@ Tensor mos_log_others_backward(
 Tensor mos_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
     const Tensor& groups, const Tensor& stats, int64_t ignore_index) {
   const char* op = "_mos_loss_backward";
-  const Call call(op, logits, groups);
+  const CudaMosCall call(op, logits, groups);
   const int64_t k = call.args.n_groups;
   const Tensor t = call.target(op, target, ignore_index);
   const Tensor g = checked_like(op, "grad", grad, call.args.batch_sizes, call.args);
   const Tensor s = checked_like(op, "stats", stats, with(call.args.batch_sizes, {k, 2}), call.args);
-  Tensor out = call.new_gradient();
+  Tensor out = call.args.new_gradient();
   if (!call.empty())
     cuda::mos_loss_backward(call.input(), t.const_data_ptr<int64_t>(), ignore_index,
         g.const_data_ptr(), s.const_data_ptr(), out.mutable_data_ptr());

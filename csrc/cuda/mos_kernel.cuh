@@ -317,11 +317,11 @@ struct MosLogOthers {
 };
 
 // A row's target: a class, counted without the others columns.
-struct Target {
+struct RowTarget {
   int64_t label;
   bool ignored;
 
-  __device__ Target(const int64_t* target, int64_t row, int64_t ignore_index)
+  __device__ RowTarget(const int64_t* target, int64_t row, int64_t ignore_index)
       : label(__ldg((const long long*)target + row)), ignored(label == ignore_index) {}
   __device__ bool valid(const Grouping& groups) const {
     return label >= 0 && label < groups.width - groups.count;
@@ -351,13 +351,13 @@ struct MosLoss {
 
   __device__ void add(State& state, const Group<T, kLocate>& g, int64_t row, const Row<S>& z,
       const Grouping& groups) const {
-    const T logit = z[Target(target, row, ignore_index).column(groups, g.k)];
+    const T logit = z[RowTarget(target, row, ignore_index).column(groups, g.k)];
     state.sum += log_of(g.total) + (g.m - logit);
     stats[row * groups.count + g.k] = {g.m, g.total};
   }
   __device__ void write(
       const State& state, int64_t row, const Row<S>&, const Grouping& groups) const {
-    const Target t(target, row, ignore_index);
+    const RowTarget t(target, row, ignore_index);
     loss[row] = t.ignored ? T(0) : t.valid(groups) ? state.sum : kNaN<T>;
   }
   __device__ void invalid(int64_t row, const Grouping& groups, int64_t first, int step) const {
@@ -567,7 +567,7 @@ struct MosLossBackward {
   const Stats<T>* stats;
 
   struct Row {
-    Target target;
+    RowTarget target;
     T grad;
     const Stats<T>* stats;
     bool ignored;
@@ -579,7 +579,7 @@ struct MosLossBackward {
   };
 
   __device__ Row row(int64_t r, const Grouping& groups) const {
-    const Target t(target, r, ignore_index);
+    const RowTarget t(target, r, ignore_index);
     return {t, t.valid(groups) ? grad[r] : kNaN<T>, stats + r * groups.count, t.ignored};
   }
 };

@@ -10,8 +10,8 @@
 namespace oodk {
 namespace {
 
-struct Call {
-  Call(const char* op, const Tensor& logits, const Tensor& target)
+struct CudaOutlierCall {
+  CudaOutlierCall(const char* op, const Tensor& logits, const Tensor& target)
       : args(op, logits, target), on(op, logits) {
     cuda::check_width(op, args.logits.width);
     if (cuda::validate())
@@ -22,7 +22,7 @@ struct Call {
     return args.logits.count == 0;
   }
   cuda::OutlierInput input() const {
-    const Rows& rows = args.logits;
+    const TensorRows& rows = args.logits;
     return {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width, rows.stride,
         args.target.const_data_ptr<int64_t>(), on.stream};
   }
@@ -33,7 +33,7 @@ struct Call {
 
 std::tuple<Tensor, Tensor, Tensor> outlier_cross_entropy(
     const Tensor& logits, const Tensor& target) {
-  const Call call("outlier_cross_entropy", logits, target);
+  const CudaOutlierCall call("outlier_cross_entropy", logits, target);
   const ScalarType type = call.args.out_type();
   Tensor loss = call.args.new_rows(type), logsumexp = call.args.new_rows(type),
          stats = call.args.new_stats();
@@ -46,12 +46,11 @@ std::tuple<Tensor, Tensor, Tensor> outlier_cross_entropy(
 Tensor outlier_cross_entropy_backward(const Tensor& grad_loss, const Tensor& grad_logsumexp,
     const Tensor& logits, const Tensor& target, const Tensor& stats) {
   const char* op = "_outlier_cross_entropy_backward";
-  const Call call(op, logits, target);
+  const CudaOutlierCall call(op, logits, target);
   const Tensor g = call.args.checked_rows(op, "grad_loss", grad_loss);
   const Tensor h = call.args.checked_rows(op, "grad_logsumexp", grad_logsumexp);
   const Tensor s = call.args.checked_stats(op, stats);
-  const Tensor& z = call.args.logits.tensor;
-  Tensor out = oodk::empty(sizes_of(z), z.scalar_type(), z);
+  Tensor out = call.args.new_gradient();
   if (!call.empty())
     cuda::outlier_cross_entropy_backward(call.input(), g.const_data_ptr(), h.const_data_ptr(),
         s.const_data_ptr(), out.mutable_data_ptr());

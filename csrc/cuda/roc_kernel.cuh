@@ -1,13 +1,14 @@
 // CUDA kernels of the ROC ops: scores to order-preserving keys, and the sums over two sorted key
 // arrays. Kernels see raw pointers and no torch header; they use threads, blocks and shared memory.
 //
-// Sums: a thread owns a chunk of whole levels (ops/roc_sums.h), finds it by binary search and walks
+// Sums: a thread owns a chunk of whole levels (common/exact_sums.h), finds it by binary search and walks
 // it; a block adds its threads' sums as a tree, and one more block adds the blocks' in order. The
 // integers are those of the CPU; areas differ from it in rounding only.
 #pragma once
 
+#include "common/exact_sums.h"
+#include "common/order_key.h"
 #include "cuda/common.cuh"
-#include "ops/roc_sums.h"
 
 namespace oodk::cuda {
 
@@ -17,11 +18,8 @@ constexpr size_t kRocShared = kRocThreads * sizeof(RocSums); // bytes, of a bloc
 // The signed integer that orders as the score whose bits are given; NaN is the greatest.
 template <typename Key>
 __device__ inline Key key_of(Key bits, int64_t inf_bits) {
-  constexpr Key magnitude = Key(~(uint64_t(1) << (8 * sizeof(Key) - 1)));
-  if ((bits & magnitude) > Key(inf_bits))
-    return magnitude;
-  const Key key = bits < 0 ? Key(bits ^ magnitude) : bits;
-  return key == Key(-1) ? Key(0) : key; // -0.0
+  constexpr Key most = std::numeric_limits<Key>::max();
+  return (bits & most) > Key(inf_bits) ? most : Key(order_key(std::make_unsigned_t<Key>(bits)));
 }
 
 template <typename Key>

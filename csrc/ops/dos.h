@@ -15,7 +15,7 @@ namespace oodk {
 
 struct ClusterArgs {
   Tensor labels; // (..., N) int64, contiguous; outside 0..k-1: in no cluster
-  Rows scores; // (..., N), one row a problem
+  TensorRows scores; // (..., N), one row a problem
   int64_t batch, n;
 };
 
@@ -23,7 +23,7 @@ inline ClusterArgs cluster_args(
     const char* op, const Tensor& labels, const Tensor& scores, int64_t k, int64_t m) {
   OODK_CHECK_TYPE(labels.scalar_type() == ScalarType::Long, op, ": labels must be int64, got ",
       torch::headeronly::toString(labels.scalar_type()));
-  Rows rows = as_rows(op, "scores", scores);
+  TensorRows rows = as_rows(op, "scores", scores);
   OODK_CHECK_VALUE(sizes_of(labels) == sizes_of(scores), op,
       ": labels must have the shape of scores, ", shape_of(scores), ", got ", shape_of(labels));
   check_device_of(op, "labels", labels, "scores", scores);
@@ -57,7 +57,7 @@ inline Selection checked_selection(
 }
 
 // scores (..., N), one a row of features.
-inline Rows checked_scores(const char* op, const Tensor& scores, const Problems& p) {
+inline TensorRows checked_scores(const char* op, const Tensor& scores, const Problems& p) {
   float_dtype(op, "scores", scores);
   OODK_CHECK_VALUE(sizes_of(scores) == leading(p.x.tensor, 1), op,
       ": scores must have shape features.shape[:-1], got ", shape_of(scores), " for features ",
@@ -68,7 +68,7 @@ inline Rows checked_scores(const char* op, const Tensor& scores, const Problems&
 
 struct DosArgs {
   Problems problems;
-  Rows scores; // (..., N), one a row of features
+  TensorRows scores; // (..., N), one a row of features
   Selection how;
   int64_t trials;
 };
@@ -77,7 +77,7 @@ inline DosArgs dos_args(const Tensor& features, const Tensor& scores, int64_t k,
     int64_t n_init, int64_t max_iter, double tol, const std::string& mode) {
   const char* op = "dos_select";
   Problems p = problems(op, "features", features);
-  Rows rows = checked_scores(op, scores, p);
+  TensorRows rows = checked_scores(op, scores, p);
   const Selection how = checked_selection(op, p.n, k, n_select, mode);
   check_at_least(op, "n_init", n_init, 1);
   check_at_least(op, "max_iter", max_iter, 0);

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "histogram_key.h"
+#include "common/histogram_key.h"
 
 namespace oodk {
 

@@ -15,7 +15,7 @@ namespace oodk {
 
 // A batch of problems: x is (..., N, d).
 struct Problems {
-  Rows x;
+  TensorRows x;
   int64_t batch, n, d;
   std::vector<int64_t> batch_sizes; // x.sizes()[:-2]
 
@@ -156,14 +156,14 @@ inline KmeansArgs kmeans_args(
 // The problems of nearest_centroid: one, however many dimensions x has, where all its points share
 // the centroids (k, d); else as many as leading dimensions.
 struct NearestArgs {
-  Rows x;
+  TensorRows x;
   Tensor centroids; // (problems, k, d), of x's accumulation type
   int64_t batch, n, d, k;
   std::vector<int64_t> out_sizes; // x.sizes()[:-1]
 };
 
 inline NearestArgs nearest_args(const char* op, const Tensor& x, const Tensor& centroids) {
-  Rows rows = as_rows(op, "x", x);
+  TensorRows rows = as_rows(op, "x", x);
   float_dtype(op, "centroids", centroids);
   check_device_of(op, "centroids", centroids, "x", x);
   const bool shared = centroids.dim() == 2;

@@ -11,8 +11,8 @@ struct LogitScores {
   Tensor msp, max_logit, energy, entropy, label; // each (...,)
 };
 
-inline Rows logit_args(const char* op, const Tensor& logits, double temperature) {
-  Rows rows = class_rows(op, logits);
+inline TensorRows logit_args(const char* op, const Tensor& logits, double temperature) {
+  TensorRows rows = class_rows(op, logits);
   OODK_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), op,
       ": temperature must be positive and finite, got ", temperature);
   return rows;

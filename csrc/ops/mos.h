@@ -26,7 +26,7 @@ struct MosArgs : RowArgs {
 
 // Shapes, types and devices; the contents of groups are checked by checked_offsets().
 inline MosArgs mos_args(const char* op, const Tensor& logits, const Tensor& groups) {
-  Rows rows = as_rows(op, "logits", logits);
+  TensorRows rows = as_rows(op, "logits", logits);
   const ScalarType index = groups.scalar_type();
   OODK_CHECK_TYPE(index == ScalarType::Long || index == ScalarType::Int, op,
       ": groups must be int32 or int64 offsets, got ", torch::headeronly::toString(index));

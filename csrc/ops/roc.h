@@ -3,7 +3,7 @@
 
 #include "stable.h"
 
-#include "ops/roc_sums.h"
+#include "common/exact_sums.h"
 
 namespace oodk {
 
@@ -21,7 +21,7 @@ inline RocScores roc_scores(const std::string& op, const std::string& argument, 
   const DType dtype = float_dtype(op.c_str(), argument.c_str(), t);
   OODK_CHECK_VALUE(
       t.dim() >= 1, op, ": ", argument, " must have at least one dimension, got a scalar");
-  const Walk all = walk(t, t.dim(), 1);
+  const EvenSteps all = even_steps(t, t.dim(), 1);
   OODK_CHECK_VALUE(all.count > 0, op, ": ", argument, " must not be empty");
   RocScores scores{all.even ? t : torch::stable::contiguous(t), all.count,
       all.even ? all.stride : 1, 2, 0, ScalarType::Short};

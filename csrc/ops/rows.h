@@ -11,19 +11,22 @@ inline std::vector<int64_t> batch_sizes_of(const Tensor& logits) { // logits.siz
   return sizes;
 }
 
-inline Rows class_rows(const char* op, const Tensor& logits) {
-  Rows rows = as_rows(op, "logits", logits);
+inline TensorRows class_rows(const char* op, const Tensor& logits) {
+  TensorRows rows = as_rows(op, "logits", logits);
   OODK_CHECK_VALUE(
       rows.width >= 1, op, ": logits must have at least one class, got shape ", shape_of(logits));
   return rows;
 }
 
 struct RowArgs {
-  Rows logits;
+  TensorRows logits;
   std::vector<int64_t> batch_sizes;
 
   ScalarType out_type() const {
     return accumulate_type(logits.dtype);
+  }
+  Tensor new_gradient() const { // as logits, contiguous
+    return empty(sizes_of(logits.tensor), logits.tensor.scalar_type(), logits.tensor);
   }
   Tensor new_rows(ScalarType dtype) const { // (...,)
     return empty(batch_sizes, dtype, logits.tensor);

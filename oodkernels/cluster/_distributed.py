@@ -13,13 +13,13 @@ from oodkernels._checks import accumulate_type
 from oodkernels.cluster._points import CHUNK, centred, chunks
 from oodkernels.ops import KMeansResult, kmeans_init, nearest_centroid
 
-_SEEDING_LIMIT, _SEEDING_SAMPLE = 1 << 16, 1 << 15  # as in csrc/cpu/kmeans_core.h
+_SEEDING_LIMIT, _SEEDING_SAMPLE = 1 << 16, 1 << 15  # as in csrc/common/seeding.h
 
 
 class DistributedKMeans:
     """K-means on this process's rows and those of the others.
 
-    The steps are those of csrc/cpu/kmeans_core.cpp, with each sum over rows followed by one over
+    The steps are those of csrc/cpu/kmeans/solver.cpp, with each sum over rows followed by one over
     processes.
     """
 

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-from oodkernels._checks import check_at_least, check_flag, check_floating, check_integer, plain
+from oodkernels._checks import check_at_least, check_flag, check_floating, check_int, plain
 from oodkernels.cluster._distributed import DistributedKMeans
 from oodkernels.cluster._faiss import faiss_kmeans
 from oodkernels.ops import KMeansResult, kmeans_init, kmeans_lloyd
@@ -68,7 +68,7 @@ def kmeans(
     if backend not in ("native", "faiss"):
         raise ValueError(f"kmeans: backend must be native or faiss, got {backend!r}")
     k, n_init, max_iter, seed = (
-        check_integer("kmeans", name, value)
+        check_int("kmeans", name, value)
         for name, value in (("k", k), ("n_init", n_init), ("max_iter", max_iter), ("seed", seed))
     )
     normalize = check_flag("kmeans", "normalize", normalize)

@@ -2,18 +2,14 @@
 
 from oodkernels.data.arrays import ROLES, Array, FileError
 from oodkernels.data.extract import (
-    ImageFiles,
-    Plan,
-    RandomCrop,
-    Shards,
-    ToTensor,
-    augmented,
+    EXTRACT_FORMATS,
+    ExtractionPlan,
     extract_images,
     is_extracted,
-    load_model,
-    open_images,
 )
 from oodkernels.data.formats import FORMATS, FileFormat
+from oodkernels.data.images import ImageFiles, OnRGB, Shards, ToTensor, augmented, open_images
+from oodkernels.data.models import load_model, model_classes, read_class_names
 from oodkernels.data.samples import (
     Samples,
     match_classes,
@@ -24,15 +20,16 @@ from oodkernels.data.samples import (
 from oodkernels.data.synthetic import HierarchicalFeatures, SyntheticBatch
 
 __all__ = [
+    "EXTRACT_FORMATS",
     "FORMATS",
     "ROLES",
     "Array",
+    "ExtractionPlan",
     "FileError",
     "FileFormat",
     "HierarchicalFeatures",
     "ImageFiles",
-    "Plan",
-    "RandomCrop",
+    "OnRGB",
     "Samples",
     "Shards",
     "SyntheticBatch",
@@ -42,8 +39,10 @@ __all__ = [
     "is_extracted",
     "load_model",
     "match_classes",
+    "model_classes",
     "open_arrays",
     "open_images",
     "open_samples",
+    "read_class_names",
     "save_arrays",
 ]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from oodkernels.data.arrays import (
     telling,
 )
 from oodkernels.data.formats import FORMATS, safetensors
+from oodkernels.groups import Groups
 
 __all__ = ["Samples", "match_classes", "open_arrays", "open_samples", "save_arrays"]
 
@@ -47,13 +49,18 @@ class Samples:
             labels (N,), confidence (N,), the logit of a confidence branch. Any other name is that
             of a score.
         class_names: Name of each label 0, 1, ...; None where the file does not say.
-        model_classes: Name of each column of the logits; None where the file does not say.
+        model_classes: Names of the classes of the model that made the logits, by class id; None
+            where the file does not say.
+        absent_column: Column of the logits that is the absent class's; None without one.
+        groups: Of a MOS model's logits; None for others.
     """
 
     name: str
     arrays: Mapping[str, Array]
     class_names: tuple[str, ...] | None = None
     model_classes: tuple[str, ...] | None = None
+    absent_column: int | None = None
+    groups: Groups | None = None
 
     @property
     def num_samples(self) -> int | None:
@@ -235,10 +242,10 @@ def open_samples(
                 for name, array in rest.items()
                 if len(array.shape) == 1 and array.dtype.is_floating_point
             }
-    named = _class_names(path, chosen)
+    meaning = _meaning(path, chosen)
     if labels is not None:
         other = open_samples(labels, kind="labels")
-        chosen["labels"], named = other["labels"], (other.class_names, named[1])
+        chosen["labels"], meaning["class_names"] = other["labels"], other.class_names
     if not chosen.keys() - {"labels"} and not (kind == "labels" and chosen):
         raise ValueError(
             f"{path} must hold logits, features or scores, got {_listed(found)}: "
@@ -251,7 +258,7 @@ def open_samples(
             "arrays must have equally many samples, got "
             + ", ".join(f"{n} in {name}" for name, n in lengths.items())
         )
-    return Samples(str(path), chosen, *named)
+    return Samples(str(path), chosen, **meaning)
 
 
 def open_arrays(path: PathLike) -> dict[str, Array]:
@@ -317,28 +324,41 @@ def save_arrays(path: PathLike, arrays: Mapping[str, Tensor]) -> None:
 # --- what the arrays must be ------------------------------------------------------------------
 
 
-def _class_names(
-    path: PathLike, chosen: Mapping[str, Array]
-) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Names of the classes of the labels, and of the columns of the logits."""
-    found: list[Any] = []
-    for role, key in (("labels", "class_names"), ("logits", "model_classes")):
+def _meaning(path: PathLike, chosen: Mapping[str, Array]) -> dict[str, Any]:
+    """What the files say about their labels and logits, as :class:`Samples` has it."""
+    meaning = {}
+    for role, keys in (
+        ("labels", ["class_names"]),
+        ("logits", ["model_classes", "absent_column", "groups"]),
+    ):
         content: Any = None
         if role in chosen:
             file = chosen[role].path
             with telling(file):
                 if file.suffix == ".safetensors":
-                    text = safetensors.read_metadata(Source(file)).get(METADATA)
-                    content = None if text is None else json.loads(text)
+                    content = json.loads(
+                        safetensors.read_metadata(Source(file)).get(METADATA, "{}")
+                    )
                 elif (record := file.with_name(RECORD)).exists() and Path(path).is_dir():
                     content = json.loads(record.read_text(encoding="utf-8"))
-        names = content.get(key) if isinstance(content, dict) else None
-        if names is not None and not (
-            isinstance(names, list) and all(isinstance(name, str) for name in names)
-        ):
-            raise FileError(f"{chosen[role].path}: {key} must be names, got {str(names)[:80]}")
-        found.append(None if names is None else tuple(names))
-    return found[0], found[1]
+                for key in keys:
+                    if (value := (content or {}).get(key)) is not None:
+                        meaning[key] = _MEANINGS[key](value)
+    return meaning
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"the names of classes must be text, got {str(value)[:80]}")
+    return tuple(value)
+
+
+_MEANINGS: dict[str, Callable[[Any], Any]] = {
+    "class_names": _names,
+    "model_classes": _names,
+    "absent_column": operator.index,
+    "groups": Groups.from_json,
+}
 
 
 def _checked(role: str, array: Array) -> Array:

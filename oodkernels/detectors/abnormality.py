@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from oodkernels._checks import accumulate_type, check_class_ids, check_flag, check_int
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, present
+from oodkernels.detectors.batch import Batch, Features, check_kept, present
 from oodkernels.detectors.model import Model, Outputs, extract, to_model
 
 if TYPE_CHECKING:
@@ -391,8 +391,15 @@ class AbnormalityModule(OODDetector):
             start = name + "."
             return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
+        for name, tensor in tensors.items():
+            check_kept(name, tensor)
         risk, self._kept = part("risk"), part("decoder")
         weight = risk["0.weight"]
+        if not self._given_decoder:
+            hidden = self._kept["1.weight"].shape[1]
+            inputs = (self.num_classes or 0) + math.prod(self._shape) + hidden
+            if weight.shape[1] != inputs:
+                raise ValueError(f"risk must read {inputs} numbers, got {weight.shape[1]}")
         self.risk = _loaded("risk", _risk(weight.shape[1]).to(weight), risk).eval()
         if not self._given_decoder:
             decoder = _decoder(self._kept["1.weight"].shape[1], self._shape).to(weight)

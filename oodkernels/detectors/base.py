@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from oodkernels._checks import check_class_ids, check_floating, check_int
+from oodkernels._checks import check_class_ids, check_int
 from oodkernels._digest import digest
 from oodkernels._safetensors import read_tensors, write_tensors
-from oodkernels.detectors.batch import Batch, Features, as_batch, joined, present
+from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, joined, present
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
 from oodkernels.groups import Groups
@@ -87,7 +87,7 @@ class OODDetector:
     """Short name, in the registry and in files."""
     needs: frozenset[str] = frozenset()
     """What ``score`` reads, of {"x", "logits", "features", "confidence"}."""
-    trained_on: ClassVar[frozenset[str]] = frozenset()
+    trained_on: frozenset[str] = frozenset()
     """What ``fit`` reads, of {"x", "logits", "features", "labels"}; empty: there is no fit."""
     spec: ClassVar[DetectorSpec]
     """Its row in the registry."""
@@ -444,7 +444,7 @@ class OODDetector:
         sizes = {"d": self.width, "C": self.num_classes}
         for name, axes in self._tensors.items():
             tensor, letters = tensors[name], axes.split()
-            check_floating("file", name, tensor)
+            check_kept(name, tensor)
             wanted = [sizes.get(letter) for letter in letters]
             if len(wanted) != tensor.dim() or any(
                 size not in (None, found) for size, found in zip(wanted, tensor.shape, strict=True)
@@ -452,8 +452,6 @@ class OODDetector:
                 raise ValueError(
                     f"{name} must be ({', '.join(letters)}) of {sizes}, got {tuple(tensor.shape)}"
                 )
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} must be finite")
             sizes.update(zip(letters, tensor.shape, strict=True))
             setattr(self, name, tensor)
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 Features: TypeAlias = Tensor | Mapping[str, Tensor]
 """(N, d), or by the name of the layer for a detector that reads several."""
 
-__all__ = ["Batch", "Features", "as_batch", "joined", "present"]
+__all__ = ["Batch", "Features", "as_batch", "check_kept", "joined", "present"]
 
 
 class Batch:
@@ -194,6 +194,15 @@ def as_batch(
             f"{where}: confidence must be (N,) or (N, 1), got {tuple(confidence.shape)}"
         )
     return batch
+
+
+def check_kept(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless a tensor from a file holds finite floating-point numbers."""
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(
+            f"{name} must be floating-point and finite, got {tensor.dtype}"
+            f"{', not finite' if tensor.is_floating_point() else ''}"
+        )
 
 
 def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from oodkernels._checks import accumulate_type, check_class_ids, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, as_batch, present
+from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, present
 from oodkernels.detectors.gradients import check_step, input_step
 from oodkernels.detectors.model import Model, positions_mean, run, to_model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -103,14 +103,8 @@ class Mahalanobis(OODDetector):
         super().__init__(model)
         if isinstance(layers, str):
             layers = (layers,)
-        if shrinkage is not None:
-            shrinkage = check_real("Mahalanobis", "shrinkage", shrinkage)
-            if not 0 <= shrinkage <= 1:
-                raise ValueError(
-                    f"Mahalanobis: shrinkage must be in [0, 1] or None, got {shrinkage:g}"
-                )
         self.layers = tuple(layers)
-        self.shrinkage = shrinkage
+        self.shrinkage = check_shrinkage("Mahalanobis", shrinkage)
         self.eps, self.std = check_step("Mahalanobis", eps, std)
         self.classes = None if classes is None else check_count("Mahalanobis", "classes", classes)
         self.axis: int | dict[str, int] | None
@@ -224,42 +218,17 @@ class Mahalanobis(OODDetector):
 
     def _finish(self, where: str) -> None:
         for name, statistics in self.statistics.items():
-            if not statistics.count:
-                raise ValueError(f"{where}: there must be ID samples to fit to, got none")
-            if missing := statistics.missing:
-                some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
-                raise ValueError(
-                    f"{where}: every class 0..{statistics.num_classes - 1} must have samples to "
-                    f"fit to, got none of class {some}"
-                )
+            check_samples(where, statistics)
             self._whiten(where, name, self.shrinkage)
         self._set_shape()
 
     @torch.inference_mode(False)
     def _whiten(self, where: str, name: str, shrinkage: float | None) -> None:
         statistics = self.statistics[name]
-        covariance = statistics.covariance()
-        amount = shrinkage or 0.0
-        whitening = _whitening(covariance, amount)
         of = f"layer {name!r}" if self.layers else "the features"
-        if whitening is None and shrinkage is None:
-            amount = _oas(covariance, statistics.count)
-            whitening = _whitening(covariance, amount)
-            if whitening is not None:
-                warnings.warn(
-                    f"{where}: the covariance of {of} ({statistics.width} features, "
-                    f"{statistics.count} samples, {statistics.num_classes} classes) is singular: "
-                    f"shrunk by {amount:.3g} (OAS) towards its mean variance; shrinkage= chooses "
-                    f"another amount",
-                    stacklevel=6,
-                )
-        if whitening is None:
-            raise ValueError(
-                f"{where}: the covariance of {of} must not be singular, got one that is with "
-                f"shrinkage {amount:.3g}"
-            )
-        self.shrinkages[name] = amount
-        self._whitening[name] = whitening
+        self._whitening[name], self.shrinkages[name] = whitening(
+            where, statistics.covariance(), statistics, shrinkage, of, stacklevel=7
+        )
 
     def _set_shape(self) -> None:
         first = next(iter(self.statistics.values()))
@@ -279,27 +248,25 @@ class Mahalanobis(OODDetector):
         if not self.layers:
             return present(batch.features)
         axis = self._axis(batch, name)
-        return positions_mean(where, f"layer {name!r}", batch.layers[name], axis)
+        features = positions_mean(where, f"layer {name!r}", batch.layers[name], axis)
+        statistics = self.statistics.get(name)
+        if statistics and statistics.width not in (0, features.shape[1]):
+            raise ValueError(
+                f"{where}: features[{name!r}] must have width {statistics.width}, got "
+                f"{features.shape[1]}"
+            )
+        return features
 
     def _names(self) -> tuple[str, ...]:
         return tuple(self.layers) or ("features",)
 
     def _check(self, where: str, batch: Batch) -> None:
         super()._check(where, batch)
-        if self.eps and self.model is None and not where.endswith("fit"):
-            raise ValueError(f"{where}: eps > 0 needs a model: Mahalanobis(..., model=model)")
         for name in self.layers:
-            statistics, layer = self.statistics.get(name), batch.layers.get(name)
-            if layer is None:
-                continue
-            if layer.dim() < 2:
+            layer = batch.layers.get(name)
+            if layer is not None and layer.dim() < 2:
                 raise ValueError(
                     f"{where}: features[{name!r}] must be (N, d, ...), got {tuple(layer.shape)}"
-                )
-            if statistics and statistics.width not in (0, layer.shape[1]):
-                raise ValueError(
-                    f"{where}: features[{name!r}] must have width {statistics.width}, got "
-                    f"{layer.shape[1]}"
                 )
 
     def _score(self, batch: Batch) -> Tensor:
@@ -317,6 +284,10 @@ class Mahalanobis(OODDetector):
         return batch.once(self, lambda: self._compute(batch))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.eps and self.model is None:
+            raise ValueError(
+                "Mahalanobis.score: eps > 0 needs a model: Mahalanobis(..., model=model)"
+            )
         scores = []
         for name in self._names():
             own = self._stepped(name, present(batch.x)) if self.eps else batch
@@ -390,13 +361,83 @@ class Mahalanobis(OODDetector):
             self.statistics[name] = ClassStatistics(self.classes)
             parts = {part: tensors[f"{name}.{part}"] for part in _STATE}
             self.statistics[name].load_state_dict(parts)
-            self._whiten("load", name, float(parts["shrinkage"]))
+            amount = parts["shrinkage"]
+            if amount.shape != () or not amount.is_floating_point() or not 0 <= amount <= 1:
+                raise ValueError(f"{name}.shrinkage must be a number in [0, 1]")
+            self._whiten("load", name, float(amount))
         self._set_shape()
         self.weights = tensors.get("weights")
+        if self.weights is not None:
+            check_kept("weights", self.weights)
         if self.weights is not None and self.weights.shape != (len(names) + 1,):
             raise ValueError(
                 f"weights must have shape ({len(names) + 1},), got {tuple(self.weights.shape)}"
             )
+
+
+def check_shrinkage(where: str, shrinkage: float | None) -> float | None:
+    """A share or None; raise unless it is one."""
+    if shrinkage is None:
+        return None
+    share = check_real(where, "shrinkage", shrinkage)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{where}: shrinkage must be in [0, 1] or None, got {share:g}")
+    return share
+
+
+def check_samples(where: str, statistics: ClassStatistics) -> None:
+    """Raise ValueError unless every class has samples."""
+    if not statistics.count:
+        raise ValueError(f"{where}: there must be ID samples to fit to, got none")
+    if missing := statistics.missing:
+        some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
+        raise ValueError(
+            f"{where}: every class 0..{statistics.num_classes - 1} must have samples to fit to, "
+            f"got none of class {some}"
+        )
+
+
+def whitening(
+    where: str,
+    covariance: Tensor,
+    statistics: ClassStatistics,
+    shrinkage: float | None,
+    of: str = "the features",
+    *,
+    stacklevel: int = 2,
+) -> tuple[Tensor, float]:
+    """W (d, d) with W W^T the inverse of a covariance, and the shrinkage that it took.
+
+    Args:
+        where: What messages start with.
+        covariance: (d, d).
+        statistics: What it comes from.
+        shrinkage: In [0, 1]; None for 0, or where the covariance is singular OAS, with a warning.
+        of: Whose covariance it is, in messages.
+        stacklevel: Of the warning.
+
+    Raises:
+        ValueError: It is singular with that shrinkage.
+    """
+    amount = shrinkage or 0.0
+    found = _whitening(covariance, amount)
+    if found is None and shrinkage is None:
+        amount = _oas(covariance, statistics.count)
+        found = _whitening(covariance, amount)
+        if found is not None:
+            warnings.warn(
+                f"{where}: the covariance of {of} ({statistics.width} features, "
+                f"{statistics.count} samples, {statistics.num_classes} classes) is singular: "
+                f"shrunk by {amount:.3g} (OAS) towards its mean variance; shrinkage= chooses "
+                f"another amount",
+                stacklevel=stacklevel,
+            )
+    if found is None:
+        raise ValueError(
+            f"{where}: the covariance of {of} must not be singular, got one that is with "
+            f"shrinkage {amount:.3g}"
+        )
+    return found, amount
 
 
 def _whitening(covariance: Tensor, shrinkage: float) -> Tensor | None:

@@ -222,9 +222,12 @@ class ClassStatistics:
                 f"{'' if self._fixed is None else f' with C = {self._fixed}'}, got {shapes}"
             )
         check_integers(where, "counts", state["counts"])
-        numbers = torch.cat([state[name].double().flatten() for name in _STATE])
-        if not numbers.isfinite().all() or (state["counts"] < 0).any():
-            raise ValueError(f"{where}: state must be finite, and counts not negative")
+        for name in ("means", "scatter"):
+            check_floating(where, name, state[name])
+            if not state[name].isfinite().all():
+                raise ValueError(f"{where}: {name} must be finite")
+        if (state["counts"] < 0).any():
+            raise ValueError(f"{where}: counts must not be negative")
         for name in _STATE:
             kept = getattr(self, name)
             setattr(self, name, state[name].to(self._device, kept.dtype, copy=True))

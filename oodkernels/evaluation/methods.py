@@ -14,7 +14,7 @@ from oodkernels.evaluation.tables import AVERAGE, printable
 from oodkernels.metrics.ood import OODResults, ood_metrics
 
 if TYPE_CHECKING:
-    from oodkernels.metrics.streaming.ood import OODMetrics
+    from oodkernels.metrics.streaming.ood import OODMetrics, ScoreLevels
 
 Array: TypeAlias = NDArray[Any]
 
@@ -137,15 +137,11 @@ class StreamedMethodResult:
 
     def levels(self, ood_set: str) -> Levels:
         """The bins of the scores, by their lower ends."""
-        _, side = self._sides[ood_set]
-        order = np.argsort(side.low, kind="stable")
-        values = side.decode(side.low[order])[0]
-        return Levels(values, side.n_id[order], side.n_ood[order])
+        return Levels(*self._levels[ood_set])
 
     @cached_property
-    def _sides(self) -> dict[str, Any]:
-        with self.metric._synced():
-            return self.metric._sides()
+    def _levels(self) -> dict[str, ScoreLevels]:
+        return self.metric.levels()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from oodkernels.evaluation.methods import (
     Sweep,
     ood_set_names,
 )
+from oodkernels.metrics.calibration import draw_reliability
+from oodkernels.metrics.plots import STYLE, as_label
 
 if TYPE_CHECKING:
     from oodkernels.metrics.calibration import CalibrationBins
@@ -39,23 +41,6 @@ _METHOD_COLORS = (
 )
 _BARS = 12
 """Groups up to which their "others" are drawn as bars."""
-_RC: dict[Any, Any] = {
-    "svg.hashsalt": "oodkernels",
-    "svg.fonttype": "path",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": "#333333",
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "legend.frameon": False,
-}
 
 
 def render(template: str, draw: Callable[[], dict[str, Figure]], facts: Mapping[str, Any]) -> str:
@@ -73,7 +58,7 @@ def render(template: str, draw: Callable[[], dict[str, Figure]], facts: Mapping[
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         drawn = {name: _data_uri(figure) for name, figure in draw().items()}
     names = ("histograms", "roc", "others", "reliability", "sweep")
     return environment.get_template(template).render(
@@ -155,11 +140,6 @@ def _legend(figure: Figure, panels: Sequence[Axes], columns: int, **options: Any
     figure.legend(entries.values(), entries.keys(), ncols=min(columns, len(entries)), **options)
 
 
-def _text(name: str) -> str:
-    """A name as Matplotlib shows it: not as mathematics, and not left out of the legend for "_"."""
-    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")
-
-
 def _histogram(axes: Axes, method: Methods, colors: Mapping[str, str]) -> None:
     levels = {name: method.levels(name) for name in method.sizes[1]}
     first = next(iter(levels.values()))
@@ -175,9 +155,9 @@ def _histogram(axes: Axes, method: Methods, colors: Mapping[str, str]) -> None:
 
     draw(first.values, first.n_id, color=_ID_COLOR, alpha=0.45, fill=True, label="ID")
     for name, level in levels.items():
-        draw(level.values, level.n_ood, color=colors[name], lw=1.4, label=_text(name))
+        draw(level.values, level.n_ood, color=colors[name], lw=1.4, label=as_label(name))
     axes.axvline(method.threshold, color="#333333", lw=1, ls="--", label="95 % of ID at or above")
-    axes.set(title=_text(method.name), yscale="log", ylim=(0.1, 100))
+    axes.set(title=as_label(method.name), yscale="log", ylim=(0.1, 100))
     axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y")
@@ -214,9 +194,11 @@ def roc_curves(methods: Sequence[Methods]) -> Figure:
             fpr, tpr = _roc(method.levels(name))
             color = _METHOD_COLORS[i % len(_METHOD_COLORS)]
             style = ("-", (0, (4, 2)))[(i + i // len(_METHOD_COLORS)) % 2]
-            axes.plot(100 * fpr, 100 * tpr, label=_text(method.name), color=color, ls=style, lw=1.7)
+            axes.plot(
+                100 * fpr, 100 * tpr, label=as_label(method.name), color=color, ls=style, lw=1.7
+            )
         axes.axhline(95, color="#333333", lw=1, ls="--")
-        axes.set(title=_text(name), xlabel="OOD kept, %", xlim=(0, right))
+        axes.set(title=as_label(name), xlabel="OOD kept, %", xlim=(0, right))
         axes.set_ylim(bottom, 100 + 0.004 * (100 - bottom))
         axes.grid()
         if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
@@ -252,7 +234,7 @@ def others_per_group(models: Sequence[GroupOthers]) -> Figure:
         _bars(axes, np.array([last]), least, [_ID_COLOR, *ood])
         axes.axvline(last - 0.65, color="#bbbbbb", lw=1)
         axes.set_xticks([*range(len(model.groups)), last], [*_names(model), "least of\nall groups"])
-        axes.set(title=_text(model.name), ylim=(0, 1), xlabel="group")
+        axes.set(title=as_label(model.name), ylim=(0, 1), xlabel="group")
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
     panels[0].set_ylabel("mean p(others)")
@@ -269,8 +251,8 @@ def _others_as_map(models: Sequence[GroupOthers]) -> Figure:
     for axes, model in zip(panels, models, strict=True):
         shown = np.array(list(model.others.values()))
         image = axes.imshow(shown, aspect="auto", vmin=0, vmax=1, cmap="Blues")
-        axes.set_yticks(range(len(model.others)), list(map(_text, model.others)))
-        axes.set(title=_text(model.name))
+        axes.set_yticks(range(len(model.others)), list(map(as_label, model.others)))
+        axes.set(title=as_label(model.name))
         if len(model.groups) <= 50:
             axes.set_xticks(range(len(model.groups)), _names(model), rotation=90, fontsize=7)
         else:
@@ -285,7 +267,7 @@ def _names(model: GroupOthers) -> list[str]:
     numbered = model.names == [str(i) for i in range(len(model.names))]
     if numbered and max(map(len, model.groups)) <= 8:
         return [" ".join(map(str, group)) for group in model.groups]
-    return list(map(_text, model.names))
+    return list(map(as_label, model.names))
 
 
 def _bars(
@@ -295,19 +277,17 @@ def _bars(
     width = 0.84 / len(series)
     for i, (label, values) in enumerate(series.items()):
         left = x + (i - len(series) / 2) * width
-        axes.bar(left, values, 0.92 * width, color=colors[i], label=_text(label), align="edge")
+        axes.bar(left, values, 0.92 * width, color=colors[i], label=as_label(label), align="edge")
 
 
 def reliability(given: Mapping[str, CalibrationBins]) -> Figure:
     """Per model, the share of right answers on ID samples against their confidence."""
-    from oodkernels.metrics.calibration import _draw  # which brings torchmetrics, and that pyplot
-
     count = len(given)
     figure = Figure(figsize=(11, _height(count, 3.2, 3)), layout="constrained")
     panels = _panels(figure, count, 3, even=False)
     for axes, (model, bins) in zip(panels, given.items(), strict=True):
-        _draw("report.reliability", bins, axes)
-        axes.set_title(_text(model))
+        draw_reliability(bins, axes)
+        axes.set_title(as_label(model))
     return figure
 
 
@@ -323,7 +303,7 @@ def sweep(given: Sweep) -> Figure:
         mean = np.array([np.mean(ys) for ys in by_x.values()])
         spread = np.array([np.std(ys, ddof=1) if len(ys) > 1 else 0 for ys in by_x.values()])
         color = _METHOD_COLORS[(2 + i) % len(_METHOD_COLORS)]
-        axes.plot(xs, mean, "o-", color=color, lw=1.7, ms=4, label=_text(name))
+        axes.plot(xs, mean, "o-", color=color, lw=1.7, ms=4, label=as_label(name))
         axes.fill_between(xs, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
     every = [x for points in given.series.values() for x, _ in points]
     if min(every) > 0 and max(every) >= 10 * min(every):
@@ -332,7 +312,7 @@ def sweep(given: Sweep) -> Figure:
     if len(ticks) <= 12:
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel=_text(given.x), ylabel=f"{_text(given.y)}, %")
+    axes.set(xlabel=as_label(given.x), ylabel=f"{as_label(given.y)}, %")
     axes.grid()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

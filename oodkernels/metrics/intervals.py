@@ -12,6 +12,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from oodkernels._checks import check_confidence, check_int, check_number
+
 Interval = tuple[float, float]
 
 
@@ -30,12 +32,15 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> In
 
     Raises:
         ValueError: An argument is out of its range.
+        TypeError: An argument is not a number, or not an integer where it counts.
     """
-    _check_confidence("clopper_pearson", confidence)
+    where = "clopper_pearson"
+    confidence = check_confidence(where, confidence)
+    successes = check_int(where, "successes", successes)
+    trials = check_int(where, "trials", trials)
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(
-            f"clopper_pearson: successes must be in 0..trials and trials >= 1, got {successes} "
-            f"of {trials}"
+            f"{where}: successes must be in 0..trials and trials >= 1, got {successes} of {trials}"
         )
     tail = (1 - confidence) / 2
     failures = trials - successes
@@ -62,10 +67,13 @@ def quantile_ranks(n: int, q: float, confidence: float = 0.95) -> tuple[int, int
 
     Raises:
         ValueError: An argument is out of its range.
+        TypeError: An argument is not a number, or not an integer where it counts.
     """
-    _check_confidence("quantile_ranks", confidence)
+    where = "quantile_ranks"
+    confidence = check_confidence(where, confidence)
+    n, q = check_int(where, "n", n), check_number(where, "q", q)
     if n < 1 or not 0 <= q <= 1:
-        raise ValueError(f"quantile_ranks: n must be >= 1 and q in [0, 1], got n={n}, q={q}")
+        raise ValueError(f"{where}: n must be >= 1 and q in [0, 1], got n={n}, q={q}")
     tail = (1 - confidence) / 2
 
     def first(share: float) -> int:
@@ -109,7 +117,20 @@ def delong(
 
     Returns:
         (auroc, standard error); the error is NaN where a side has one score.
+
+    Raises:
+        TypeError: An argument is not an integer.
     """
+    wins, n_id, n_ood, id_squares, ood_squares = (
+        check_int("delong", name, value)  # of any size, which NumPy's are not
+        for name, value in (
+            ("wins", wins),
+            ("n_id", n_id),
+            ("n_ood", n_ood),
+            ("id_squares", id_squares),
+            ("ood_squares", ood_squares),
+        )
+    )
     auroc = wins / (2 * n_id * n_ood)
     if n_id < 2 or n_ood < 2:
         return auroc, math.nan
@@ -143,8 +164,9 @@ def auroc_interval(
 
     Raises:
         ValueError: ``confidence`` is out of its range.
+        TypeError: ``confidence`` is not a number.
     """
-    _check_confidence("auroc_interval", confidence)
+    confidence = check_confidence("auroc_interval", confidence)
     if math.isnan(standard_error):
         return 0.0, 1.0
     if standard_error == 0 or not 0 < auroc < 1:
@@ -158,11 +180,6 @@ def auroc_interval(
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(max(x, -745)) / (1 + math.exp(x))
-
-
-def _check_confidence(function: str, confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"{function}: confidence must be in (0, 1), got {confidence}")
 
 
 # --- the binomial and the beta distribution -------------------------------------------------------

@@ -8,7 +8,7 @@ the sorted scores; divisions come last, in float64. Infinite scores are ordered 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, overload
 
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from oodkernels._checks import check_confidence, check_device, check_tpr, plain
 from oodkernels.metrics.intervals import (
     Interval,
     auroc_interval,
@@ -25,7 +26,7 @@ from oodkernels.metrics.intervals import (
     quantile_ranks,
 )
 from oodkernels.ops.keys import scores_of_keys
-from oodkernels.ops.roc import exact_ceil, roc_counts, sort_keys
+from oodkernels.ops.roc import ROCAreas, exact_ceil, roc_counts, sort_keys
 
 Scores = Tensor | ArrayLike
 
@@ -85,7 +86,24 @@ CONVENTIONS: dict[str, Convention] = {
 
 def fpr_name(tpr: float) -> str:
     """``"fpr95"`` for 0.95: the name under which the FPR at a TPR is reported."""
-    return f"fpr{100 * tpr:.10g}"
+    return f"fpr{100 * plain(tpr):.10g}"
+
+
+def in_one_line(name: str) -> str:
+    """A name in one line of text, with escapes in place of what cannot be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 @dataclass(frozen=True)
@@ -217,15 +235,8 @@ class OODResults(Mapping[str, OODResult]):
         for (name, values), positive in zip(figures.items(), positives, strict=True):
             percent = [f"{100 * values[key]:.2f}" for key in rows[0][1:5]]
             threshold = "" if math.isnan(values["threshold"]) else f"{values['threshold']:.6g}"
-            rows.append([name, *percent, threshold, positive])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+            rows.append([in_one_line(name), *percent, threshold, positive])
+        lines = [text_table(rows)]
         if self._heading == "OOD set":
             lines.append(f"convention: {first.convention}; FPR, AUROC and AUPR in percent")
         else:
@@ -272,8 +283,9 @@ def ood_metrics(
         id_scores: Scores of ID samples, higher = more ID: a tensor or array of float64, float32,
             bfloat16 or float16, of any shape and strides. Integers below 2**53 become float64;
             booleans are refused.
-        ood_scores: Scores of OOD samples; or several sets by name, for which the ID side is sorted
-            once. Two types meet in the one that holds both.
+        ood_scores: Scores of OOD samples, not labels: as many values as ``id_scores``, all of them
+            0 or 1, are refused unless they have a name. Or several sets by name, for which the ID
+            side is sorted once. Two types meet in the one that holds both.
         tpr: 0 < tpr <= 1, read as the decimal it prints as: 0.95 of 20 scores are 19.
         convention: A name in :data:`CONVENTIONS`.
         confidence: Of the intervals, in (0, 1).
@@ -283,22 +295,47 @@ def ood_metrics(
 
     Raises:
         ValueError: Scores are empty or hold NaN (the message has the count and the first index),
-            or are integers of 2**53 or more; ``tpr``, ``convention`` or ``confidence`` is unknown
-            or out of range.
+            are integers of 2**53 or more, or ``ood_scores`` look like labels; ``tpr``,
+            ``convention`` or ``confidence`` is unknown or out of range.
         TypeError: Scores are not of a type above.
     """
+    where = "ood_metrics"
     conventions = [_convention(convention)]
-    check_shares("ood_metrics", tpr, confidence)
-    inside = _Side("ood_metrics", "id_scores", id_scores)
+    tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
+    inside = _Side(where, "id_scores", id_scores)
     if not isinstance(ood_scores, Mapping):
-        return _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)[0]
+        outside = _unnamed(inside, ood_scores)
+        return _evaluate(inside, outside, tpr, conventions, confidence)[0]
     if not ood_scores:
         raise ValueError("ood_metrics: ood_scores must name at least one set of scores, got none")
     results = {}
     for name, scores in ood_scores.items():
-        argument = f"ood_scores[{name!r}]"
-        (results[name],) = _evaluate(inside, argument, scores, tpr, conventions, confidence)
+        outside = _Side(where, f"ood_scores[{name!r}]", scores)
+        (results[name],) = _evaluate(inside, outside, tpr, conventions, confidence)
     return OODResults(results)
+
+
+def precision_recall_areas(id_scores: Scores, ood_scores: Scores) -> ROCAreas:
+    """Areas under both precision-recall curves (AUPR) by both rules in use, exactly.
+
+    Average precision takes each point's precision back to the one before; the trapezoid joins them
+    by straight lines, and is the larger as a rule (Davis & Goadrich, ICML 2006). Tied scores are
+    one point in both.
+
+    Args:
+        id_scores: As for :func:`ood_metrics`.
+        ood_scores: As for :func:`ood_metrics`, one set.
+
+    Returns:
+        ``average_precision_in``, ``average_precision_out``, ``trapezoid_in``, ``trapezoid_out``:
+        positive = ID for ``in``, positive = OOD with negated scores for ``out``.
+
+    Raises:
+        ValueError: As :func:`ood_metrics`.
+        TypeError: As :func:`ood_metrics`.
+    """
+    inside = _Side("precision_recall_areas", "id_scores", id_scores)
+    return roc_counts(*_keys(inside, _unnamed(inside, ood_scores)))[1]
 
 
 def compare_conventions(
@@ -319,53 +356,78 @@ def compare_conventions(
         ValueError: As :func:`ood_metrics`.
         TypeError: As :func:`ood_metrics`.
     """
-    check_shares("compare_conventions", tpr, confidence)
-    inside = _Side("compare_conventions", "id_scores", id_scores)
+    where = "compare_conventions"
+    tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
+    inside = _Side(where, "id_scores", id_scores)
     conventions = list(CONVENTIONS.values())
-    results = _evaluate(inside, "ood_scores", ood_scores, tpr, conventions, confidence)
+    outside = _unnamed(inside, ood_scores)
+    results = _evaluate(inside, outside, tpr, conventions, confidence)
     return OODResults({result.convention: result for result in results}, "convention")
 
 
 def _convention(name: str) -> Convention:
-    if name not in CONVENTIONS:
+    if not isinstance(name, str) or name not in CONVENTIONS:
         raise ValueError(
             f"ood_metrics: convention must be one of {', '.join(CONVENTIONS)}, got {name!r}"
         )
     return CONVENTIONS[name]
 
 
-def check_shares(function: str, tpr: float, confidence: float) -> None:
-    """Refuse a true positive rate or a confidence that is no share.
+def from_array(function: str, name: str, values: Any) -> Tensor:
+    """An array, or what NumPy makes one of, as a tensor on the host.
+
+    Args:
+        function: Whom errors name.
+        name: What errors call the values.
+        values: Numbers or bools of any shape, strides and byte order.
 
     Raises:
-        ValueError: ``tpr`` is not in (0, 1], or ``confidence`` not in (0, 1).
+        ValueError: They are lists of several lengths.
+        TypeError: They are something else, or wider than 64 bits.
     """
-    if not 0 < tpr <= 1:
-        raise ValueError(f"{function}: tpr must be in (0, 1], got {tpr}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"{function}: confidence must be in (0, 1), got {confidence}")
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{function}: {name} must be an array: {error}") from None
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        raise TypeError(f"{function}: {name} must be numbers, got {array.dtype}")
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    usable = native.flags.writeable and all(stride >= 0 for stride in native.strides)
+    return torch.from_numpy(native if usable else native.copy())
 
 
-def as_tensor(function: str, name: str, scores: Any) -> Tensor:
-    """Scores as a floating-point tensor, by the rule in :func:`ood_metrics`."""
+def as_tensor(function: str, name: str, scores: Any, device: torch.device | None = None) -> Tensor:
+    """Scores as a floating-point tensor without gradient, by the rule in :func:`ood_metrics`.
+
+    Args:
+        function: Whom errors name.
+        name: What errors call the scores.
+        scores: A tensor, an array, or what NumPy makes one of.
+        device: A metric's, where arrays are put and tensors must be; None for wherever they are.
+
+    Raises:
+        ValueError: They are on another device, or are integers of 2**53 or more.
+        TypeError: They are not numbers.
+    """
     if not isinstance(scores, Tensor):
-        array = np.asarray(scores)
-        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-            raise TypeError(f"{function}: {name} must be numbers, got {array.dtype}")
-        native = array.astype(array.dtype.newbyteorder("="), copy=False)
-        plain = native.flags.writeable and all(stride >= 0 for stride in native.strides)
-        scores = torch.from_numpy(native if plain else native.copy())
+        scores = from_array(function, name, scores).to(device)
     scores = scores.detach()
     if scores.dtype == torch.bool or scores.is_complex():
         raise TypeError(f"{function}: {name} must be numbers, got {scores.dtype}")
-    if not scores.is_floating_point():
-        converted = scores.to(torch.float64)
-        if scores.numel() and converted.abs().max() >= 2**53:
-            raise ValueError(
-                f"{function}: {name} must be integers below 2**53, which float64 holds exactly"
-            )
-        return converted
-    return scores
+    if device is not None and scores.device != device:
+        raise ValueError(
+            f"{function}: {name} must be on the metric's device, {device}, got {scores.device}: "
+            "move it with metric.to(...)"
+        )
+    if scores.is_floating_point():
+        return scores if scores.itemsize > 1 else scores.float()
+    converted = scores.double()
+    # 32 bits are below it: nothing to look at, and no accelerator to wait for.
+    if scores.itemsize > 4 and scores.numel() and converted.abs().max() >= 2**53:
+        raise ValueError(
+            f"{function}: {name} must be integers below 2**53, which float64 holds exactly"
+        )
+    return converted
 
 
 class _Side:
@@ -383,22 +445,44 @@ class _Side:
         return self._keys[dtype]
 
 
+def _unnamed(inside: _Side, ood_scores: Any) -> _Side:
+    """OOD scores that have no name, unless they look like scikit-learn's labels of all scores."""
+    where = inside.function
+    cure = (
+        f"for labels with 1 = OOD, write {where}(scores[labels == 0], scores[labels == 1]), and "
+        "the other way round with 1 = ID"
+    )
+    if not isinstance(ood_scores, Tensor):
+        ood_scores = from_array(where, "ood_scores", ood_scores)
+    if ood_scores.dtype == torch.bool:
+        raise TypeError(f"{where}: ood_scores must be numbers, got torch.bool: {cure}")
+    outside = _Side(where, "ood_scores", ood_scores)
+    zero, one, n = outside.scores == 0, outside.scores == 1, outside.scores.numel()
+    if n == inside.scores.numel() and bool((zero | one).all() & zero.any() & one.any()):
+        raise ValueError(
+            f"{where}: ood_scores must be scores of OOD samples, got {n} values that are all 0 or "
+            f"1, one for each of id_scores: {cure}; for scores that are so, write "
+            "ood_metrics(id_scores, {'ood': ood_scores})"
+        )
+    return outside
+
+
+def _keys(inside: _Side, outside: _Side) -> tuple[Tensor, Tensor]:
+    """Sorted keys of both sides in the type that holds both."""
+    dtype = torch.promote_types(inside.scores.dtype, outside.scores.dtype)
+    check_device(inside.function, outside.name, outside.scores, "id_scores", inside.scores)
+    return inside.keys(dtype), outside.keys(dtype)
+
+
 def _evaluate(
     inside: _Side,
-    name: str,
-    ood_scores: Any,
+    outside: _Side,
     tpr: float,
     conventions: list[Convention],
     confidence: float,
 ) -> list[OODResult]:
-    outside = _Side(inside.function, name, ood_scores)
+    id_keys, ood_keys = _keys(inside, outside)
     dtype = torch.promote_types(inside.scores.dtype, outside.scores.dtype)
-    id_keys, ood_keys = inside.keys(dtype), outside.keys(dtype)
-    if id_keys.device != ood_keys.device:
-        raise ValueError(
-            f"{inside.function}: {name} must be on the device of id_scores, {id_keys.device}, got "
-            f"{ood_keys.device}"
-        )
     n_id, n_ood = len(id_keys), len(ood_keys)
     pairs = n_id * n_ood
     counts, areas = roc_counts(id_keys, ood_keys)

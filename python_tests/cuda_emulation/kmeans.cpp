@@ -1,4 +1,4 @@
-#include "cuda/kmeans_kernel.cuh"
+#include "cuda/kmeans/driver.cuh"
 
 #include "scratch.h"
 

@@ -10,8 +10,8 @@
 #include <iterator>
 #include <map>
 
+#include "common/dtype.h"
 #include "cuda_emulation.h"
-#include "dtype.h"
 
 namespace runner {
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,26 +22,29 @@ pytest.importorskip("typer")
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from oodkernels.cli import app
-from oodkernels.data.extract import (
+from oodk.app import app
+from oodkernels import Groups
+from oodkernels._files import LOCK, locked
+from oodkernels.data import (
+    EXTRACT_FORMATS,
+    ExtractionPlan,
     ImageFiles,
-    Plan,
-    RandomCrop,
     Shards,
     ToTensor,
-    augmented,
     extract_images,
     load_model,
     open_images,
+    open_samples,
 )
-from oodkernels.data.samples import open_samples
+from oodkernels.data.formats import safetensors
+from oodkernels.nn import save_weights
 
 MODULE = """
 import time
 from pathlib import Path
 import torch
 from torch import nn
-from oodkernels.data.extract import ToTensor
+from oodkernels.data import ToTensor
 
 class Net(nn.Module):
     def __init__(self):
@@ -68,6 +73,21 @@ nothing = 3
 
 def make_nothing():
     return nothing
+
+class Loud(Net):
+    def forward(self, x):
+        return 1e6 * super().forward(x)
+
+def make_loud():
+    return Loud(), ToTensor(8)
+
+class Unsure(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits[:, :1] / 2
+
+def make_unsure():
+    return Unsure(), ToTensor(8)
 """
 
 
@@ -192,7 +212,7 @@ def test_killed_and_started_again(here: Path) -> None:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert {path.name for path in (here / "run").iterdir()} == {".parts", "config.toml"}
+    assert {path.name for path in (here / "run").iterdir()} == {".parts", "config.toml", LOCK}
     done = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.safetensors")}
     assert 2 <= len(done) < 6
 
@@ -201,7 +221,7 @@ def test_killed_and_started_again(here: Path) -> None:
     images = open_images("images", transform)
     assert isinstance(images, ImageFiles)
     model.register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    plan = Plan(
+    plan = ExtractionPlan(
         **{k: v for k, v in json.loads((parts / "plan.json").read_text()).items() if k != "format"}
     )
     extract_images(model, images, "run", plan, batch_size=2, part_size=4)
@@ -245,14 +265,19 @@ def test_a_full_disk_leaves_nothing_half_written(
 ) -> None:
     given = ("extract", "--model", "my_models:make", "--data", "images", "--out", "run")
 
-    def full(*args: object) -> None:
+    original = safetensors.write_chunks
+
+    def full(*args: Any) -> None:
+        if len(args) < 5:  # a part
+            return original(*args)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("oodkernels.data.extract._write_safetensors", full)
+        patch.setattr("oodkernels.data.formats.safetensors.write_chunks", full)
         found = oodk(*given)
     assert found.exit_code == 1
-    assert found.stderr.splitlines()[-1] == "oodk extract: No space left on device"
+    (*_, line) = found.stderr.splitlines()
+    assert line == "oodk extract: cannot extract to run: No space left on device"
     assert {path.name for path in (here / "run").iterdir()} == {
         ".parts",
         "classes.txt",
@@ -287,10 +312,177 @@ def test_user_errors(here: Path, arguments: tuple[str, ...], message: str) -> No
     assert message in line
 
 
-def test_models_by_name_need_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"needs timm.*pip install 'oodkernels\[vision\]'"):
-        load_model("resnet50")
+GIVEN = ("extract", "--model", "my_models:make", "--data", "images", "--dtype", "float32")
+
+
+def test_numbers_that_the_type_cannot_hold_stop_it(here: Path) -> None:
+    given = ("extract", "--model", "my_models:make_loud", "--data", "images", "--out", "run")
+    found = oodk(*given)
+    assert found.exit_code == 1
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("oodk extract: ")]
+    assert re.search(r"logits of images/a/00\.png reach \d\S+, which float16 cannot hold", line)
+    assert line.endswith("give --dtype bfloat16 or float32")
+    assert not (here / "run/samples.safetensors").exists()
+    assert oodk(*given[:-1], "other", "--dtype", "bfloat16").exit_code == 0
+
+
+@pytest.mark.parametrize("file_format", EXTRACT_FORMATS)
+def test_the_confidence_of_a_model_is_kept(file_format: str) -> None:
+    given = ("extract", "--model", "my_models:make_unsure", "--data", "images", "--out", "run")
+    assert oodk(*given, "--dtype", "float32", "--format", file_format).exit_code == 0
+    samples = open_samples("run")
+    assert set(samples.arrays) == {"logits", "features", "labels", "confidence"}
+    assert torch.equal(samples.read("confidence"), samples.read("logits")[:, 0] / 2)
+
+
+@pytest.mark.parametrize("lost", ["samples.safetensors", "classes.txt", "samples.txt"])
+def test_what_was_deleted_is_done_again(here: Path, lost: str) -> None:
+    assert oodk(*GIVEN, "--out", "run").exit_code == 0
+    before = (here / "run" / lost).read_bytes()
+    (here / "run" / lost).unlink()
+    assert oodk(*GIVEN, "--out", "run").exit_code == 0
+    assert (here / "run" / lost).read_bytes() == before
+
+
+def test_what_was_cut_short_is_done_again(here: Path) -> None:
+    assert oodk(*GIVEN, "--out", "run").exit_code == 0
+    os.truncate(here / "run/samples.safetensors", 100)
+    assert oodk(*GIVEN, "--out", "run").exit_code == 0
+    assert open_samples("run").num_samples == 24
+
+
+def test_other_files_of_the_folder_are_left_alone(here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run/.mine.tmp").touch()
+    (here / "run/notes.txt").touch()
+    found = oodk(*GIVEN, "--out", "run")
+    names = ("classes.txt", "samples.safetensors", "samples.txt")
+    assert found.stdout.split() == [f"run/{name}" for name in names]
+    assert (here / "run/.mine.tmp").exists()
+
+
+def test_a_folder_in_use_is_refused(here: Path) -> None:
+    (here / "run").mkdir()
+    with locked("run", "another"):
+        found = oodk(*GIVEN, "--out", "run")
+    assert found.exit_code == 1
+    assert f"run is being written by process {os.getpid()} on " in found.stderr
+    assert oodk(*GIVEN, "--out", "run").exit_code == 0
+
+
+def test_weights_that_were_replaced_are_other_settings(here: Path) -> None:
+    model, _ = load_model("my_models:make")
+    torch.save(model.state_dict(), "w.pt")
+    assert oodk(*GIVEN, "--out", "run", "--weights", "w.pt").exit_code == 0
+    torch.nn.init.ones_(model.fc.bias)
+    torch.save(model.state_dict(), "w.pt")
+    found = oodk(*GIVEN, "--out", "run", "--weights", "w.pt")
+    assert found.exit_code == 1
+    assert "under other settings (weights " in found.stderr
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "3", '{"files": 3}'])
+def test_a_damaged_record_is_one_line(here: Path, content: str) -> None:
+    (here / "run").mkdir()
+    (here / "run/extract.json").write_text(content)
+    found = oodk(*GIVEN, "--out", "run")
+    assert found.exit_code == 1
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("oodk extract: ")]
+    assert "run/extract.json" in line
+
+
+def test_a_file_of_settings_cannot_ask_for_a_shell(here: Path) -> None:
+    pytest.importorskip("webdataset")
+    (here / "config.toml").write_text('data = "pipe:touch made; cat s.tar"\nallow-shell = true\n')
+    given = ("extract", "--model", "my_models:make", "--out", "run", "--config", "config.toml")
+    found = oodk(*given)
+    assert found.exit_code == 2
+    assert "must be given on the command line" in found.stderr
+    assert oodk(*given, "--allow-shell").exit_code == 1  # there is no s.tar
+    assert (here / "made").exists()
+
+
+# --- whose classes the labels are -------------------------------------------------------------
+
+
+def trained(names: list[str]) -> None:
+    """A model that has learnt the classes of these names."""
+    model, _ = load_model("my_models:make")
+    save_weights(model, "model.pt", 4, class_names=names)
+
+
+@pytest.mark.parametrize("file_format", EXTRACT_FORMATS)
+def test_folders_are_matched_to_the_models_classes(here: Path, file_format: str) -> None:
+    trained(["zebra", "c", "b", "a"])
+    more = ("--weights", "model.pt", "--out", "run", "--format", file_format)
+    found = oodk(*GIVEN, *more)
+    assert found.exit_code == 0, found.output
+    assert "no accuracy" not in found.stderr
+    samples = open_samples("run")
+    assert samples.class_names == samples.model_classes == ("zebra", "c", "b", "a")
+    assert samples.without_accuracy is None
+    assert samples.read("labels").tolist() == [3] * 8 + [2] * 7 + [1] * 9
+
+
+def test_a_folder_that_the_model_does_not_know_is_refused(here: Path) -> None:
+    trained(["a", "b", "x", "y"])
+    found = oodk(*GIVEN, "--weights", "model.pt", "--out", "run")
+    assert found.exit_code == 1
+    reason = "images: its classes must be among those trained on, a, b, x, y; unknown: c"
+    assert reason in found.stderr
+
+
+def test_folders_of_which_nothing_is_known_have_no_accuracy(here: Path) -> None:
+    found = oodk(*GIVEN, "--out", "run")
+    reason = "run: whether its classes (a, b, c) are the model's is not known"
+    assert f"no accuracy later on: {reason} (--classes says which they are)" in found.stderr
+    samples = open_samples("run")
+    assert samples.without_accuracy == reason
+    assert samples.class_names == ("a", "b", "c")
+    assert samples.only("logits", "labels").without_accuracy == reason
+
+    trained(["p", "q", "r", "s"])
+    assert oodk(*GIVEN, "--weights", "model.pt", "--out", "other").exit_code == 0
+    assert open_samples("other").without_accuracy == (
+        "other: its classes (a, b, c) are not the model's"
+    )
+
+
+def test_whose_classes_they_are_can_be_said(here: Path) -> None:
+    (here / "names.txt").write_text("c\na\nb\nzebra\n")
+    assert oodk(*GIVEN, "--out", "run", "--classes", "names.txt").exit_code == 0
+    samples = open_samples("run")
+    assert samples.read("labels").tolist() == [1] * 8 + [2] * 7 + [0] * 9
+    assert samples.without_accuracy is None
+    found = oodk(*GIVEN, "--out", "run")
+    assert "under other settings (" in found.stderr
+    assert "model_classes ['c', 'a', 'b', 'zebra'])" in found.stderr
+    assert oodk(*GIVEN, "--out", "two", "--classes", "images").exit_code == 0
+    assert open_samples("two").model_classes == ("a", "b", "c")
+
+
+def test_labels_of_one_extraction_are_matched_to_those_of_another(here: Path) -> None:
+    assert oodk(*GIVEN, "--out", "run").exit_code == 0
+    samples = open_samples("run").with_classes(["c", "zebra", "a", "b"])
+    expected = [2] * 8 + [3] * 7 + [0] * 9
+    assert samples.read("labels").tolist() == expected
+    assert torch.cat([batch["labels"] for batch in samples.batches(5)]).tolist() == expected
+    with pytest.raises(ValueError, match=r"run: its classes must be among .*unknown: a, b"):
+        open_samples("run").with_classes(["c", "d"])
+
+
+def test_what_the_columns_mean_is_kept(here: Path) -> None:
+    model, _ = load_model("my_models:make")
+    save_weights(model, "model.pt", 4, absent=True, class_names=["a", "b", "c"])
+    assert oodk(*GIVEN, "--weights", "model.pt", "--out", "run").exit_code == 0
+    assert open_samples("run").absent_column == 3
+    groups = Groups([0, 1], class_names=["a", "b"])
+    save_weights(model, "model.pt", 4, groups=groups)
+    (here / "list.txt").write_text("images/a/00.png 1\n")
+    more = ("--data", "list.txt", "--weights", "model.pt", "--out", "mos", "--format", "npy")
+    assert oodk(*GIVEN, *more).exit_code == 0
+    assert open_samples("mos").groups == groups
+    assert open_samples("mos").without_accuracy is None  # labels of a list are ids
 
 
 def test_weights(here: Path) -> None:
@@ -299,43 +491,3 @@ def test_weights(here: Path) -> None:
     torch.save({"state_dict": model.state_dict()}, "w.pt")
     loaded, _ = load_model("my_models:make", "w.pt")
     assert torch.equal(loaded.fc.bias, torch.ones(4))
-
-
-def test_to_tensor_is_resize_crop_normalise() -> None:
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (40, 60), dtype=np.uint8), "L")
-    found = ToTensor(size=14, mean=(0.5,) * 3, std=(0.25,) * 3)(image)
-    resized = image.convert("RGB").resize((24, 16), Image.Resampling.BICUBIC)
-    centre = np.asarray(resized, np.float64)[1:15, 5:19] / 255
-    np.testing.assert_allclose(found.numpy(), (centre.transpose(2, 0, 1) - 0.5) / 0.25, atol=1e-5)
-    assert ToTensor(size=32)(Image.new("L", (5, 3))).shape == (3, 32, 32)
-
-
-def test_random_crops_are_parts_of_the_image_and_torchs_random_numbers() -> None:
-    grey = np.linspace(0, 255, 40 * 60).reshape(40, 60).astype(np.uint8)
-    image = Image.fromarray(grey, "L")
-    crop = RandomCrop(8, mean=(0.0,) * 3, std=(1.0,) * 3)
-    torch.manual_seed(0)
-    found = torch.stack([crop(image) for _ in range(200)])
-    assert found.shape == (200, 3, 8, 8)
-    assert found.min() >= 0
-    assert found.max() <= 1
-    rows = found[:, 0].mean(2)
-    assert (rows.diff(dim=1) > 0).all()  # never upside down
-    mirrored = found[:, 0, 0, -1] < found[:, 0, 0, 0]
-    assert 60 < mirrored.sum() < 140
-    height = rows[:, -1] - rows[:, 0]
-    assert height.max() / height.min() > 2
-    torch.manual_seed(0)
-    assert torch.equal(found[0], crop(image))
-    whole = RandomCrop(8, mean=(0.0,) * 3, std=(1.0,) * 3, scale=(1, 1), ratio=(1.5, 1.5))(image)
-    exact = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), np.float32) / 255
-    either = [exact, exact[:, ::-1]]
-    assert any(np.allclose(whole[0], x, atol=1e-6) for x in either)
-
-
-def test_what_is_augmented() -> None:
-    model = torch.nn.Linear(1, 1)
-    assert augmented(model, ToTensor(9, std=(1, 1, 1))) == RandomCrop(9, std=(1, 1, 1))
-    with pytest.raises(ValueError, match="has a transform of its own"):
-        augmented(model, lambda image: torch.zeros(1))

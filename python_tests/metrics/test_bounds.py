@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oodkernels.metrics.streaming._bounds import Intervals, _dot, count_at, figures
+from oodkernels.metrics.streaming._bounds import Intervals, _dot, figures
+from oodkernels.ops.roc import exact_ceil
 
 TPR = 0.75
 
@@ -34,7 +35,7 @@ def exact(ids, oods, tpr=TPR):
         return total / len(positives)
 
     def at_recall(positives, negatives):
-        t = sorted(positives, reverse=True)[count_at(tpr, len(positives)) - 1]
+        t = sorted(positives, reverse=True)[exact_ceil(tpr, len(positives)) - 1]
         return t, Fraction(sum(n >= t for n in negatives), len(negatives))
 
     threshold, fpr = at_recall(ids, oods)
@@ -165,6 +166,6 @@ def test_exact_products():
 
 
 def test_tpr_is_read_as_a_decimal():
-    assert count_at(0.95, 20) == 19
-    assert count_at(0.95, 100) == 95
-    assert count_at(1.0, 7) == 7
+    assert exact_ceil(0.95, 20) == 19
+    assert exact_ceil(0.95, 100) == 95
+    assert exact_ceil(1.0, 7) == 7

@@ -139,12 +139,29 @@ def test_shapes_and_types(device):
     assert expected_calibration_error([1, 0.5], [True, False]) == 0.25
 
 
+def test_numpy_and_lists():
+    confidence, correct = (t.numpy() for t in answers(60))
+    expected = expected_calibration_error(confidence, correct, bins=10)
+    swapped = confidence.astype(">f4")[::-1], correct[::-1]
+    metric = make(bins=np.int64(10))
+    metric.update(*swapped)
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-15)
+    for pair in (swapped, (confidence.tolist(), correct.tolist()), (list(confidence), correct)):
+        found = expected_calibration_error(*pair, bins=np.uint8(10))
+        assert found == pytest.approx(expected, abs=1e-15)
+    one = make()
+    one.update(np.float32(0.75), np.True_)
+    one.update(0.75, True)
+    assert float(one.compute()) == expected_calibration_error(0.75, True) == 0.25
+    assert one.calibration_bins().count.sum() == 2
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 
 def make(**options):
     pytest.importorskip("torchmetrics")
-    from oodkernels.metrics.calibration import CalibrationError
+    from oodkernels.metrics.streaming import CalibrationError
 
     return CalibrationError(**options)
 
@@ -188,6 +205,9 @@ def test_merge_forward_reset_and_saved_state():
     loaded.reset()
     with pytest.raises(ValueError, match=r"CalibrationError.compute: there are no answers yet"):
         loaded.compute()
+    count = whole.count.clone()
+    whole.merge_state(whole)
+    assert torch.equal(whole.count, 2 * count)
     with pytest.raises(ValueError, match=r"incoming_state must have the shapes.*\(15,\).*\(3,\)"):
         whole.merge_state(make(bins=3))
     with pytest.raises(ValueError, match="must be a CalibrationError or a dict, got int"):
@@ -234,6 +254,9 @@ ENTRIES = [expected_calibration_error, calibration_bins, reliability_diagram]
         ([0.5], [1], TypeError, "correct must be bool, got torch.int64"),
         ([True], [True], TypeError, "confidence must be numbers, got torch.bool"),
         ([0.5], [True, False], ValueError, r"shape of confidence, \(1,\), got \(2,\)"),
+        ([math.inf], [True], ValueError, r"in \[0, 1\], got 1 outside.*index 0"),
+        (["a"], [True], TypeError, "confidence must be numbers, got <U1"),
+        ([0.5], [None], TypeError, "correct must be numbers, got object"),
     ],
 )
 def test_refuses(entry, confidence, correct, error, match):
@@ -266,9 +289,9 @@ def test_metric_refuses_options():
 def test_without_extras():
     code = (
         "import sys; sys.modules['torchmetrics'] = sys.modules['matplotlib'] = None\n"
-        "from oodkernels.metrics.calibration import *\n"
+        "from oodkernels import expected_calibration_error, reliability_diagram\n"
         "print(expected_calibration_error([0.5], [True]))\n"
-        "try: CalibrationError(bins=3)\n"
+        "try: from oodkernels import CalibrationError\n"
         "except ImportError as error: print(error)\n"
         "try: reliability_diagram([0.5], [True])\n"
         "except ImportError as error: print(error)\n"
@@ -277,7 +300,7 @@ def test_without_extras():
     assert out.returncode == 0, out.stderr
     first, second, third = out.stdout.splitlines()
     assert first == "0.5"
-    assert "CalibrationError is a torchmetrics.Metric" in second
+    assert "oodkernels.metrics.streaming needs torchmetrics" in second
     assert "pip install 'oodkernels[metrics]'" in second
     assert "reliability_diagram needs matplotlib" in third
     assert "pip install 'oodkernels[demo]'" in third

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
@@ -157,6 +157,7 @@ small = st.lists(st.integers(0, 9).map(float), min_size=1, max_size=40).map(np.a
 @settings(max_examples=100, deadline=None)
 @given(small, small, st.sampled_from([0.95, 0.9, 0.5, 0.3, 1 / 3]))
 def test_conventions_of_few_values(x: Array, y: Array, tpr: float) -> None:
+    assume(len(x) != len(y) or set(y) != {0, 1})  # which would be taken for labels
     check_conventions(x, y, tpr)
 
 
@@ -344,6 +345,34 @@ def test_refused() -> None:
         ood_metrics(x, {"a": x, "b": [np.nan]})
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [0, 1, 1, 0],
+        [0.0, 1.0, 1.0, 0.0],
+        np.array([[1, 0], [0, 1]], np.uint8),
+        torch.tensor([0, 0, 1, 0]),
+        torch.tensor([0, 0, 1, 0], dtype=torch.bfloat16),
+    ],
+)
+def test_labels_are_not_taken_for_scores(labels: object) -> None:
+    """scikit-learn's (scores, labels) would come out as figures of scores that are 0 and 1."""
+    x = np.array([4.0, 1.0, 2.0, 3.0])
+    flags = torch.as_tensor(labels).bool()
+    for call in (ood_metrics, compare_conventions):
+        name = call.__name__
+        cure = rf"write {name}\(scores\[labels == 0\], scores\[labels == 1\]\)"
+        with pytest.raises(ValueError, match=f"^{name}: ood_scores .* got 4 values .*{cure}"):
+            call(x, labels)
+        with pytest.raises(TypeError, match=rf"must be numbers, got torch.bool: .*{cure}"):
+            call(x, flags)
+    # Said to be scores, of another number, of one value, or beside others, they are scores.
+    assert ood_metrics(x, {"ood": labels})["ood"].n_ood == 4
+    assert ood_metrics(x[:3], labels).n_ood == 4
+    assert ood_metrics(x, np.ones(4)).fpr95 == 1
+    assert ood_metrics(x, [0, 1, 0.5, 0]).n_ood == 4
+
+
 # --- intervals ------------------------------------------------------------------------------------
 
 
@@ -468,3 +497,84 @@ def test_fpr_interval_of_few_scores_admits_it() -> None:
     assert high == 1.0  # ten ID scores do not bound the 5 % quantile from below
     assert low > 0
     assert ood_metrics(np.arange(10.0), np.arange(10.0), convention="mos").fpr_interval is None
+
+
+# --- NumPy's numbers ------------------------------------------------------------------------------
+
+
+def test_numpy_numbers_are_arguments() -> None:
+    x, y = binormal(np.random.default_rng(0), 300, 200)
+    expected = ood_metrics(x, y, tpr=0.9, confidence=0.8)
+    for kind in (np.float64, np.float32, np.float16):
+        result = ood_metrics(x, y, tpr=kind(0.9), confidence=kind(0.8))
+        assert result == expected
+        assert type(result.tpr) is float
+        assert "fpr90" in result.as_dict()
+        other = compare_conventions(x, y, tpr=kind(0.9), confidence=kind(0.8))
+        assert other["default"] == expected
+        assert fpr_name(kind(0.999)) == "fpr99.9"
+    assert clopper_pearson(np.int64(5), np.uint8(7), np.float32(0.9)) == clopper_pearson(5, 7, 0.9)
+    ranks = quantile_ranks(np.int32(200), np.float32(0.95), np.float16(0.9))
+    assert ranks == quantile_ranks(200, 0.95, 0.9)
+    big = 10**10  # whose square no 64 bits hold
+    numbers = [big, 10**5, 10**5, 10**15 + 7, 10**15 + 9]
+    assert delong(*map(np.int64, numbers)) == delong(*numbers)
+    assert auroc_interval(
+        np.float32(0.5), np.float64(0.1), np.int64(9), np.int64(9), np.float32(0.9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: ood_metrics([1.0], [0.0], tpr="0.9"), "ood_metrics: tpr must be a number"),
+        (lambda: ood_metrics([1.0], [0.0], tpr=True), "ood_metrics: tpr must be a number"),
+        (lambda: compare_conventions([1.0], [0.0], confidence=None), "confidence must be a number"),
+        (lambda: clopper_pearson(1.5, 3), "clopper_pearson: successes must be an int, got 1.5"),
+        (lambda: quantile_ranks(10.0, 0.5), "quantile_ranks: n must be an int, got 10.0"),
+        (lambda: quantile_ranks(10, "a"), "quantile_ranks: q must be a number, got 'a'"),
+        (lambda: delong(1.0, 1, 1, 1, 1), "delong: wins must be an int, got 1.0"),
+    ],
+)
+def test_what_is_no_number(call: Callable[[], object], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        call()
+
+
+@pytest.mark.parametrize("side", ["id_scores", "ood_scores"])
+@pytest.mark.parametrize(
+    ("scores", "error", "match"),
+    [
+        (3.0, ValueError, "must have at least one dimension"),
+        (np.float32(3), ValueError, "must have at least one dimension"),
+        (torch.tensor(3.0), ValueError, "must have at least one dimension"),
+        (torch.empty(0), ValueError, "must not be empty"),
+        ([[1.0], [2.0, 3.0]], ValueError, "must be an array: "),
+        ([None], TypeError, "must be numbers, got object"),
+        (np.array([1], dtype="datetime64[s]"), TypeError, "must be numbers, got datetime64"),
+        (np.array([1], dtype=np.longdouble), TypeError, "must be numbers, got float128"),
+        ([-math.inf, math.nan, math.nan], ValueError, "must not hold NaN, got 2.*index 1"),
+    ],
+)
+def test_every_kind_of_input_is_refused_by_name(
+    side: str, scores: object, error: type, match: str
+) -> None:
+    given = {"id_scores": [1.0, 2.0], "ood_scores": [0.0], side: scores}
+    for call in (ood_metrics, compare_conventions):
+        with pytest.raises(error, match=f"^{call.__name__}: {side} {match}"):
+            call(**given)
+
+
+def test_every_kind_of_input_is_taken() -> None:
+    expected = ood_metrics([3.0, math.inf, 1.0], [0.0, -math.inf, 1.0])
+    storage = torch.tensor([3.0, 9, math.inf, 9, 1, 9], dtype=torch.float64)
+    for x in (
+        storage[::2],
+        storage[::2].reshape(3, 1).expand(3, 1),
+        storage[::2].float(),
+        storage[::2].numpy()[::-1],
+        (3, np.inf, 1),
+        [np.float64(3), math.inf, True + 0],
+        storage[::2].to(torch.float8_e5m2),
+    ):
+        assert ood_metrics(x, [0.0, -math.inf, 1.0]) == expected

@@ -37,7 +37,7 @@ def answers(n=3000, seed=0, dtype=torch.float32):
 
 def make(**options):
     pytest.importorskip("torchmetrics")
-    from oodkernels.metrics.misclassification import MisclassificationMetrics
+    from oodkernels.metrics.streaming import MisclassificationMetrics
 
     return MisclassificationMetrics(**options)
 
@@ -204,6 +204,51 @@ def test_right_or_wrong_given_as_such():
     assert math.isnan(by_answer.compute()["auroc_ood"])
 
 
+def test_numpy_and_lists():
+    confidence, predicted, label = (t[:500].numpy() for t in answers())
+    expected = make(tpr=0.9, threshold=0.75)
+    expected.update(*(torch.from_numpy(x) for x in (confidence, predicted, label)))
+    metric = make(exact=np.True_, tpr=np.float32(0.9), threshold=np.float32(0.75))
+    metric.update(confidence.astype(">f4")[::-1], predicted.astype(">i8")[::-1], label[::-1])
+    assert metric.compute() == pytest.approx(expected.compute(), abs=1e-14)
+    right = (predicted == label).tolist()
+    result = misclassification_metrics(confidence.tolist(), right, tpr=np.float16(0.9))
+    assert result == misclassification_metrics(confidence, np.array(right), tpr=0.9)
+    assert type(result.tpr) is float
+
+
+def test_saturated_confidences():
+    """As many wrong answers as right ones, and of two confidences: no labels in disguise."""
+    confidence, correct = [1.0, 1.0, 0.0, 1.0], [True, True, False, False]
+    metric = make()
+    metric.update(confidence, correct)
+    result = misclassification_metrics(confidence, correct)
+    assert metric.compute()["auroc"] == result.auroc == 0.75
+
+
+def test_merging_with_itself_doubles_it():
+    metric = make()
+    metric.update(*answers(400))
+    once = metric.compute()
+    metric.merge_state(metric)
+    twice = metric.compute()
+    assert twice["n_ood"] == 2 * once["n_ood"]
+    assert twice["mean_confidence_ood"] == once["mean_confidence_ood"]
+    assert twice["auroc"] == once["auroc"]
+
+
+def test_a_collection_does_not_lend_sums_between_thresholds():
+    """It groups metrics whose states are equal after the first batch; these differ later."""
+    pytest.importorskip("torchmetrics")
+    from torchmetrics import MetricCollection
+
+    both = MetricCollection({"low": make(threshold=0.25), "high": make(threshold=0.5)})
+    for value in (0.75, 0.375):
+        both.update(torch.tensor([value]), torch.tensor([True]))
+    assert both["low"].compute()["open_set_accuracy"] == 1
+    assert both["high"].compute()["open_set_accuracy"] == 0.5
+
+
 def test_tpr_names_the_fpr():
     confidence, predicted, label = answers()
     inside = label >= 0
@@ -351,16 +396,16 @@ def test_refuses_labels():
 def test_without_torchmetrics():
     code = (
         "import sys; sys.modules['torchmetrics'] = None\n"
-        "from oodkernels.metrics.misclassification import *\n"
+        "from oodkernels import misclassification_metrics\n"
         "print(misclassification_metrics([0.5, 0.25], [True, False]).auroc)\n"
-        "try: MisclassificationMetrics(tpr=0.9)\n"
+        "try: from oodkernels import MisclassificationMetrics\n"
         "except ImportError as error: print(error)\n"
     )
     out = python("-c", code)
     assert out.returncode == 0, out.stderr
     first, second = out.stdout.splitlines()
     assert first == "1.0"
-    assert "MisclassificationMetrics is a torchmetrics.Metric" in second
+    assert "oodkernels.metrics.streaming needs torchmetrics" in second
     assert "pip install 'oodkernels[metrics]'" in second
 
 

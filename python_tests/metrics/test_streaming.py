@@ -13,8 +13,9 @@ from processes import python
 
 pytest.importorskip("torchmetrics")
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.metrics.streaming._sketch import Cells, Layout, Sketch
-from oodkernels.metrics.streaming.ood import OODMetrics
+from oodkernels.metrics.streaming import OODMetrics
+from oodkernels.metrics.streaming._sketch import Layout, Sketch
+from oodkernels.metrics.threshold import Threshold
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +83,9 @@ def run(stream, **kwargs):
     return metric, ood_metrics(scores[~is_ood], scores[is_ood]).as_dict()
 
 
-def check_bounds(result, exact):
+def check_bounds(result, exact, fpr="fpr95"):
     for name in FIGURES:
+        name = name.replace("fpr95", fpr)
         lower, upper = result[f"{name}_lower"], result[f"{name}_upper"]
         assert lower <= result[name] <= upper, name
         assert lower - 1e-12 <= exact[name] <= upper + 1e-12, name
@@ -220,20 +222,7 @@ def prefix_counts(cells):
 
 def all_cells(metric):
     """Everything the metric holds."""
-    n_rows, parts = len(metric._names()) + 1, []
-    if metric.counts.numel():
-        cells = metric._sketch().cells()
-        counts = np.zeros((n_rows, cells.key.size), np.int64)
-        counts[: len(cells.counts)] = cells.counts[:n_rows]
-        parts.append(Cells(cells.key, cells.shift, counts))
-    if metric.archive_codes.numel():
-        counts = metric.archive_counts
-        counts = torch.nn.functional.pad(counts, (0, 0, 0, n_rows - len(counts)))
-        parts.append(Cells.of_codes(metric.archive_codes, counts))
-    if metric.pending_scores:
-        scores, rows = torch.cat(metric.pending_scores), torch.cat(metric.pending_rows)
-        parts.append(Cells.of_scores(scores, rows, n_rows))
-    return Cells.sum(parts)
+    return metric._state().cells()
 
 
 def test_short_streams_are_exact():
@@ -344,7 +333,12 @@ def test_nan_is_refused_with_its_place():
         (torch.zeros(3), torch.zeros(2, dtype=torch.bool), ValueError, "shape of scores"),
         (torch.zeros(3), torch.zeros(3), TypeError, "labels must be bool"),
         (torch.zeros(3), 1, TypeError, "labels must be a bool or integer tensor, or a bool"),
-        (torch.zeros(3, dtype=torch.bool), False, TypeError, "scores must be floating-point"),
+        (
+            torch.zeros(3, dtype=torch.bool),
+            False,
+            TypeError,
+            "scores must be numbers, got torch.bool",
+        ),
         (torch.zeros(3, device="meta"), False, ValueError, "move it with"),
     ],
 )
@@ -390,6 +384,241 @@ def test_integers_and_special_values():
     metric.update(torch.tensor([-torch.inf, -0.0]), True)
     assert metric.compute()["auroc"] == 0.875
     assert metric.compute()["tie_fraction"] == 0.25
+
+
+# --- what a stream must not do to its numbers -----------------------------------------------------
+
+
+def state_of(metric):
+    """Every state, to be compared with what it becomes."""
+    return copy.deepcopy(metric.metric_state)
+
+
+def same(a, b):
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(torch.equal, a, b))
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("memory", [2.1, 2.3, 4.6, 9, 100])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_places_fit_their_bits_whatever_the_memory(memory, rows):
+    """A table's entry has 27 bits for the start of bins and 24 for the first atom."""
+    layout = Layout.of(int(memory * 2**30), rows)
+    assert layout.bins <= 1 << 27
+    assert layout.atoms < 1 << 24
+    assert layout.bins * rows * 8 > 2**30 or memory < 4  # what the cap leaves is used
+    packed = 16 | (layout.bins - 1) << 5 | layout.atoms << 32 | 127 << 56
+    assert (packed >> 5) & 0x7FFFFFF == layout.bins - 1
+    assert (packed >> 32) & 0xFFFFFF == layout.atoms
+    assert packed < 1 << 63
+
+
+def test_infinite_scores_have_a_threshold():
+    """The bins of the infinities also hold keys of NaN."""
+    x = torch.randn(300_000, generator=generator())
+    x[::50_000], x[1::50_000] = -torch.inf, torch.inf
+    y = torch.randn(200_000, generator=generator(1)) - 1
+    y[7], y[9] = torch.inf, -torch.inf
+    for dtype in (torch.float32, torch.float64):
+        metric = OODMetrics(tpr=1)
+        metric.update_id(x.to(dtype))
+        metric.update(y.to(dtype), True)
+        check_bounds(metric.compute(), {**ood_metrics(x, y, tpr=1).as_dict()}, fpr="fpr100")
+        threshold = Threshold.from_metric(metric)
+        assert threshold.value == threshold.value_bounds[0] == -torch.inf
+        assert not np.isnan(threshold.value_bounds).any()
+
+
+@pytest.mark.parametrize("n", [100, 200_000])
+def test_merging_a_metric_with_itself_doubles_it(n):
+    metric = OODMetrics()
+    for row, shift in enumerate((0, -1)):
+        metric.update(torch.randn(n, generator=generator(row)) + shift, bool(row))
+    once = metric.compute()
+    metric.merge_state(metric)
+    twice = metric.compute()
+    assert (twice["n_id"], twice["n_ood"]) == (2 * n, 2 * n)
+    assert twice["auroc"] == once["auroc"]
+    metric.merge_state(metric.metric_state)
+    assert metric.compute()["n_id"] == 4 * n
+
+
+def test_the_unnamed_set_and_one_called_ood():
+    """Figures of the unnamed set are called "ood": of both, one would vanish."""
+    unnamed, named = OODMetrics(), OODMetrics()
+    for metric in (unnamed, named):
+        metric.update_id([1.0, 2.0])
+    unnamed.update([0.0], True)
+    named.update_ood("ood", [3.0])
+    assert named.compute()["ood"]["auroc"] == 0
+    before = state_of(unnamed)
+    match = "OOD sets must have names when one is called 'ood'"
+    with pytest.raises(ValueError, match=rf"OODMetrics\.update: {match}"):
+        unnamed.update_ood("ood", [3.0])
+    with pytest.raises(ValueError, match=rf"OODMetrics\.update: {match}"):
+        named.update([0.0], True)
+    with pytest.raises(ValueError, match=rf"OODMetrics\.merge_state: {match}"):
+        unnamed.merge_state(named)
+    assert all(same(v, before[k]) for k, v in unnamed.metric_state.items())
+    assert unnamed.compute()["auroc"] == 1
+
+
+@pytest.mark.parametrize("name", ["", "average", 3, b"near"])
+def test_names_that_no_set_has(name):
+    with pytest.raises(ValueError, match="an OOD set cannot be called"):
+        OODMetrics().update_ood(name, [1.0])
+    metric = OODMetrics()
+    metric.update_id([1.0])
+    metric.update_ood(np.str_("near"), [0.0])
+    assert set(metric.compute()) == {"near", "average"}
+
+
+def test_counts_that_would_overflow_are_refused():
+    """Sums over pairs are exact below 2^62 scores; doubling gets there fast."""
+    metric = OODMetrics()
+    for row, shift in enumerate((0, -1)):
+        metric.update(torch.randn(200_000, generator=generator(row)) + shift, bool(row))
+    auroc, n = metric.compute()["auroc"], 400_000
+    while 2 * n < 2**62:
+        metric.merge_state(metric)
+        n *= 2
+    assert metric.compute()["auroc"] == auroc
+    before = state_of(metric)
+    message = rf"OODMetrics.merge_state: there must be fewer than 2\*\*62 scores, got {2 * n}"
+    with pytest.raises(ValueError, match=message):
+        metric.merge_state(metric)
+    assert all(same(v, before[k]) for k, v in metric.metric_state.items())
+    metric.counts[:, :-4] *= 2  # as a file could have it
+    metric._computed = None
+    with pytest.raises(ValueError, match=r"OODMetrics.compute: there must be fewer than 2\*\*62"):
+        metric.compute()
+
+
+def test_refused_scores_leave_what_was_counted():
+    """A batch with NaN may have moved bins and atoms before it is refused."""
+    metric = run(make_stream("ceiling", n=300_000))[0]
+    expected, cells = metric.compute(), prefix_counts(all_cells(metric))
+    bad = torch.cat((make_scores("few values"), make_scores("narrow"), torch.tensor([torch.nan])))
+    with pytest.raises(ValueError, match=f"OODMetrics.update: .* 1 NaN, .* index {len(bad) - 1}"):
+        metric.update(bad, False, name="new")
+    metric._computed = None
+    assert torch.equal(prefix_counts(all_cells(metric)), cells)
+    check_overlap(metric.compute(), expected)
+    other = OODMetrics()
+    with pytest.raises(ValueError, match="1 NaN"):
+        other.update(bad, True, name="new")
+    assert not other.state_bytes
+
+
+def make_scores(kind):
+    return torch.cat([scores for scores, _ in make_stream(kind, n=300_000)])
+
+
+def check_overlap(result, other):
+    """Both bound the same truth."""
+    for name in FIGURES:
+        assert result[f"{name}_lower"] <= other[f"{name}_upper"], name
+        assert result[f"{name}_upper"] >= other[f"{name}_lower"], name
+    assert (result["n_id"], result["n_ood"]) == (other["n_id"], other["n_ood"])
+
+
+@pytest.mark.parametrize(("exact", "bounded"), [("a", "b"), ("b", "a")])
+def test_a_collection_does_not_lend_states_between_settings(exact, bounded):
+    """It groups metrics whose states are equal after the first batch; these differ later."""
+    from torchmetrics import MetricCollection
+
+    both = MetricCollection({exact: OODMetrics(exact=True), bounded: OODMetrics(memory="6.5MiB")})
+    parts = [(torch.tensor([1.0, 0.0]), torch.tensor([False, True]))]
+    parts += make_stream("normal", n=1_200_000, batch=600_000)
+    for batch in parts:
+        both.update(*batch)
+    scores, is_ood = (torch.cat(p) for p in zip(*parts, strict=True))
+    expected = ood_metrics(scores[~is_ood], scores[is_ood]).as_dict()
+    result = both[exact].compute()
+    assert {name: result[name] for name in FIGURES} == expected
+    check_bounds(both[bounded].compute(), expected)
+    assert both[bounded].state_bytes < both[exact].state_bytes
+
+
+# --- every kind of input --------------------------------------------------------------------------
+
+
+def test_numpy_and_lists():
+    expected = OODMetrics(tpr=0.9)
+    expected.update(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([False, False, True]))
+    metric = OODMetrics(
+        exact=np.False_, memory=np.int64(2**24), sets=np.int64(1), tpr=np.float32(0.9)
+    )
+    metric.update(np.array([3, 2], ">f4")[::-1], np.False_)
+    metric.update(np.float64(1), np.True_)
+    assert metric.compute() == expected.compute()
+    for labels in ([0, 5, -1], (False, False, True), np.array([7, 1, -1], ">i2")):
+        other = OODMetrics(tpr=0.9)
+        other.update([3.0, 2.0, 1.0], labels)
+        assert other.compute() == expected.compute()
+    strided = OODMetrics(tpr=0.9)
+    strided.update(torch.tensor([3.0, 9, 2, 9, 1, 9])[::2], np.array([True, False, False])[::-1])
+    assert strided.compute() == expected.compute()
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "error", "match"),
+    [
+        ([[1.0], [1.0, 2.0]], False, ValueError, "update: scores must be an array"),
+        (["a"], False, TypeError, "update: scores must be numbers"),
+        (np.array([1], object), False, TypeError, "update: scores must be numbers, got object"),
+        ([2**53], False, ValueError, r"update: scores must be integers below 2\*\*53"),
+        (torch.tensor([2**53 + 1]), False, ValueError, r"integers below 2\*\*53"),
+        ([1.0], [[True], []], ValueError, "update: labels must be an array"),
+        ([1.0], ["a"], TypeError, "update: labels must be numbers"),
+        ([1.0], None, TypeError, "or a bool, got NoneType"),
+        (1.0, [True], ValueError, r"shape of scores, \(\), got \(1,\)"),
+    ],
+)
+def test_refused_inputs(scores, labels, error, match):
+    metric = OODMetrics()
+    with pytest.raises(error, match=rf"OODMetrics\..*{match}"):
+        metric.update(scores, labels)
+    assert not metric.state_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"tpr": "0.9"}, TypeError, r"tpr must be a number in \(0, 1\], got '0.9'"),
+        ({"tpr": True}, TypeError, r"tpr must be a number in \(0, 1\], got True"),
+        ({"exact": 1}, TypeError, "exact must be True or False, got 1"),
+        ({"memory": True}, ValueError, "memory must be a size"),
+        ({"memory": -1}, ValueError, "memory must be at least"),
+        ({"sets": 1.5}, ValueError, "sets must be in 1..254, got 1.5"),
+    ],
+)
+def test_refused_settings(options, error, match):
+    with pytest.raises(error, match=f"^OODMetrics: {match}"):
+        OODMetrics(**options)
+
+
+def test_labels_0_and_1_are_classes():
+    metric = OODMetrics()
+    metric.update([1.0, 0.0], [1, 0])
+    with pytest.raises(ValueError, match=r"no OOD scores yet: .*negative \(0 and 1 are classes\)"):
+        metric.compute()
+
+
+def test_plot_of_hostile_names():
+    """Dollars are no mathematics, and an underscore or a line break hides no curve."""
+    pytest.importorskip("matplotlib")
+    metric = OODMetrics()
+    metric.update_id([1.0, 2.0])
+    names = ["$_$", "_hidden", "a\nb", r"\frac", "$x", "\udcff"]
+    for name in names:
+        metric.update_ood(name, [0.0])
+    figure, axes = metric.plot()
+    figure.savefig(io.BytesIO())
+    assert len(axes.get_legend().get_texts()) == len(names)
+    table = str(ood_metrics([1.0, 2.0], {name: [0.0] for name in names}))
+    assert len(table.encode().splitlines()) == 1 + len(names) + 2
 
 
 # --- torchmetrics ---------------------------------------------------------------------------------
@@ -484,7 +713,7 @@ def test_saved_state_in_another_process(tmp_path):
     metric.persistent(True)
     torch.save(metric.state_dict(), tmp_path / "state.pt")
     code = (
-        "import torch, sys; from oodkernels.metrics.streaming.ood import OODMetrics\n"
+        "import torch, sys; from oodkernels.metrics.streaming import OODMetrics\n"
         "metric = OODMetrics(); metric.load_state_dict(torch.load(sys.argv[1]))\n"
         "metric.merge_state(metric.clone()); print(repr(metric.compute()['auroc_lower']))"
     )
@@ -546,7 +775,7 @@ def worker(rank, world, path):
         results = half.compute(), single.compute()
         single.sync()
         counts = prefix_counts(all_cells(single))
-        names = single._names()
+        names = single._state().set_names()
         single.unsync()
         n_own = single.counts.sum() if single.counts.numel() else 0
         torch.save((results, counts, names, n_own), f"{path}/{world}-{rank}.pt")
@@ -615,7 +844,7 @@ def test_without_torchmetrics():
     code = (
         "import sys; sys.modules['torchmetrics'] = None\n"
         "import oodkernels\n"
-        "try: import oodkernels.metrics.streaming.ood\n"
+        "try: import oodkernels.metrics.streaming\n"
         "except ImportError as error: print(error)"
     )
     out = python("-c", code)

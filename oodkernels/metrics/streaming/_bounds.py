@@ -31,12 +31,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from oodkernels.ops.roc import exact_ceil
 
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
@@ -79,11 +80,6 @@ class Bounded:
         return cls(low if low == high else low + (high - low) / 2, low, high)
 
 
-def count_at(tpr: float, n: int) -> int:
-    """The least count that is a share ``tpr`` of n, ``tpr`` read as the decimal it prints as."""
-    return -(-(Fraction(str(tpr)) * n) // 1)
-
-
 def figures(intervals: Intervals, tpr: float) -> dict[str, Bounded]:
     """Every figure with its bounds, under the names of :data:`oodkernels.metrics.FIGURES`.
 
@@ -108,8 +104,8 @@ def figures(intervals: Intervals, tpr: float) -> dict[str, Bounded]:
 
     best, worst = (id_high, ood_low), (id_low, ood_high)
     wins = [_doubled_wins(*side) / (2 * pairs) for side in (best, worst)]
-    at = [_at_recall(*side, count_at(tpr, total_id)) for side in (best, worst)]
-    out = [_at_recall(o[::-1], i[::-1], count_at(tpr, total_ood)) for i, o in (best, worst)]
+    at = [_at_recall(*side, exact_ceil(tpr, total_id)) for side in (best, worst)]
+    out = [_at_recall(o[::-1], i[::-1], exact_ceil(tpr, total_ood)) for i, o in (best, worst)]
     errors = [_detection_error(*side, total_id, total_ood) for side in (best, worst)]
 
     def threshold(places: list[int]) -> Bounded:

@@ -28,6 +28,8 @@ from oodkernels.ops.keys import order_key
 
 LEVELS = 9
 """A block of level l has 4^l bins."""
+MOST_BINS = 1 << 27
+"""A table's entry has 27 bits for where bins start, and 24 for atoms, which are a 16th of them."""
 MAX_ATOMS = 127
 """In one prefix."""
 NO_ATOM = 0x7FFFFFFF
@@ -62,21 +64,22 @@ class Layout:
     share: float
 
     @classmethod
-    def of(cls, n_bytes: int, rows: int) -> Layout:
-        """For ``n_bytes`` with counts of ``rows`` rows.
+    def of(cls, n_bytes: int, rows: int, where: str = "Layout", aside: int = 0) -> Layout:
+        """For ``n_bytes`` with counts of ``rows`` rows, ``aside`` bytes being for something else.
 
         Raises:
-            ValueError: That is too little for one bin a prefix and as many to spare.
+            ValueError: That is too little for one bin a prefix and as many to spare; errors name
+                ``where``.
         """
         tables = N_PREFIXES * (4 * LEVELS + 8)
         # Beside eight bytes a counter: four for an atom's key, of which there is one to 16 bins.
         each = (8 + 0.5) * rows + 0.25
-        bins = int((n_bytes - tables - 64 * rows) / each)
+        bins = min(int((n_bytes - aside - tables - 64 * rows) / each), MOST_BINS)
         if bins < 2 * N_PREFIXES:
-            least = tables + 64 * rows + 2 * N_PREFIXES * each
+            least = aside + tables + 64 * rows + 2 * N_PREFIXES * each
             raise ValueError(
-                f"memory must be at least {least / 2**20:.1f} MiB for {rows} sets of scores, got "
-                f"{n_bytes / 2**20:.3g} MiB"
+                f"{where}: memory must be at least {least / 2**20:.1f} MiB for {rows} sets of "
+                f"scores, got {n_bytes / 2**20:.3g} MiB"
             )
         with_half = cls(bins, bins // 16, True, 12 / bins)
         fits = with_half.base_bins <= bins // 3
@@ -505,8 +508,9 @@ class Cells:
             rounded: Scores were float64 that float32 does not hold: equal keys need not tie.
         """
         spare = (low_bits & -low_bits).bit_length() - 1 if low_bits else 16
-        low = self.key >> spare
-        high = (self.key + (1 << self.shift) - 1) >> spare
+        # The bins of the infinities also hold keys of NaN, which no score has.
+        first = np.maximum(self.key, LEAST_KEY)
+        last = np.minimum(self.key + (1 << self.shift) - 1, LARGEST_KEY)
 
         def key_floats(keys: Ints) -> Floats:
             bits = keys ^ ((keys >> 63) & 0x7FFFFFFF)
@@ -522,8 +526,7 @@ class Cells:
                 np.minimum(keys + 1, LARGEST_KEY)
             )
 
-        if rounded:
-            low, high, spare = 2 * self.key, 2 * (self.key + (1 << self.shift) - 1) + 1, 0
+        low, high = (2 * first, 2 * last + 1) if rounded else (first >> spare, last >> spare)
         return Intervals(low, high, self.counts[0], self.counts[row], decode)
 
 

@@ -1,37 +1,22 @@
-"""OOD metrics over a stream of scores, as a ``torchmetrics.Metric``, in memory that does not grow.
-
-Needs the extra ``metrics``: ``pip install oodkernels[metrics]``.
-"""
+"""OOD metrics over a stream of scores, in memory that does not grow."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from oodkernels.metrics.ood import FIGURES, fpr_name, ood_metrics
-from oodkernels.metrics.streaming._bounds import Bounded, Floats, Intervals, Ints, curves, figures
-from oodkernels.metrics.streaming._sketch import Cells, Layout, Sketch
+from oodkernels._checks import check_device, plain
+from oodkernels.metrics.ood import as_tensor, fpr_name, from_array
+from oodkernels.metrics.streaming._bounds import Intervals
+from oodkernels.metrics.streaming._metric import StreamMetric
+from oodkernels.metrics.streaming._state import UNNAMED, StreamState
 from oodkernels.metrics.threshold import CountedScores
-from oodkernels.ops.histogram import N_FACTS
-
-try:
-    from torchmetrics import Metric
-    from torchmetrics.utilities.distributed import gather_all_tensors
-except ImportError as error:
-    raise ImportError(
-        "OODMetrics is a torchmetrics.Metric, and torchmetrics could not be imported "
-        f"({error}): pip install 'oodkernels[metrics]'"
-    ) from error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,13 +24,22 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 
-_PENDING = 1 << 17
-_SKETCH = tuple(f.name for f in fields(Sketch))
-_UNNAMED = ""
+
+class ScoreLevels(NamedTuple):
+    """The scores of ID samples and of one OOD set, in ascending intervals."""
+
+    values: NDArray[np.float64]
+    """(n,) the least score that each interval may stand for."""
+    n_id: NDArray[np.int64]
+    """(n,) ID scores in it."""
+    n_ood: NDArray[np.int64]
+    """(n,) OOD scores in it."""
+
+
 _NOT_AVERAGED = ("threshold", "n_id", "n_ood")
 
 
-class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
+class OODMetrics(StreamMetric):
     """AUROC, AUPR, FPR95 and more of a stream of scores, higher = more in-distribution (ID).
 
     With ``memory`` the state has a fixed size however long the stream is. The first 131,072 scores
@@ -71,17 +65,6 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
         >>> metric.compute()["fpr95"]
     """
 
-    is_differentiable = False
-    full_state_update = False
-
-    names: Tensor
-    counts: Tensor
-    archive_codes: Tensor
-    archive_counts: Tensor
-    archive_facts: Tensor
-    pending_scores: list[Tensor]
-    pending_rows: list[Tensor]
-
     def __init__(
         self,
         *,
@@ -95,93 +78,52 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
 
         Args:
             exact: Keep all scores, in memory that grows with the stream.
-            memory: Size of the state in bytes, or as in ``"16MiB"``, ``"64 MB"``.
+            memory: The most that the state may take, in bytes or as in ``"16MiB"``, ``"64 MB"``.
+                2^27 bins are the most there are: 2.2 GiB for one set.
             sets: How many OOD sets share the memory. Each more takes as much again as one of them.
             tpr: 0 < tpr <= 1 of the FPR and the thresholds, read as the decimal it prints as.
             **kwargs: Of ``torchmetrics.Metric``.
 
         Raises:
-            ValueError: ``memory`` is too little or not a size, ``tpr`` out of range, ``sets`` < 1.
+            ValueError: ``memory`` is too little or not a size, ``tpr`` out of range, ``sets`` not
+                in 1..254.
+            TypeError: ``tpr`` is not a number, or ``exact`` not a bool.
         """
-        super().__init__(**kwargs)
-        if not 0 < tpr <= 1:
-            raise ValueError(f"OODMetrics: tpr must be in (0, 1], got {tpr}")
-        if not 1 <= sets <= 254:
-            raise ValueError(f"OODMetrics: sets must be in 1..254, got {sets}")
-        self.exact = exact
-        self.memory = _parse_bytes(memory)
-        self.sets = sets
-        self.tpr = tpr
-        # Nine bytes a pending score: up to eight of its own, and its row.
-        self._layout = None if exact else Layout.of(self.memory - 9 * _PENDING, sets + 1)
-        self._kwargs = kwargs
-        self._compacted, self._counted = 0, 0  # scores, where the host does not see the state
-        self.add_state("names", torch.zeros(0, dtype=torch.uint8, device="cpu"))
-        for name in (*_SKETCH, "archive_codes", "archive_counts", "archive_facts"):
-            self.add_state(name, torch.zeros(0, dtype=torch.int64))
-        for name in ("pending_scores", "pending_rows"):
-            self.add_state(name, [])
+        super().__init__(exact=exact, memory=memory, sets=sets, tpr=tpr, **kwargs)
 
     # --- taking scores in ---------------------------------------------------------------------
 
     def update(
-        self, scores: ArrayLike | Tensor, labels: Tensor | bool, *, name: str | None = None
+        self,
+        scores: ArrayLike | Tensor,
+        labels: Tensor | Sequence[Any] | np.ndarray[Any, Any] | bool,
+        *,
+        name: str | None = None,
     ) -> None:
         """Take in a batch.
 
         Args:
             scores: Any shape, float64, float32, bfloat16 or float16, higher = more ID; integers
-                become float64. +-inf are ordered like other values, -0.0 equals 0.0.
+                below 2**53 become float64. +-inf are ordered like other values, -0.0 equals 0.0.
             labels: Of the shape of ``scores``: bool, True for OOD; or integer, negative for OOD
                 (so class labels with -1 for OOD, and not 0 and 1). Or one bool for all.
-            name: Of the OOD set that the OOD scores belong to.
+            name: Of the OOD set that the OOD scores belong to; None for the set without a name,
+                beside which no other may be called ``"ood"``.
 
         Raises:
             ValueError: Shapes or devices differ; a score is NaN, with the number and the index of
                 the first, and nothing is taken in (on CUDA, which is not waited for, ``compute``
-                raises with the number).
+                raises with the number); ``name`` is one that a set cannot have.
             TypeError: Scores are bool or complex, or labels floating-point.
         """
-        scores = self._checked_scores(scores)
-        n = scores.numel()
-        rows: Tensor | int
-        if isinstance(labels, Tensor):
-            is_ood = self._checked_labels(scores, labels)
-            rows = is_ood.reshape(-1).to(torch.uint8) * self._row(name)
-        elif isinstance(labels, bool):
-            rows = self._row(name) if labels else 0
-        else:
-            raise TypeError(
-                "OODMetrics.update: labels must be a bool or integer tensor, or a bool, got "
-                f"{type(labels).__name__}"
-            )
-        scores = scores.detach().reshape(-1)
-        if n == 0:
-            return
-        if not self.exact and n >= _PENDING:
-            self._flush()
-            try:
-                self._count(scores, rows)
-            except ValueError as error:
-                message = str(error).replace("roc_histogram_", "OODMetrics.update")
-                raise ValueError(message) from None
-            return
-        if scores.is_cpu:
-            nan = scores.isnan()
-            if bool(nan.any()):
-                raise ValueError(
-                    f"OODMetrics.update: scores must not be NaN, got {int(nan.sum())} NaN, the "
-                    f"first at index {int(nan.nonzero()[0])}"
-                )
-        if isinstance(rows, int):
-            rows = torch.full((n,), rows, dtype=torch.uint8, device=scores.device)
-        self.pending_scores.append(scores.clone())
-        self.pending_rows.append(rows)
-        if len(self.pending_scores) >= 256:
-            self.pending_scores[:] = [torch.cat(self.pending_scores)]
-            self.pending_rows[:] = [torch.cat(self.pending_rows)]
-        if not self.exact and sum(t.numel() for t in self.pending_scores) >= _PENDING:
-            self._flush()
+        where = "OODMetrics.update"
+        scores = as_tensor(where, "scores", scores, self.device)
+        flag = plain(labels)
+        is_ood = None if isinstance(flag, bool) else self._is_ood(where, scores, flag)
+        state = self._state()
+        row = 0 if flag is False else _row(state, where, name)
+        rows = row if is_ood is None else is_ood.reshape(-1).to(torch.uint8) * row
+        self._add(state, scores.reshape(-1), rows, where)
 
     def update_id(self, scores: ArrayLike | Tensor) -> None:
         """Take in ID scores, as for :meth:`update`."""
@@ -191,242 +133,29 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
         """Take in scores of the OOD set ``name``, as for :meth:`update`."""
         self.update(scores, True, name=name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Result:
-        """:meth:`update`, and the figures of this batch alone: NaN where it lacks a side."""
-        if self._is_synced:
-            raise RuntimeError("OODMetrics: forward of a synced metric; unsync it first")
-        self.update(*args, **kwargs)
-        batch = OODMetrics(exact=True, tpr=self.tpr, **self._kwargs).to(self.device)
-        batch._to_sync = self.dist_sync_on_step
-        batch.update(*args, **kwargs)
-        with batch.sync_context(batch.dist_sync_fn, should_sync=batch._to_sync):
-            result = batch._result(allow_empty=True)
-        self._forward_cache: Any = result
-        self._computed: Any = None
-        return result
-
-    def _checked_scores(self, scores: ArrayLike | Tensor) -> Tensor:
-        if not isinstance(scores, Tensor):
-            scores = torch.as_tensor(scores, device=self.device)
-        if scores.dtype == torch.bool or scores.is_complex():
+    def _is_ood(self, where: str, scores: Tensor, labels: Any) -> Tensor:
+        if not isinstance(labels, (Tensor, np.ndarray, list, tuple)):
             raise TypeError(
-                f"OODMetrics.update: scores must be floating-point or integer, got {scores.dtype}"
+                f"{where}: labels must be a bool or integer tensor, or a bool, got "
+                f"{type(labels).__name__}"
             )
-        if not scores.is_floating_point():
-            scores = scores.double()
-        elif scores.itemsize < 2:
-            scores = scores.float()
-        if scores.device != self.device:
-            raise ValueError(
-                f"OODMetrics.update: scores are on {scores.device}, the metric on {self.device}: "
-                "move it with metric.to(...)"
-            )
-        return scores
-
-    def _checked_labels(self, scores: Tensor, labels: Tensor) -> Tensor:
+        if not isinstance(labels, Tensor):
+            labels = from_array(where, "labels", labels).to(scores.device)
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(
-                f"OODMetrics.update: labels must be bool (True = OOD) or integer (negative = OOD), "
+                f"{where}: labels must be bool (True = OOD) or integer (negative = OOD), "
                 f"got {labels.dtype}"
             )
         if labels.shape != scores.shape:
             raise ValueError(
-                f"OODMetrics.update: labels must have the shape of scores, {tuple(scores.shape)}, "
+                f"{where}: labels must have the shape of scores, {tuple(scores.shape)}, "
                 f"got {tuple(labels.shape)}"
             )
-        if labels.device != scores.device:
-            raise ValueError(
-                f"OODMetrics.update: labels must be on the device of scores, {scores.device}, got "
-                f"{labels.device}"
-            )
+        check_device(where, "labels", labels, "scores", scores)
         return labels if labels.dtype == torch.bool else labels < 0
 
-    def _row(self, name: str | None) -> int:
-        if name is not None and (not name or name == "average"):
-            raise ValueError(f"OODMetrics: an OOD set cannot be called {name!r}")
-        names = self._names()
-        wanted = _UNNAMED if name is None else name
-        if wanted not in names:
-            if len(names) == 254:
-                raise ValueError("OODMetrics: more than 254 OOD sets")
-            self._set_names([*names, wanted])
-            names = self._names()
-        return names.index(wanted) + 1
-
-    def _names(self) -> list[str]:
-        names: list[str] = json.loads(self.names.numpy().tobytes() or b"[]")
-        return names
-
-    def _set_names(self, names: list[str]) -> None:
-        self.names = torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8, device="cpu")
-
-    def _apply(self, fn: Callable[..., Any], exclude_state: Any = ()) -> OODMetrics:
-        # The names stay where reading them waits for no device.
-        super()._apply(fn, exclude_state=(*exclude_state, "names"))
-        return self
-
-    def set_dtype(self, dst_type: str | torch.dtype) -> OODMetrics:
-        """Do nothing: the state is made of integers."""
-        return self
-
-    # --- the bounded state --------------------------------------------------------------------
-
-    def _sketch(self) -> Sketch | None:
-        if not self.counts.numel():
-            return None
-        return Sketch(**{name: getattr(self, name) for name in _SKETCH})
-
-    def _keep(self, sketch: Sketch) -> None:
-        for name in _SKETCH:
-            setattr(self, name, getattr(sketch, name))
-
-    def _flush(self) -> None:
-        if self.pending_scores:
-            self._count(torch.cat(self.pending_scores), torch.cat(self.pending_rows))
-            self.pending_scores.clear()
-            self.pending_rows.clear()
-
-    def _count(self, scores: Tensor, rows: Tensor | int) -> None:
-        assert self._layout is not None
-        n_rows = len(self._names()) + 1
-        sketch = self._sketch()
-        first = sketch is None
-        if sketch is None:
-            sketch = Sketch.empty(self._layout, max(n_rows, self.sets + 1), self.device)
-        sketch.with_rows(n_rows)
-        sketch.count(scores, rows, self._layout, first=first)
-        if not scores.is_cpu:
-            self._counted += scores.numel()
-            if self._counted >= 2 * self._compacted:
-                self._compacted = self._counted
-                sketch.compact(self._layout)
-        self._keep(sketch)
-
-    @property
-    def state_bytes(self) -> int:
-        """Size of the state now."""
-        total = 0
-        for state in self.metric_state.values():
-            total += sum(t.nbytes for t in state) if isinstance(state, list) else state.nbytes
-        return total
-
-    # --- merging ------------------------------------------------------------------------------
-
-    def merge_state(self, incoming_state: Mapping[str, Any] | Metric) -> None:
-        """Take in what another metric has seen: the metric, or its ``metric_state``.
-
-        Raises:
-            ValueError: It is neither, or keeps scores where this one does not or the reverse.
-        """
-        if isinstance(incoming_state, OODMetrics):
-            if incoming_state.exact != self.exact:
-                raise ValueError("OODMetrics: an exact metric merges with exact ones only")
-            count, incoming_state = incoming_state._update_count, incoming_state.metric_state
-        elif isinstance(incoming_state, Mapping):
-            count = 1
-        else:
-            raise ValueError(
-                "OODMetrics: a state must be an OODMetrics or a dict, got "
-                f"{type(incoming_state).__name__}"
-            )
-        self._merge(incoming_state)
-        self._update_count += count
-        self._computed = None
-
-    def _merge(self, state: Mapping[str, Any]) -> None:
-        names: list[str] = json.loads(state["names"].cpu().numpy().tobytes() or b"[]")
-        known = self._names()
-        self._set_names(known + [name for name in names if name not in known])
-        known = self._names()
-        row_of = torch.tensor([0, *(known.index(name) + 1 for name in names)], device=self.device)
-
-        def renumbered(table: Tensor, n_rows: int) -> Tensor:
-            used = table[: len(row_of)].to(self.device)
-            out = used.new_zeros((n_rows, *table.shape[1:]))
-            out[row_of[: len(used)]] = used
-            return out
-
-        n_rows = len(known) + 1
-        for scores, rows in zip(state["pending_scores"], state["pending_rows"], strict=True):
-            self.pending_scores.append(scores.to(self.device, copy=True))
-            self.pending_rows.append(row_of.to(torch.uint8)[rows.to(self.device).long()])
-        if state["archive_codes"].numel():
-            self._archive(
-                state["archive_codes"].to(self.device),
-                renumbered(state["archive_counts"], n_rows),
-                renumbered(state["archive_facts"], n_rows),
-            )
-        if not state["counts"].numel():
-            return
-        other = Sketch(**{name: state[name].to(self.device) for name in _SKETCH})
-        other.counts = renumbered(other.counts, max(n_rows, self.sets + 1))
-        own = self._sketch()
-        if own is None:
-            other = Sketch(**{n: getattr(other, n).clone() for n in _SKETCH})
-            self._keep(other)
-        elif own.same_table(other):
-            own.with_rows(other.counts.shape[0])
-            other.with_rows(own.counts.shape[0])
-            low_bits = own.facts[:, -1] | other.facts[:, -1]
-            own.counts += other.counts
-            own.facts[:, -1] = low_bits
-            self._keep(own)
-        else:
-            cells = other.cells()
-            self._archive(
-                torch.from_numpy(cells.codes).to(self.device),
-                torch.from_numpy(cells.counts).to(self.device),
-                other.facts,
-            )
-
-    def _archive(self, codes: Tensor, counts: Tensor, facts: Tensor) -> None:
-        """Put counts aside whose intervals the sketch does not have."""
-        if not self.archive_codes.numel():
-            self.archive_codes, self.archive_counts, self.archive_facts = codes, counts, facts
-            return
-        n_rows = max(len(counts), len(self.archive_counts))
-
-        def padded(t: Tensor) -> Tensor:
-            return torch.nn.functional.pad(t, (0, 0, 0, n_rows - len(t)))
-
-        total = Cells.sum(
-            [
-                Cells.of_codes(self.archive_codes, padded(self.archive_counts)),
-                Cells.of_codes(codes, padded(counts)),
-            ]
-        )
-        own, other = padded(self.archive_facts), padded(facts)
-        self.archive_codes = torch.from_numpy(total.codes).to(self.device)
-        self.archive_counts = torch.from_numpy(total.counts).to(self.device)
-        self.archive_facts = own + other
-        self.archive_facts[:, -1] = own[:, -1] | other[:, -1]
-
-    def _sync_dist(
-        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
-    ) -> None:
-        buffer = io.BytesIO()
-        torch.save(self.metric_state, buffer)
-        packed = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
-        gathered = dist_sync_fn(packed.to(self.device), group=process_group or self.process_group)
-        for name, default in self._defaults.items():
-            setattr(self, name, default.clone() if isinstance(default, Tensor) else [])
-        for data in gathered:
-            state = torch.load(
-                io.BytesIO(data.cpu().numpy().tobytes()), map_location="cpu", weights_only=True
-            )
-            self._merge(state)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.names = self.names.cpu()
-        self._computed = None
-        if self.names.numel() or self.counts.numel() or self.pending_scores:
-            self._update_count = max(1, self._update_count)
-
-    def reset(self) -> None:
-        """Forget all scores and the names of the sets."""
-        super().reset()
-        self._compacted, self._counted = 0, 0
+    def _for_batch(self) -> OODMetrics:
+        return OODMetrics(exact=True, tpr=self.tpr, **self._kwargs)
 
     # --- figures ------------------------------------------------------------------------------
 
@@ -440,7 +169,7 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: There are no ID or no OOD scores, or NaN was among them (see ``update``).
         """
-        return self._result(allow_empty=False)
+        return self._result("OODMetrics.compute", allow_empty=False)
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the ROC curve of each OOD set (TPR = share of ID kept); needs matplotlib.
@@ -448,35 +177,18 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
         The line is drawn over the band in which the true curve lies.
 
         Args:
-            ax: Where; None for a new figure.
+            ax: Where; None for a new figure, which belongs to no global state.
 
         Returns:
             The figure and the axes.
-        """
-        from matplotlib import pyplot as plt
 
-        if ax is None:
-            _, ax = plt.subplots(figsize=(5, 5), layout="constrained")
+        Raises:
+            ValueError: As :meth:`compute`.
+            ImportError: matplotlib is missing.
+        """
+        where = "OODMetrics.plot"
         with self._synced():
-            sides = self._sides()
-            for name, (row, side) in sides.items():
-                auroc = self._figures(row, side)["auroc"]
-                outer, middle, inner = curves(side)
-                label = f"{name}: " if name != _UNNAMED else ""
-                digits = f"{auroc.estimate:.4f}"
-                if auroc.lower < auroc.upper:
-                    digits += f" \N{PLUS-MINUS SIGN} {(auroc.upper - auroc.lower) / 2:.0e}"
-                (line,) = ax.plot(*middle, lw=1.5, label=f"{label}AUROC {digits}")
-                band = np.concatenate((outer, inner[:, ::-1]), 1)
-                ax.fill(*band, color=line.get_color(), alpha=0.25, lw=0)
-        ax.axhline(self.tpr, color="0.6", lw=0.8, ls=":")
-        ax.plot([0, 1], [0, 1], color="0.6", lw=0.8, ls="--")
-        ax.set(xlabel="FPR: share of OOD kept", ylabel="TPR: share of ID kept")
-        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-        ax.legend(loc="lower right", frameon=False)
-        figure = ax.get_figure(root=True)
-        assert figure is not None
-        return figure, ax
+            return self._draw(where, self._used_sides(where, allow_empty=False), ax)
 
     def id_counts(self) -> CountedScores:
         """How many ID scores lie where, for :meth:`oodkernels.Threshold.from_metric`.
@@ -487,95 +199,48 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
             ValueError: NaN was among the scores (see ``update``).
         """
         with self._synced():
-            _, side = next(iter(self._sides(allow_empty=True).values()))
-            binned = bool(self.counts.numel() or self.archive_codes.numel())
-            kept = [torch.empty(0, dtype=s.dtype) for s in self.pending_scores]
-        dtype = torch.float32 if binned or not kept else torch.cat(kept).dtype
+            _, side = next(iter(self._sides("OODMetrics.id_counts").values()))
+            state = self._state()
+            pending = state.pending()
+        kept = pending is not None and not state.binned
+        dtype = pending[0].dtype if kept and pending is not None else torch.float32
         return CountedScores(side.n_id, side.decode(side.low)[0], side.decode(side.high)[1], dtype)
 
-    def _synced(self) -> Any:
-        return self.sync_context(
-            self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        )
+    def levels(self) -> dict[str, ScoreLevels]:
+        """The scores so far by OOD set, ``"ood"`` being the unnamed: what a histogram is made of.
 
-    def _sides(self, *, allow_empty: bool = False) -> dict[str, tuple[int, Intervals]]:
-        """Row and intervals, ID against OOD, of each OOD set by name."""
-        names = self._names() or [_UNNAMED]
-        n_rows = len(names) + 1
-        facts, parts = np.zeros((n_rows, N_FACTS), np.int64), []
-        if (sketch := self._sketch()) is not None:
-            sketch.with_rows(n_rows)
-            facts = _sum_facts(facts, sketch.facts)
-            cells = sketch.cells()
-            parts.append(Cells(cells.key, cells.shift, cells.counts[:n_rows]))
-        if self.archive_codes.numel():
-            facts = _sum_facts(facts, self.archive_facts)
-            counts = torch.nn.functional.pad(
-                self.archive_counts, (0, 0, 0, n_rows - len(self.archive_counts))
-            )
-            parts.append(Cells.of_codes(self.archive_codes, counts))
-        scores = rows = None
-        refused = int(facts[:, 1].sum())
-        if self.pending_scores:
-            scores, rows = torch.cat(self.pending_scores), torch.cat(self.pending_rows)
-            refused += int(scores.isnan().sum())
-        if refused:
-            raise ValueError(f"OODMetrics.compute: scores must not be NaN, got {refused} NaN")
+        Raises:
+            ValueError: As :meth:`compute`.
+        """
+        where = "OODMetrics.levels"
+        result = {}
+        with self._synced():
+            for name, (_, side) in self._used_sides(where, allow_empty=False).items():
+                order = np.argsort(side.low, kind="stable")
+                values = side.decode(side.low[order])[0]
+                result[name or "ood"] = ScoreLevels(values, side.n_id[order], side.n_ood[order])
+        return result
 
-        make = self._kept(scores, rows, n_rows)
-        if parts:
-            if scores is not None and rows is not None:
-                parts.append(Cells.of_scores(scores, rows, n_rows))
-                bits = scores.float().cpu().view(torch.int32).numpy()
-                facts[0, 2] += int((scores.float().to(scores.dtype) != scores).sum())
-                facts[0, 3] |= int(np.bitwise_or.reduce(bits)) & 0xFFFF
-            low_bits, rounded = int(np.bitwise_or.reduce(facts[:, 3])), bool(facts[:, 2].any())
-            total = Cells.sum(parts)
-
-            def make(row: int) -> Intervals:
-                return total.intervals(row, low_bits, rounded)
-
-        sides = {name: (row, make(row)) for row, name in enumerate(names, 1)}
-        if len(sides) > 1 and _UNNAMED in sides and not sides[_UNNAMED][1].n_ood.any():
-            del sides[_UNNAMED]
+    def _used_sides(self, where: str, *, allow_empty: bool) -> dict[str, tuple[int, Intervals]]:
+        sides = self._sides(where)
+        if len(sides) > 1 and UNNAMED in sides and not sides[UNNAMED][1].n_ood.any():
+            del sides[UNNAMED]
         for name, (_, side) in sides.items():
             for kind, n in (("ID", side.n_id), ("OOD", side.n_ood)):
                 if not allow_empty and not n.any():
                     of = f" of {name!r}" if name and kind == "OOD" else ""
-                    raise ValueError(f"OODMetrics.compute: there are no {kind} scores{of} yet")
+                    raise ValueError(
+                        f"{where}: there are no {kind} scores{of} yet: in labels, OOD is True, or "
+                        "negative (0 and 1 are classes)"
+                    )
         return sides
 
-    def _kept(
-        self, scores: Tensor | None, rows: Tensor | None, n_rows: int
-    ) -> Callable[[int], Intervals]:
-        """Intervals from nothing but scores that are kept as they are."""
-        values, places = np.zeros(0), np.zeros(0, np.int64)
-        counts = np.zeros((n_rows, 0), np.int64)
-        if scores is not None and rows is not None:
-            values, places = np.unique(scores.double().cpu().numpy(), return_inverse=True)
-            counts = np.zeros((n_rows, values.size), np.int64)
-            np.add.at(counts, (rows.cpu().numpy(), places), 1)
-        point = np.arange(values.size)
-
-        def decode(coordinates: Ints) -> tuple[Floats, Floats]:
-            return values[coordinates], values[coordinates]
-
-        return lambda row: Intervals(point, point, counts[0], counts[row], decode)
-
-    def _figures(self, row: int, side: Intervals) -> dict[str, Bounded]:
-        if not side.n_id.any() or not side.n_ood.any():
-            return dict.fromkeys(FIGURES, Bounded(math.nan, math.nan, math.nan))
-        if self.counts.numel() or self.archive_codes.numel():
-            return figures(side, self.tpr)
-        scores, rows = torch.cat(self.pending_scores), torch.cat(self.pending_rows)
-        exact = ood_metrics(scores[rows == 0], scores[rows == row], tpr=self.tpr)
-        return {name: Bounded(v, v, v) for name in FIGURES for v in [getattr(exact, name)]}
-
-    def _result(self, *, allow_empty: bool) -> Result:
+    def _result(self, where: str, *, allow_empty: bool) -> Result:
         fpr = fpr_name(self.tpr)
         names = {"fpr_at_tpr": fpr, "fpr_out_at_tpr": f"{fpr}_out"}
         results: dict[str, dict[str, float]] = {}
-        for name, (row, side) in self._sides(allow_empty=allow_empty).items():
+        sides = self._used_sides(where, allow_empty=allow_empty)
+        for name, (row, side) in sides.items():
             result: dict[str, float] = {}
             for figure, bounded in self._figures(row, side).items():
                 key = names.get(figure, figure)
@@ -584,7 +249,7 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
                 result[f"{key}_upper"] = bounded.upper
             counts = {"n_id": int(side.n_id.sum()), "n_ood": int(side.n_ood.sum())}
             results[name or "ood"] = {**result, **counts}
-        if list(results) == ["ood"] and self._names() in ([], [_UNNAMED]):
+        if self._state().set_names() in ([], [UNNAMED]):
             return results["ood"]
         keys = [k for k in next(iter(results.values())) if not k.startswith(_NOT_AVERAGED)]
         ordered = [results[name] for name in sorted(results)]
@@ -592,21 +257,14 @@ class OODMetrics(Metric):  # type: ignore[misc, unused-ignore]
         return {**results, "average": average}
 
 
-def _sum_facts(a: Ints, b: Tensor) -> Ints:
-    other = b[: len(a)].cpu().numpy()
-    padded = np.zeros_like(a)
-    padded[: len(other)] = other
-    total = a + padded
-    total[:, 3] = a[:, 3] | padded[:, 3]
-    return total
-
-
-def _parse_bytes(memory: int | str) -> int:
-    if isinstance(memory, int) and not isinstance(memory, bool):
-        return memory
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", str(memory), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"OODMetrics: memory must be a size such as '16MiB', got {memory!r}")
-    number, unit, binary = match.groups()
-    power = " kmg".index(unit.lower()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+def _row(state: StreamState, where: str, name: str | None) -> int:
+    """The row of an OOD set by its name, made where there is none."""
+    name = plain(name)
+    if name is None:
+        name = UNNAMED
+    elif not isinstance(name, str) or name in ("", "average"):
+        raise ValueError(f"{where}: an OOD set cannot be called {name!r}")
+    if name not in (names := state.set_names()):
+        state.add_sets([name], where)
+        names = state.set_names()
+    return names.index(name) + 1

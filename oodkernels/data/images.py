@@ -1,0 +1,412 @@
+"""Images in folders, lists of files and WebDataset shards, and their way to a tensor.
+
+Needs Pillow; shards need webdataset, augmentation torchvision (all of the extra ``vision``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from oodkernels._optional import require
+from oodkernels.data.arrays import PathLike, reason
+from oodkernels.data.samples import match_classes
+
+Transform: TypeAlias = Callable[[Any], Tensor]
+
+__all__ = ["ImageFiles", "ImageSample", "OnRGB", "Shards", "ToTensor", "augmented", "open_images"]
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+NO_LABEL = -1
+MAX_SHARDS = 1_000_000
+
+
+class ImageSample(NamedTuple):
+    """An image on its way to the model."""
+
+    image: Tensor
+    label: int
+    name: str
+
+
+# --- pixels -----------------------------------------------------------------------------------
+
+
+def to_rgb(image: Any) -> Any:
+    """A PIL image with three channels of eight bits; sixteen are scaled by their range.
+
+    Raises:
+        ValueError: The range of its numbers is not known: 32-bit integers, floats.
+    """
+    from PIL import Image
+
+    sixteen = image.mode.startswith("I;16") or (
+        # Pillow gives the 16 bits of these formats, which have no more, as 32.
+        image.mode == "I" and image.format in ("PNG", "PPM")
+    )
+    if sixteen:
+        pixels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    elif image.mode.partition(";")[0] in ("I", "F"):
+        raise ValueError(
+            f"its numbers have no known range (mode {image.mode}): save it with 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ToTensor:
+    """A PIL image to a normalised tensor (3, size, size), as ImageNet classifiers want it.
+
+    The shorter side is resized to ``size / crop`` with a bicubic filter, the centre cut out. It is
+    here, and not torchvision's, so that extracting with a model of one's own needs no more than
+    Pillow.
+
+    Attributes:
+        size: Side of the image that the model sees.
+        crop: Share of the shorter side that is kept.
+        mean: Of the channels, of values in [0, 1].
+        std: Of the channels.
+    """
+
+    size: int = 224
+    crop: float = 0.875
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __call__(self, image: Any) -> Tensor:
+        """(3, size, size) float32."""
+        from PIL import Image
+
+        scale = round(self.size / self.crop) / min(image.size)
+        width, height = (max(self.size, round(side * scale)) for side in image.size)
+        image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(np.asarray(image, np.float32) / 255)
+        normal = (pixels - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return normal.permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class OnRGB:
+    """A transform that is given every image as :class:`ToTensor` would read it.
+
+    Attributes:
+        transform: PIL image with three channels of eight bits -> tensor.
+    """
+
+    transform: Transform
+
+    def __call__(self, image: Any) -> Tensor:
+        """What the transform makes of it."""
+        return self.transform(to_rgb(image))
+
+
+def augmented(model: nn.Module, transform: Transform) -> Transform:
+    """How a model wants its images in training, if it has ``transform`` otherwise.
+
+    For a :class:`ToTensor` a random part of the image, mirrored half the time, instead of its
+    centre (torchvision's ``RandomResizedCrop``, after Szegedy et al., CVPR 2015).
+
+    Raises:
+        ValueError: That is neither a :class:`ToTensor` nor timm's.
+        ModuleNotFoundError: torchvision is missing.
+    """
+    if isinstance(transform, ToTensor):
+        v2 = require("torchvision.transforms.v2", "vision", "augmented: random crops")
+        steps = [
+            v2.RandomResizedCrop(transform.size, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(transform.mean, transform.std),
+        ]
+        return OnRGB(v2.Compose(steps))
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError("augmented: the model has a transform of its own, which has to do that")
+    data = require("timm.data", "vision", "augmented")
+    wanted = data.resolve_model_data_config(model)
+    return OnRGB(data.create_transform(**wanted, is_training=True))
+
+
+@contextmanager
+def _naming(name: str, what: str) -> Iterator[None]:
+    """Whatever Pillow or a transform raises, as a ValueError that names the image."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except MemoryError:
+        raise ValueError(f"cannot {what} the image {name}: it takes too much memory") from None
+    except Exception as error:
+        raise ValueError(f"cannot {what} the image {name}: {reason(error)}") from error
+
+
+def _decode(source: Any, name: str, transform: Transform) -> Tensor:
+    pillow = require("PIL.Image", "vision", "images: their reading")
+    operations = require("PIL.ImageOps", "vision", "images: their reading")
+    with _naming(name, "read"):
+        image = pillow.open(source)
+    with image:
+        with _naming(name, "read"):
+            image.load()
+            operations.exif_transpose(image, in_place=True)
+        with _naming(name, "transform"):
+            return transform(image)
+
+
+# --- sources ----------------------------------------------------------------------------------
+
+
+class ImageFiles(Dataset[ImageSample]):
+    """Images in files, by their paths. They are turned as their EXIF data say.
+
+    Args:
+        paths: The files.
+        labels: Class id of each, -1 for none.
+        class_names: Names of the class ids; None where they are not known.
+        transform: PIL image -> tensor.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        class_names: Sequence[str] | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        self.paths, self.labels = list(paths), list(labels)
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.transform = transform or ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> ImageSample:
+        path = self.paths[index]
+        image = _decode(path, str(path), self.transform)
+        return ImageSample(image, self.labels[index], str(path))
+
+    def matched(self, class_names: Sequence[str], where: str) -> ImageFiles:
+        """The same images, with labels that count ``class_names``, by the names of their folders.
+
+        Args:
+            class_names: Those of a model.
+            where: What the images are of, for messages.
+
+        Raises:
+            ValueError: A folder is none of them, or the folders have no names.
+        """
+        if self.class_names is None:
+            raise ValueError(f"{where}: images must be in a folder per class to be matched by name")
+        try:
+            ids = match_classes(self.class_names, class_names, where)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (a list of files takes OOD images whatever they are)"
+            ) from None
+        labels = [label if label < 0 else ids[label] for label in self.labels]
+        return ImageFiles(self.paths, labels, class_names, self.transform)
+
+    def digest(self) -> str:
+        """Changes with the files and their labels."""
+        text = "\n".join(f"{p} {y}" for p, y in zip(self.paths, self.labels, strict=True))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+class Shards(IterableDataset[ImageSample]):
+    """Images in WebDataset shards: ``.tar`` files with ``key.jpg`` and ``key.cls``.
+
+    Args:
+        urls: The shards, with braces as in ``train-{000..099}.tar``.
+        transform: PIL image -> tensor.
+        shell: Whether they may be more than files: webdataset runs what follows ``pipe:`` in a
+            shell, and a program of its own for ``https:``, ``s3:`` and the like.
+
+    Raises:
+        ValueError: There are none, or they are no files and ``shell`` is not given.
+        ImportError: webdataset is missing.
+    """
+
+    class_names: tuple[str, ...] | None = None
+
+    def __init__(self, urls: str, transform: Transform | None = None, shell: bool = False) -> None:
+        self.urls, self.transform = urls, transform or ToTensor()
+        self.start = 0
+        expand = require("braceexpand", "vision", f"{urls}: its reading").braceexpand
+        self.shards = list(itertools.islice(expand(urls), MAX_SHARDS + 1))
+        if len(self.shards) > MAX_SHARDS:
+            raise ValueError(f"open_images: {urls} must be at most {MAX_SHARDS} shards")
+        for shard in self.shards:
+            if not shell and ("::" in shard or re.match(r"\s*\w{2,}:", shard)):
+                raise ValueError(
+                    f"open_images: {shard[:80]!r} must be a file: what webdataset runs in a shell "
+                    "has to be allowed (shell=True, --allow-shell)"
+                )
+            if not shell and not Path(shard).is_file():
+                raise FileNotFoundError(2, "there is no such file", shard)
+
+    def __iter__(self) -> Iterator[ImageSample]:
+        library = require("webdataset", "vision", f"{self.urls}: its reading")
+        data = library.WebDataset(self.shards, shardshuffle=False, empty_check=False)
+        for item in itertools.islice(filter(_is_shown, self._items(data)), self.start, None):
+            name = f"{item['__url__']}: {item['__key__']}"
+            with _naming(name, "read"):
+                image = next((v for k, v in item.items() if f".{k.lower()}" in IMAGES), None)
+                if image is None:
+                    raise ValueError("there is no image")
+                label = int(item["cls"]) if "cls" in item else NO_LABEL
+            image = _decode(io.BytesIO(image), name, self.transform)
+            yield ImageSample(image, label, item["__key__"])
+
+    def _items(self, data: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from data
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:
+            raise ValueError(f"cannot read the shards {self.urls}: {reason(error)}") from error
+
+    def digest(self) -> str:
+        """Changes with the shards' names."""
+        return hashlib.sha256(self.urls.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _is_shown(item: dict[str, Any]) -> bool:
+    return not _is_hidden(Path(item["__key__"]))
+
+
+def open_images(
+    source: PathLike,
+    transform: Transform | None = None,
+    root: PathLike | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    shell: bool = False,
+) -> ImageFiles | Shards:
+    """Images of a folder, of a list of files, or of WebDataset shards.
+
+    Names that begin with a dot, and ``__MACOSX``, do not count.
+
+    Args:
+        source: A folder with a folder per class, or of images without labels; a text file with
+            ``path`` or ``path label`` a line, separated by spaces, a tab or a comma; or ``.tar``
+            files, with braces.
+        transform: PIL image -> tensor; by default :class:`ToTensor`.
+        root: What the paths of a list are relative to; by default the list's folder.
+        class_names: Names of the classes, such as those of the training run, whose numbers the
+            folders get; by default the folders' own sorted names.
+        shell: As for :class:`Shards`.
+
+    Raises:
+        ValueError: There are no images; a class has none, or is not among ``class_names``; a line
+            of the list is not as above.
+        OSError: The folder or list cannot be read.
+    """
+    if re.search(r"\.tar(\.gz)?$", str(source)):
+        return Shards(str(source), transform, shell)
+    path = Path(source)
+    if not path.is_dir():
+        if path.exists() and not path.is_file():
+            raise ValueError(f"open_images: {path} must be a folder or a file")
+        paths, labels = _listed(path, path.parent if root is None else Path(root))
+        found = ImageFiles(paths, labels, None, transform)
+    else:
+        found = ImageFiles(*_folder(path), transform)
+    if not found.paths:
+        raise ValueError(f"open_images: {path} must hold images ({', '.join(IMAGES)}), it has none")
+    if class_names is not None and found.class_names is not None:
+        return found.matched(class_names, str(path))
+    return found
+
+
+def class_folders(path: Path) -> list[str]:
+    """Names of the folders of classes in a folder, sorted."""
+    return sorted(e.name for e in path.iterdir() if e.is_dir() and not _is_hidden(Path(e.name)))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _folder(path: Path) -> tuple[list[Path], list[int], list[str] | None]:
+    classes = class_folders(path)
+    if not classes:
+        return (found := _images(path)), [NO_LABEL] * len(found), None
+    beside = [e.name for e in path.iterdir() if e.suffix.lower() in IMAGES and e.is_file()]
+    if beside := [name for name in beside if not _is_hidden(Path(name))]:
+        raise ValueError(
+            f"open_images: {path} must hold images or a folder per class, got both: "
+            f"{min(beside)} beside {classes[0]}"
+        )
+    found, labels = [], []
+    for label, name in enumerate(classes):
+        own = _images(path / name)
+        if not own:
+            raise ValueError(
+                f"open_images: {path / name} must hold images, as a folder of a class, it has none"
+            )
+        found += own
+        labels += [label] * len(own)
+    return found, labels, classes
+
+
+def _images(path: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in IMAGES
+        and not _is_hidden(file.relative_to(path))
+        and file.is_file()
+    )
+
+
+_LINE = re.compile(r"(?P<name>.*?)(?:\s*[,\t]\s*|\s+)(?P<label>-?\d+)")
+
+
+def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
+    paths, labels = [], []
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    labelled: bool | None = None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not (line := line.strip()):
+            continue
+        match = _LINE.fullmatch(line)
+        name, label = (match["name"], int(match["label"])) if match else (line, NO_LABEL)
+        if Path(name).suffix.lower() not in IMAGES and (match or not os.path.isfile(root / name)):
+            raise ValueError(
+                f"open_images: {path}: line {number} must be `path` or `path label`, of an image "
+                f"({', '.join(IMAGES)}), got {line[:80]!r}"
+            )
+        if label < NO_LABEL:
+            raise ValueError(f"open_images: {path}: line {number} must end in a class id")
+        if labelled not in (None, bool(match)):
+            raise ValueError(
+                f"open_images: {path}: line {number} {'has a' if match else 'has no'} label, "
+                "unlike those before it: write -1 for none"
+            )
+        labelled = bool(match)
+        paths.append(root / name)
+        labels.append(label)
+    return paths, labels
+
+
+def one_line(text: str) -> str:
+    """Text without line ends, or bytes that are no text, for a file with one name a line."""
+    escaped = text.replace("\\", "\\\\") if os.sep != "\\" else text
+    escaped = escaped.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
