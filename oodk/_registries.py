@@ -50,6 +50,7 @@ def _options(found: Any) -> str:
 REGISTRIES = {
     "conventions": Registry("oodkernels.metrics.ood", "CONVENTIONS"),
     "detectors": Registry("oodkernels.detectors", "DETECTORS"),
+    "extract_formats": Registry("oodkernels.data", "EXTRACT_FORMATS"),
     "formats": Registry("oodkernels.data", "FORMATS"),
     "kinds": Registry("oodkernels.data", "ROLES"),
     "objective_options": Registry("oodkernels.training", "OBJECTIVES", _options),

@@ -27,6 +27,7 @@ from oodkernels.detectors.base import (
 )
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.covariance import Mahalanobis
+from oodkernels.detectors.gaussians import RMDS, MahalanobisPlusPlus, RMDSPlusPlus
 from oodkernels.detectors.gradients import ODIN
 from oodkernels.detectors.head import Head, HeadDetector
 from oodkernels.detectors.logits import (
@@ -43,6 +44,7 @@ from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, ru
 from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReAct
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
+from oodkernels.detectors.subspaces import NECO, CoP, CoRP, Residual, ViM
 
 __all__ = [
     "ASHB",
@@ -57,8 +59,10 @@ __all__ = [
     "MOS",
     "MSP",
     "NCI",
+    "NECO",
     "ODIN",
     "PNML",
+    "RMDS",
     "SCALE",
     "SHE",
     "VRA",
@@ -67,6 +71,8 @@ __all__ = [
     "Batch",
     "CADRef",
     "ClassStatistics",
+    "CoP",
+    "CoRP",
     "ConfidenceBranch",
     "DetectorSpec",
     "Energy",
@@ -77,6 +83,7 @@ __all__ = [
     "HeadDetector",
     "MOSLogOdds",
     "Mahalanobis",
+    "MahalanobisPlusPlus",
     "MaxLogit",
     "Model",
     "NotFittedError",
@@ -86,7 +93,10 @@ __all__ = [
     "Outputs",
     "Prediction",
     "PytorchOODDetector",
+    "RMDSPlusPlus",
     "ReAct",
+    "Residual",
+    "ViM",
     "as_pytorch_ood",
     "extract",
     "register",
