@@ -131,7 +131,7 @@ def evaluate(
     from oodkernels.evaluation import combine
     from oodkernels.evaluation import evaluate as run
 
-    sets = pairs("--ood", ood, stem=True)
+    sets = pairs("--ood", ood, lambda path: path.stem)
     if out is not None:
         require_writable(out)
     if name is not None and len(inputs.models) > 1:
