@@ -40,6 +40,13 @@ from oodkernels.detectors.logits import (
     MOSLogOdds,
 )
 from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.probabilities import (
+    GEN,
+    KLMatching,
+    OpenMax,
+    TemperatureScaling,
+    WeightedEnergy,
+)
 from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReAct
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
@@ -52,6 +59,7 @@ __all__ = [
     "DICE",
     "FAMILIES",
     "FDBD",
+    "GEN",
     "KNN",
     "LTS",
     "MOS",
@@ -75,18 +83,22 @@ __all__ = [
     "GradNorm",
     "Head",
     "HeadDetector",
+    "KLMatching",
     "MOSLogOdds",
     "Mahalanobis",
     "MaxLogit",
     "Model",
     "NotFittedError",
     "OODDetector",
+    "OpenMax",
     "OptFS",
     "Option",
     "Outputs",
     "Prediction",
     "PytorchOODDetector",
     "ReAct",
+    "TemperatureScaling",
+    "WeightedEnergy",
     "as_pytorch_ood",
     "extract",
     "register",
