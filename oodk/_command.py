@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,7 +102,9 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except (*_BUGS, typer.Abort, typer.Exit, typer.BadParameter, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
@@ -117,6 +120,10 @@ class Group(TyperGroup):
             message = str(error) if isinstance(error, CommandError) else reason(error)
             typer.echo(f"oodk {ctx.invoked_subcommand}: {_with_cure(error, message)}", err=True)
             raise typer.Exit(1) from None
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    typer.echo(f"oodk: warning: {printable(' '.join(str(message).split()))}", err=True)
 
 
 def one_of(registry: str) -> Callable[[str], str]:

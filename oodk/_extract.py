@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from oodk._command import step
+from oodk._command import one_of, step
 from oodk._common import (
     ConfigOption,
     QuietOption,
@@ -26,19 +26,20 @@ from oodk._images import (
 from oodk._output import print_path
 
 
-class Format(str, Enum):
-    """Of the output."""
-
-    safetensors = "safetensors"
-    npy = "npy"
-
-
 class DType(str, Enum):
     """Of the output."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+def _said_here(ctx: typer.Context, param: typer.CallbackParam, value: bool) -> bool:
+    """A configuration file may come from somebody else, and is not to run commands."""
+    source = ctx.get_parameter_source(str(param.name))
+    if value and source is not None and source.name != "COMMANDLINE":
+        raise typer.BadParameter("must be given on the command line, got it from a file")
+    return value
 
 
 def extract(
@@ -71,12 +72,15 @@ def extract(
     size: SizeOption = None,
     dtype: Annotated[DType, typer.Option(help="Type of what is written.")] = DType.float16,
     file_format: Annotated[
-        Format,
+        str,
         typer.Option(
             "--format",
-            help="One samples.safetensors, or a .npy for each of logits, features and labels.",
+            parser=one_of("extract_formats"),
+            metavar="NAME",
+            help="Of {extract_formats}: one samples.safetensors, or a .npy for each of logits, "
+            "features and labels.",
         ),
-    ] = Format.safetensors,
+    ] = "safetensors",
     classes: Annotated[
         Path | None,
         typer.Option(
@@ -90,7 +94,9 @@ def extract(
         bool,
         typer.Option(
             "--allow-shell",
-            help="Let shards be more than files: commands (`pipe:`) and addresses.",
+            callback=_said_here,
+            help="Let shards be more than files: commands (`pipe:`) and addresses. Only on the "
+            "command line.",
         ),
     ] = False,
     batch_size: Annotated[
@@ -130,7 +136,7 @@ def extract(
         read_class_names,
     )
 
-    if dtype is DType.bfloat16 and file_format is Format.npy:
+    if dtype is DType.bfloat16 and file_format == "npy":
         raise typer.BadParameter(".npy has no bfloat16", param_hint="'--dtype'")
     require_writable(out)
     how = Images(str(model), weights, size, batch_size, workers, device, allow_shell)
@@ -153,7 +159,7 @@ def extract(
         absent_column=None if meaning is None else meaning.absent_column,
         groups=None if meaning is None or meaning.groups is None else meaning.groups.to_json(),
     )
-    if not is_extracted(out, plan, file_format.value):
+    if not is_extracted(out, plan, file_format):
         write_config(ctx, out)
     total = None if isinstance(images, Shards) else len(images)
     with step("extract to", out), progress(not quiet) as shown:
@@ -163,7 +169,7 @@ def extract(
             images,
             out,
             plan,
-            file_format=file_format.value,
+            file_format=file_format,
             batch_size=batch_size,
             part_size=part_size,
             workers=workers,

@@ -37,10 +37,22 @@ class Registry(NamedTuple):
         return self.describe(self.found())
 
 
+def _options(found: Any) -> str:
+    """The objectives as a list, with what they need and can be set to."""
+    lines = []
+    for spec in found.values():
+        needs = f" Needs {', '.join(sorted(spec.needs))}." if spec.needs else ""
+        options = [f"`{k}={v}`" for k, v in spec.options.items() if k not in spec.needs]
+        lines.append(f"* `{spec.name}`: {spec.summary}{needs} {', '.join(options)}".rstrip())
+    return "\n\n".join(lines)
+
+
 REGISTRIES = {
     "conventions": Registry("oodkernels.metrics.ood", "CONVENTIONS"),
     "detectors": Registry("oodkernels.detectors", "DETECTORS"),
+    "extract_formats": Registry("oodkernels.data", "EXTRACT_FORMATS"),
     "formats": Registry("oodkernels.data", "FORMATS"),
     "kinds": Registry("oodkernels.data", "ROLES"),
-    "objectives": Registry("oodkernels.training.objectives", "OBJECTIVES"),
+    "objective_options": Registry("oodkernels.training", "OBJECTIVES", _options),
+    "objectives": Registry("oodkernels.training", "OBJECTIVES"),
 }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import Enum
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,41 +21,10 @@ from oodk._common import (
     write_config,
 )
 from oodk._output import print_json, print_path
+from oodk._training_data import TrainingData
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.utils.data import DataLoader
-
-    from oodkernels import Groups
-
-_ABSENT = ("absent-class", "dos", "ntom")
-_CANDIDATES = {"dos": 6}
-"""Outliers read for each ID sample: DOS selects one of six (Jiang et al., ICLR 2024)."""
-
-
-class Optimizer(str, Enum):
-    """Of the weights."""
-
-    sgd = "sgd"
-    adam = "adam"
-    adamw = "adamw"
-
-
-class Schedule(str, Enum):
-    """Of the learning rate."""
-
-    cosine = "cosine"
-    step = "step"
-    constant = "constant"
-
-
-class Precision(str, Enum):
-    """Of the arithmetic."""
-
-    float32 = "32-true"
-    bf16_mixed = "bf16-mixed"
-    bf16 = "bf16-true"
-    float64 = "64-true"
 
 
 def train(
@@ -81,15 +49,13 @@ def train(
         typer.Option(
             parser=one_of("objectives"),
             metavar="NAME",
-            help="What to minimise, of {objectives}; see below.",
+            help="What to minimise, of {objectives}; see above.",
         ),
     ] = "softmax",
     groups: GroupsOption = None,
     outliers: Annotated[
         str | None,
-        typer.Option(
-            help="Outliers of the same kind, for oe, energy, absent-class, dos, ntom, poem."
-        ),
+        typer.Option(help="Outliers of the same kind, for the objectives that need some."),
     ] = None,
     val: Annotated[
         str | None,
@@ -99,7 +65,7 @@ def train(
         str | None,
         typer.Option(
             help="Train a whole model on images: a timm model, or package.module:callable. "
-            "Without it a linear head is trained on features, which takes seconds.",
+            "Without it a head is trained on features, which takes seconds.",
         ),
     ] = None,
     weights: Annotated[
@@ -114,6 +80,19 @@ def train(
         int | None,
         typer.Option(min=1, help="Number of classes; by default those of the groups or labels."),
     ] = None,
+    hidden: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Width of a hidden layer of the head; give it again for more layers."
+        ),
+    ] = None,
+    standardize: Annotated[
+        bool,
+        typer.Option(
+            "--standardize",
+            help="Bring each feature to mean 0 and standard deviation 1 first; the head keeps how.",
+        ),
+    ] = False,
     size: Annotated[
         int, typer.Option(min=1, help="Side of images, for a --model without a transform.")
     ] = 224,
@@ -130,14 +109,27 @@ def train(
     outlier_batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Outliers a step; by default as many as samples, dos: six times that."
+            min=1, help="Outliers a step; by default as many for each sample as the authors'."
         ),
     ] = None,
-    optimizer: Annotated[Optimizer, typer.Option(help="Of the weights.")] = Optimizer.sgd,
+    optimizer: Annotated[str, typer.Option(help="`sgd`, `adam` or `adamw`.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 0.05,
     momentum: Annotated[float, typer.Option(min=0, help="Of SGD.")] = 0.9,
+    nesterov: Annotated[
+        bool, typer.Option("--nesterov/--no-nesterov", help="Whether it is Nesterov's.")
+    ] = True,
     weight_decay: Annotated[float, typer.Option(min=0, help="On every parameter.")] = 5e-4,
-    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate.")] = Schedule.cosine,
+    schedule: Annotated[
+        str, typer.Option(help="Of the learning rate: `cosine` to 0, `step` or `constant`.")
+    ] = "cosine",
+    milestones: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the steps after which `step` multiplies the learning rate by --gamma; "
+            "give it again for more.  [default: 0.5, 0.75, 0.9]",
+        ),
+    ] = None,
+    gamma: Annotated[float, typer.Option(help="Factor at each of --milestones.")] = 0.1,
     warmup: Annotated[
         int, typer.Option(min=0, help="Steps over which the learning rate rises.")
     ] = 0,
@@ -148,7 +140,9 @@ def train(
     ema: Annotated[
         float | None, typer.Option(help="Decay of a moving average of the weights.")
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = Precision.float32,
+    precision: Annotated[
+        str, typer.Option(help="`32-true`, `64-true`, `bf16-mixed` or `bf16-true`.")
+    ] = "32-true",
     accelerator: Annotated[
         str, typer.Option(help="auto, cpu, cuda ...; on several GPUs run it by torchrun.")
     ] = "auto",
@@ -158,6 +152,10 @@ def train(
         int | None, typer.Option(min=1, help="Steps between checkpoints, beside one an epoch.")
     ] = None,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of log.csv.")] = 50,
+    monitor: Annotated[
+        str,
+        typer.Option(help="What the best epoch is best in: `val_accuracy` or `val_loss`."),
+    ] = "val_accuracy",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")
     ] = False,
@@ -167,9 +165,9 @@ def train(
 ) -> None:
     """Train a head on extracted features in seconds, or a model on images.
 
-    Objectives: `softmax`; `mos` (Huang & Li 2021, needs --groups); with --outliers `oe` (outlier
-    exposure), `energy`, `absent-class`, `dos`, `ntom`, `poem`; `confidence` (a branch beside the
-    logits); on images `synthetic` (outliers from a GAN) and `abnormality`.
+    Objectives, what they need, and their --option with defaults:
+
+    {objective_options}
 
     Ctrl-C saves, and so does a kill at the last checkpoint: --resume goes on from there.
 
@@ -183,67 +181,65 @@ def train(
 
         oodk train --model mypackage:make --data images/train --val images/val --out runs/flat
     """
-    name = objective
-    needs_outliers = name in ("oe", "energy", "ntom", "poem", *_ABSENT[:2])
-    if needs_outliers != (outliers is not None):
-        what = "is needed" if needs_outliers else "is of no use"
-        raise typer.BadParameter(f"{what} for --objective {name}", param_hint="'--outliers'")
-    if (name == "mos") != (groups is not None):
-        what = "is needed" if name == "mos" else "is of no use"
-        raise typer.BadParameter(f"{what} for --objective {name}", param_hint="'--groups'")
-    if model is None and name in ("synthetic", "abnormality"):
-        raise typer.BadParameter(f"is needed for --objective {name}", param_hint="'--model'")
-    if epochs is not None and steps is not None:
-        raise typer.BadParameter("give --epochs or --steps, not both", param_hint="'--steps'")
-    options = {key: parse_toml(text) for key, text in pairs("--option", option or ()).items()}
-    require_writable(out)
+    from oodkernels.nn import Head, save_weights
     from oodkernels.training import (
+        OBJECTIVES,
         AbnormalityObjective,
-        MOSObjective,
         TrainConfig,
         Trainer,
         load_weights,
     )
 
-    found_groups = None if groups is None else read_groups(groups)
-    sources = {"train": data, "outliers": outliers, "val": val}
+    spec = OBJECTIVES[objective]
+    for needed, flag, given in (
+        ("outliers", "--outliers", outliers),
+        ("groups", "--groups", groups),
+        ("images", "--model", model),
+    ):
+        if needed in spec.needs and given is None:
+            raise typer.BadParameter(
+                f"is needed for --objective {objective}", param_hint=f"'{flag}'"
+            )
+        if needed not in spec.needs and given is not None and flag != "--model":
+            raise typer.BadParameter(
+                f"is of no use for --objective {objective}", param_hint=f"'{flag}'"
+            )
+    if model is not None and (hidden or standardize):
+        flag = "--hidden" if hidden else "--standardize"
+        raise typer.BadParameter("is of no use with --model", param_hint=f"'{flag}'")
+    if epochs is not None and steps is not None:
+        raise typer.BadParameter("give --epochs or --steps, not both", param_hint="'--steps'")
+    options = {key: parse_toml(text) for key, text in pairs("--option", option or ()).items()}
+    require_writable(out)
+    sources = {"train": data, "val": val, "outliers": outliers}
     sizes = {"train": batch_size, "val": batch_size}
-    sizes["outliers"] = outlier_batch_size or batch_size * _CANDIDATES.get(name, 1)
-    given = {key: value for key, value in sources.items() if value is not None}
-    if model is None:
-        network, loaders = _on_features(name, given, sizes, found_groups, classes)
-    else:
-        columns = None if found_groups is None else found_groups.width
-        network, loaders = _on_images(
-            name, model, weights, given, sizes, columns, classes, size, augment, workers
-        )
-    settings = TrainConfig(
-        objective=name,
-        options={} if name == "mos" else options,
-        epochs=epochs,
-        steps=steps,
-        optimizer=optimizer.value,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        schedule=schedule.value,
-        warmup=warmup,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-        ema=ema,
-        precision=precision.value,
-        accelerator=accelerator,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-        log_every=log_every,
+    sizes["outliers"] = outlier_batch_size or batch_size * spec.per_sample
+    task = TrainingData(
+        {key: value for key, value in sources.items() if value is not None},
+        sizes,
+        None if groups is None else read_groups(groups),
+        "absent class" in spec.needs,
+        classes,
     )
+    if model is None:
+        confidence = "confidence" in spec.needs
+        network: nn.Module = task.head(confidence, hidden or (), standardize, seed)
+    else:
+        network = task.model(model, weights, size, augment, workers, objective == "synthetic")
+    if task.groups is not None:
+        options["groups"] = task.groups.to_json()
+    own = {f.name: ctx.params.get(f.name) for f in fields(TrainConfig)}
+    own |= {"objective": objective, "options": options}
+    settings = TrainConfig(**{k: v for k, v in own.items() if v is not None})
     if resume or not (out / "last.pt").exists():  # else it is refused
         write_config(ctx, out)
-    made = None if found_groups is None else MOSObjective(found_groups, **options)
-    trainer = Trainer(network, made, settings, folder=out, progress=not quiet)
+    trainer = Trainer(network, config=settings, folder=out, progress=not quiet)
     with step("train on", data):
         result = trainer.fit(
-            loaders["train"], loaders.get("outliers"), loaders.get("val"), resume=resume
+            task.loaders["train"],
+            task.loaders.get("outliers"),
+            task.loaders.get("val"),
+            resume=resume,
         )
     if not trainer.fabric.is_global_zero:
         return
@@ -253,7 +249,19 @@ def train(
         best = result.last_path  # the best may be of the first phase, which the detector is not
     assert best is not None
     load_weights(network.cpu(), best)
-    path = _save(network, out)
+    path = out / ("head.safetensors" if isinstance(network, Head) else "model.pt")
+    with step("write", path):
+        if isinstance(network, Head):
+            network.save(path)
+        else:
+            save_weights(
+                network,
+                path,
+                task.columns,
+                absent=task.absent,
+                groups=task.groups,
+                class_names=task.names,
+            )
     last = result.history[-1]
     if as_json:
         print_json({"path": str(path), "steps": result.steps, "best": result.best, **last})
@@ -262,142 +270,3 @@ def train(
     figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
     typer.echo(f"{result.steps} steps: {figures}", err=True)
     print_path(path)
-
-
-def _on_features(
-    name: str,
-    sources: dict[str, str],
-    sizes: dict[str, int],
-    groups: Groups | None,
-    classes: int | None,
-) -> tuple[nn.Module, dict[str, DataLoader[Any]]]:
-    """A head, and loaders of what it is trained on."""
-    from oodkernels.data.samples import open_samples
-    from oodkernels.nn.heads import Head
-    from oodkernels.training import tensor_loader
-
-    loaders = {}
-    names: tuple[str, ...] | None = None
-    width = 0
-    for key, path in sources.items():
-        if not Path(path).exists():
-            option = "--data" if key == "train" else f"--{key}"
-            raise typer.BadParameter(f"there is no {path!r}", param_hint=f"'{option}'")
-        with step("read", path):
-            samples = open_samples(path, kind="features")
-            if key == "train":
-                names = samples.class_names
-            elif key == "val" and names is not None and samples.class_names is not None:
-                samples = samples.with_classes(names)
-            tensors = [samples.read("features")]
-            if key != "outliers":
-                tensors.append(samples.read("labels"))
-        if key == "train":
-            width = tensors[0].shape[1]
-            if groups is not None:
-                classes = groups.num_classes
-            classes = classes or (len(names) if names else int(tensors[1].max()) + 1)
-        wrong = (tensors[-1] < 0) | (tensors[-1] >= (classes or 0))
-        if key != "outliers" and bool(wrong.any()):
-            first = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"{path}: labels must be class ids 0..{(classes or 0) - 1}, got "
-                f"{int(tensors[1][first])} for sample {first}"
-            )
-        if tensors[0].shape[1] != width:
-            raise ValueError(
-                f"{path}: features must have width {width}, as those of --data, got "
-                f"{tensors[0].shape[1]}"
-            )
-        loaders[key] = tensor_loader(*tensors, batch_size=sizes[key], shuffle=key != "val")
-    assert classes is not None
-    columns = groups.width if groups is not None else classes + (name in _ABSENT)
-    head = Head(
-        width,
-        columns,
-        groups,
-        name == "confidence",
-        absent=groups is None and name in _ABSENT,
-        class_names=names,
-    )
-    return head, loaders
-
-
-def _on_images(
-    name: str,
-    spec: str,
-    weights: Path | None,
-    sources: dict[str, str],
-    sizes: dict[str, int],
-    columns: int | None,
-    classes: int | None,
-    size: int,
-    augment: bool,
-    workers: int,
-) -> tuple[nn.Module, dict[str, DataLoader[Any]]]:
-    """A model, and loaders of the images it is trained on."""
-    from torch.utils.data import DataLoader
-
-    from oodkernels.data import (
-        ImageFiles,
-        Shards,
-        ToTensor,
-        augmented,
-        load_model,
-        open_images,
-    )
-
-    opened = {}
-    names: Sequence[str] | None = (
-        None  # of the classes of the training set, to which those of the others are matched
-    )
-    for key in sorted(sources, key=("train", "val", "outliers").index):
-        opened[key] = open_images(sources[key], class_names=names if key == "val" else None)
-        names = opened["train"].class_names
-    for key, images in opened.items():
-        if key != "outliers" and isinstance(images, ImageFiles) and min(images.labels) < 0:
-            raise ValueError(f"{sources[key]}: images must have labels")
-    if classes is None and isinstance(images := opened["train"], ImageFiles):
-        classes = len(names) if names is not None else max(images.labels) + 1
-    if columns is None and classes is not None:
-        columns = classes + (name in _ABSENT)
-    network, transform = load_model(spec, weights, columns)
-    if transform is None and name == "synthetic":  # whose generator makes values in [0, 1]
-        transform = ToTensor(size, mean=(0, 0, 0), std=(1, 1, 1))
-    transform = transform or ToTensor(size)
-    loaders = {}
-    for key, images in opened.items():
-        random = augment and key != "val"
-        images.transform = augmented(network, transform) if random else transform
-        loaders[key] = DataLoader(
-            images,
-            sizes[key],
-            shuffle=None if isinstance(images, Shards) else key != "val",
-            num_workers=workers,
-            collate_fn=_pairs,
-        )
-    return network, loaders
-
-
-def _pairs(samples: Sequence[Any]) -> Any:
-    """Images and labels of samples."""
-    import torch
-
-    images, labels, _ = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels)
-
-
-def _save(network: nn.Module, out: Path) -> Path:
-    import torch
-
-    from oodkernels._files import replacing
-    from oodkernels.nn.heads import Head
-
-    if isinstance(network, Head):
-        path = out / "head.safetensors"
-        network.save(path)
-        return path
-    path = out / "model.pt"
-    with replacing(path) as temporary:
-        torch.save(network.state_dict(), temporary)
-    return path

@@ -24,11 +24,8 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 def follow(recipe: str, tree: Path) -> None:
     """Copy the sources to ``tree`` and do what the recipe of this title says."""
-    for folder in ("cmake", "csrc", "docs", "oodkernels", "python_tests"):
-        left_out = shutil.ignore_patterns("*.so", "__pycache__", ".*")
-        shutil.copytree(ROOT / folder, tree / folder, ignore=left_out)
-    for name in ("CMakeLists.txt", "README.md", "mkdocs.yml", "pyproject.toml"):
-        shutil.copy(ROOT / name, tree)
+    left_out = shutil.ignore_patterns(".*", "*.so", "__pycache__", "build", "dist", "site")
+    shutil.copytree(ROOT, tree, ignore=left_out, dirs_exist_ok=True)
     (part,) = re.findall(rf"^## {recipe}\n(.*?)(?=^## )", TEXT, re.DOTALL | re.MULTILINE)
     steps = STEP.findall(part)
     assert len(steps) >= 4

@@ -15,7 +15,7 @@ from oodkernels.detectors.activations import (
     GradNorm,
 )
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
-from oodkernels.detectors.bank import KNN
+from oodkernels.detectors.bank import KNN, MCM, NNGuide, Relation
 from oodkernels.detectors.base import (
     DETECTORS,
     NotFittedError,
@@ -27,6 +27,7 @@ from oodkernels.detectors.base import (
 )
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.covariance import Mahalanobis
+from oodkernels.detectors.gaussians import RMDS, MahalanobisPlusPlus, RMDSPlusPlus
 from oodkernels.detectors.gradients import ODIN
 from oodkernels.detectors.head import Head, HeadDetector
 from oodkernels.detectors.logits import (
@@ -50,6 +51,7 @@ from oodkernels.detectors.probabilities import (
 from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReAct
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
+from oodkernels.detectors.subspaces import NECO, CoP, CoRP, Residual, ViM
 
 __all__ = [
     "ASHB",
@@ -62,11 +64,14 @@ __all__ = [
     "GEN",
     "KNN",
     "LTS",
+    "MCM",
     "MOS",
     "MSP",
     "NCI",
+    "NECO",
     "ODIN",
     "PNML",
+    "RMDS",
     "SCALE",
     "SHE",
     "VRA",
@@ -75,6 +80,8 @@ __all__ = [
     "Batch",
     "CADRef",
     "ClassStatistics",
+    "CoP",
+    "CoRP",
     "ConfidenceBranch",
     "DetectorSpec",
     "Energy",
@@ -86,8 +93,10 @@ __all__ = [
     "KLMatching",
     "MOSLogOdds",
     "Mahalanobis",
+    "MahalanobisPlusPlus",
     "MaxLogit",
     "Model",
+    "NNGuide",
     "NotFittedError",
     "OODDetector",
     "OpenMax",
@@ -96,8 +105,12 @@ __all__ = [
     "Outputs",
     "Prediction",
     "PytorchOODDetector",
+    "RMDSPlusPlus",
     "ReAct",
+    "Relation",
+    "Residual",
     "TemperatureScaling",
+    "ViM",
     "WeightedEnergy",
     "as_pytorch_ood",
     "extract",

@@ -391,6 +391,17 @@ def test_a_damaged_record_is_one_line(here: Path, content: str) -> None:
     assert "run/extract.json" in line
 
 
+def test_a_file_of_settings_cannot_ask_for_a_shell(here: Path) -> None:
+    pytest.importorskip("webdataset")
+    (here / "config.toml").write_text('data = "pipe:touch made; cat s.tar"\nallow-shell = true\n')
+    given = ("extract", "--model", "my_models:make", "--out", "run", "--config", "config.toml")
+    found = oodk(*given)
+    assert found.exit_code == 2
+    assert "must be given on the command line" in found.stderr
+    assert oodk(*given, "--allow-shell").exit_code == 1  # there is no s.tar
+    assert (here / "made").exists()
+
+
 # --- whose classes the labels are -------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import python
 
 from oodkernels.data import FORMATS, open_arrays, open_samples, save_arrays
 from oodkernels.data.arrays import MAX_ROW_BYTES
@@ -238,6 +239,48 @@ def test_a_file_that_changes_while_it_is_read_is_named(
     os.truncate(path, 5000)
     with pytest.raises(ValueError, match=rf"x\{suffix} changed while it was read"):
         list(samples)
+
+
+CUT = """
+import os, sys, threading
+from pathlib import Path
+from oodkernels.data import open_samples
+
+path = Path(sys.argv[1])
+content = path.read_bytes()
+done = threading.Event()
+
+def cut() -> None:
+    while not done.is_set():
+        os.truncate(path, 8192)
+        os.truncate(path, len(content))
+
+refused = 0
+for attempt in range(5):
+    path.write_bytes(content)
+    samples = open_samples(path)
+    done.clear()
+    thread = threading.Thread(target=cut)
+    thread.start()
+    try:
+        list(samples.batches(1 << 20))
+    except ValueError as error:
+        assert "changed while it was read" in str(error), error
+        refused += 1
+    done.set()
+    thread.join()
+print("refused", refused)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_a_file_cut_short_does_not_end_the_process(tmp_path: Path, suffix: str) -> None:
+    """As it would if it were mapped into memory, by SIGBUS."""
+    logits = torch.zeros(1 << 14, 1000)
+    save_arrays(tmp_path / f"x{suffix}", {"logits": logits})
+    run = python("-c", CUT, str(tmp_path / f"x{suffix}"))
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[1]) > 0
 
 
 @pytest.mark.parametrize("suffix", list(FORMATS))
