@@ -386,7 +386,7 @@ class Threshold:
         for name, value in content.items():
             try:
                 read[name] = _READ[name](value)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
                 raise ValueError(f"{where}: {name} cannot be {str(value)[:80]!r}") from None
         try:
             return cls(**read)
