@@ -101,7 +101,7 @@ class Inputs:
         if self.model is not None:
             return {self.model: self.images.network}
         found: dict[str, nn.Module | None] = {}
-        for name, path in pairs("--head", self.head or (), stem=True).items():
+        for name, path in pairs("--head", self.head or (), _head_name).items():
             with step("read", path):
                 found[name] = Head.load(path)
         return found or {"model": None}
@@ -185,6 +185,11 @@ class Inputs:
                 data = self.open("--train", self.train)
                 fit_detectors("--train", unfitted.values(), data, model)
         return found
+
+
+def _head_name(path: Path) -> str:
+    """``oodk train`` calls all of them head.safetensors; their folders tell them apart."""
+    return path.stem if path.stem != "head" else path.absolute().parent.name
 
 
 def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
