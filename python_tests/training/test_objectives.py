@@ -84,6 +84,23 @@ def test_what_is_registered_is_what_is_made(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_documentation_has_the_row(name: str) -> None:
+    spec = OBJECTIVES[name]
+    page = Path(__file__).parents[2] / "docs" / "tutorials" / "training.md"
+    if not page.exists():
+        pytest.skip("the documentation is not installed")
+    cells = (
+        f"`{name}`",
+        spec.summary.rstrip("."),
+        ", ".join(sorted(spec.needs)),
+        ", ".join(f"`{option}={value!r}`" for option, value in spec.options.items()),
+        str(spec.per_sample) if "outliers" in spec.needs else "",
+        ", ".join(spec.scores),
+    )
+    assert f"| {' | '.join(cells)} |" in page.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_train_toml_gives_the_run_back(name: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "softmax": {"mixup": 0.2},
