@@ -320,6 +320,16 @@ def special_points(device: str, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def duplicates(seed: int) -> tuple[Tensor, Tensor, bool]:
+    """Rounded points, of which many are equal, float64; rows to start from; whether to normalise."""
+    random = torch.Generator().manual_seed(seed)
+    n, d, k = (
+        int(torch.randint(*size, (), generator=random)) for size in ((20, 200), (1, 4), (2, 30))
+    )
+    x = torch.randn(n, d, generator=random, dtype=torch.float64).mul(1.5).round() / (1 + seed % 3)
+    return x, torch.randint(0, n, (1, k), generator=random), bool(seed % 2)
+
+
 def clusterings(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int]]:
     """Points and k: tails that no vector width divides, degenerate sizes, batches."""
     for n, d, k in ((61, 9, 5), (50, 2, 3), (150, 33, 12), (20, 130, 1), (1, 3, 1)):
