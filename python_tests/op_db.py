@@ -321,11 +321,10 @@ def special_points(device: str, dtype: torch.dtype) -> Tensor:
 
 
 def duplicates(seed: int) -> tuple[Tensor, Tensor, bool]:
-    """Rounded points, of which many are equal, float64; rows to start from; whether to normalise."""
+    """Rounded points, many of them equal, float64; rows to start from; whether to normalise."""
     random = torch.Generator().manual_seed(seed)
-    n, d, k = (
-        int(torch.randint(*size, (), generator=random)) for size in ((20, 200), (1, 4), (2, 30))
-    )
+    n, d, k = torch.randint(2**20, (3,), generator=random).tolist()
+    n, d, k = 20 + n % 180, 1 + d % 3, 2 + k % 28
     x = torch.randn(n, d, generator=random, dtype=torch.float64).mul(1.5).round() / (1 + seed % 3)
     return x, torch.randint(0, n, (1, k), generator=random), bool(seed % 2)
 

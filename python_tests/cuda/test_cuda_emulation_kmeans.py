@@ -313,7 +313,7 @@ def test_where_numbers_are_short_of_room(
 
 def test_duplicates_do_not_go_round(emulator: Emulator) -> None:
     longest = 0
-    for seed in (345, 3, 12):
+    for seed in (555, 3, 12):
         x, init, normalize = duplicates(seed)
         x = x.float()
         for way in (SMALL, LARGE):
