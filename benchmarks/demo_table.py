@@ -22,7 +22,7 @@ from tables import FIGURES, demo_table
 from oodkernels._files import write_text
 from oodkernels.demo.protocol import Settings, run
 from oodkernels.demo.report import kinds, to_json
-from oodkernels.training.trainer import TrainConfig
+from oodkernels.training import TrainConfig
 
 
 def one(settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from clustering import QUICK, features, measure
 from peers import official_dos
 from torch import Tensor
 
-from oodkernels.training.mining import DOSMiner, NTOMMiner, POEMMiner
+from oodkernels.training import DOSMiner, NTOMMiner, POEMMiner
 
 POOL, WIDTH, COLUMNS = (4000, 20, 11) if QUICK else (400_000, 342, 101)
 CIFAR = POOL // 8  # 50,000 ID images for a pool of 400,000

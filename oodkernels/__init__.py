@@ -75,7 +75,8 @@ from oodkernels.training import (
 if TYPE_CHECKING:
     from oodkernels.cluster import KMeans
     from oodkernels.data import open_samples
-    from oodkernels.evaluation import Evaluation, evaluate
+    from oodkernels.evaluation import Evaluation
+    from oodkernels.evaluation.evaluate import evaluate
     from oodkernels.metrics.streaming import CalibrationError, MisclassificationMetrics, OODMetrics
     from oodkernels.training import TrainConfig, Trainer
 

@@ -86,9 +86,9 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def check_tpr(op: str, tpr: Any) -> float:
-    """The true positive rate as a float; raise unless it is a number in (0, 1]."""
-    return _share(op, "tpr", tpr, "(0, 1]", with_one=True)
+def check_tpr(op: str, tpr: Any, name: str = "tpr") -> float:
+    """A true positive rate, or another share, as a float; raise unless it is in (0, 1]."""
+    return _share(op, name, tpr, "(0, 1]", with_one=True)
 
 
 def check_confidence(op: str, confidence: Any) -> float:

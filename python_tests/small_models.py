@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from torch import Tensor, nn
 
-from oodkernels.training.trainer import TrainConfig, Trainer, reproducible, tensor_loader
+from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
 
 
 class Trained(NamedTuple):

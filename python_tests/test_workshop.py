@@ -57,7 +57,7 @@ def test_extras_know_each_other() -> None:
         re.findall(r"^([\w-]+) = \[", PROJECT.partition("optional-dependencies]")[2], re.M)
     )
     named = re.findall(r"oodkernels\[([\w,-]+)\]", PROJECT)
-    for path in (ROOT / "oodkernels").rglob("*.py"):
+    for path in (*(ROOT / "oodkernels").rglob("*.py"), *(ROOT / "oodk").rglob("*.py")):
         text = path.read_text()
         named += re.findall(r"oodkernels\[([\w,-]+)\]", text)
         named += re.findall(r"\brequire\(\s*\"[\w.]+\",\s*\"([\w-]+)\"", text)

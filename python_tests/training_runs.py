@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from oodkernels import Groups, MOSHead
 from oodkernels.demo.models import ConfidenceHead
-from oodkernels.training.trainer import TrainConfig, Trainer, tensor_loader
+from oodkernels.training import TrainConfig, Trainer, tensor_loader
 
 CLASSES, WIDTH = 4, 16
 CASES = (
@@ -38,6 +38,11 @@ def blobs(n: int) -> tuple[Tensor, Tensor]:
     labels = torch.randint(CLASSES, (n,), generator=generator)
     noise = torch.rand(n, WIDTH, generator=generator)
     return 0.7 * noise + F.one_hot(labels, WIDTH), labels
+
+
+def options(name: str) -> dict[str, float]:
+    """Those without which an objective cannot take the blobs, which go beyond [0, 1]."""
+    return {"mean": 0.25, "std": 0.3} if name == "synthetic" else {}
 
 
 def make_outliers() -> Tensor:
@@ -78,6 +83,7 @@ class Noisy(Dataset[Any]):
 def _trainer(name: str, folder: Path) -> Trainer:
     config = TrainConfig(
         objective=name,
+        options=options(name),
         epochs=3,
         accumulate=2,
         ema=0.9,
@@ -138,7 +144,7 @@ def kill(folder: Path) -> None:
             _fit(name, run, resume=False, kill_at=145 + 180 * (name == "poem"))
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        left = any(path.name.startswith(".") for path in run.iterdir())
+        left = any(path.name.endswith(".tmp") for path in run.iterdir())
         assert killed
         assert 0 < torch.load(run / "last.pt", weights_only=True)["step"] < 18
         assert left == case.endswith("writing")
@@ -178,6 +184,7 @@ def ddp(folder: Path) -> None:
     def fit(name: str, run: Path | None = None, epochs: int = 2, lr: float = 0.02) -> Trainer:
         config = TrainConfig(
             objective=name,
+            options=options(name),
             epochs=epochs,
             lr=lr,
             schedule="constant",

@@ -110,8 +110,13 @@ def telling(path: Path) -> Iterator[None]:
             f"{path} holds Python objects, which are not loaded: save nothing but tensors"
         ) from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileError(f"{path} cannot be read, or is cut off: {reason}") from error
+        raise FileError(f"{path} cannot be read, or is cut off: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error says, on one line that is not too long; some repeat what the file holds."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else f"{text[:300]}...") or type(error).__name__
 
 
 class Source:

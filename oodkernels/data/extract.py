@@ -40,7 +40,7 @@ class ExtractionPlan:
     dtype: str
     model_classes: Sequence[str] | None = None
     """Names of the model's classes by class id; None where they are not known."""
-    absent: int | None = None
+    absent_column: int | None = None
     """Column of the model's absent class, if it has one."""
     groups: str | None = None
     """Of a MOS model, as :meth:`oodkernels.Groups.to_json` writes them."""
@@ -282,7 +282,7 @@ def _put_together(
     meaning = {
         "class_names": None if class_names is None else list(class_names),
         "model_classes": None if plan.model_classes is None else list(plan.model_classes),
-        "absent": plan.absent,
+        "absent_column": plan.absent_column,
         "groups": plan.groups,
     }
     if file_format == "npy":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from oodkernels._optional import require
-from oodkernels.data.arrays import PathLike
+from oodkernels.data.arrays import PathLike, reason
 from oodkernels.data.samples import match_classes
 
 Transform: TypeAlias = Callable[[Any], Tensor]
@@ -148,11 +148,12 @@ def _naming(name: str, what: str) -> Iterator[None]:
     """Whatever Pillow or a transform raises, as a ValueError that names the image."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except ImportError:
         raise
+    except MemoryError:
+        raise ValueError(f"cannot {what} the image {name}: it takes too much memory") from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot {what} the image {name}: {reason}") from error
+        raise ValueError(f"cannot {what} the image {name}: {reason(error)}") from error
 
 
 def _decode(source: Any, name: str, transform: Transform) -> Tensor:
@@ -212,7 +213,12 @@ class ImageFiles(Dataset[ImageSample]):
         """
         if self.class_names is None:
             raise ValueError(f"{where}: images must be in a folder per class to be matched by name")
-        ids = match_classes(self.class_names, class_names, where)
+        try:
+            ids = match_classes(self.class_names, class_names, where)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (a list of files takes OOD images whatever they are)"
+            ) from None
         labels = [label if label < 0 else ids[label] for label in self.labels]
         return ImageFiles(self.paths, labels, class_names, self.transform)
 
@@ -273,8 +279,7 @@ class Shards(IterableDataset[ImageSample]):
         except (MemoryError, ImportError):
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"cannot read the shards {self.urls}: {reason}") from error
+            raise ValueError(f"cannot read the shards {self.urls}: {reason(error)}") from error
 
     def digest(self) -> str:
         """Changes with the shards' names."""
@@ -382,7 +387,7 @@ def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
             continue
         match = _LINE.fullmatch(line)
         name, label = (match["name"], int(match["label"])) if match else (line, NO_LABEL)
-        if Path(name).suffix.lower() not in IMAGES and (match or not (root / name).is_file()):
+        if Path(name).suffix.lower() not in IMAGES and (match or not os.path.isfile(root / name)):
             raise ValueError(
                 f"open_images: {path}: line {number} must be `path` or `path label`, of an image "
                 f"({', '.join(IMAGES)}), got {line[:80]!r}"

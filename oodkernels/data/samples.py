@@ -51,7 +51,7 @@ class Samples:
         class_names: Name of each label 0, 1, ...; None where the file does not say.
         model_classes: Names of the classes of the model that made the logits, by class id; None
             where the file does not say.
-        absent: Column of the logits that is the absent class's; None without one.
+        absent_column: Column of the logits that is the absent class's; None without one.
         groups: Of a MOS model's logits; None for others.
     """
 
@@ -59,7 +59,7 @@ class Samples:
     arrays: Mapping[str, Array]
     class_names: tuple[str, ...] | None = None
     model_classes: tuple[str, ...] | None = None
-    absent: int | None = None
+    absent_column: int | None = None
     groups: Groups | None = None
 
     @property
@@ -329,7 +329,7 @@ def _meaning(path: PathLike, chosen: Mapping[str, Array]) -> dict[str, Any]:
     meaning = {}
     for role, keys in (
         ("labels", ["class_names"]),
-        ("logits", ["model_classes", "absent", "groups"]),
+        ("logits", ["model_classes", "absent_column", "groups"]),
     ):
         content: Any = None
         if role in chosen:
@@ -356,7 +356,7 @@ def _names(value: Any) -> tuple[str, ...]:
 _MEANINGS: dict[str, Callable[[Any], Any]] = {
     "class_names": _names,
     "model_classes": _names,
-    "absent": operator.index,
+    "absent_column": operator.index,
     "groups": Groups.from_json,
 }
 

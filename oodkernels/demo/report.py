@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
-from oodkernels.demo.protocol import ID_SET, METHODS, DemoResult
+from oodkernels.demo.protocol import ID_SET, METHODS, DemoResult, outliers_per_image
 from oodkernels.evaluation import Array, Evaluation, report, software, write_texts
 from oodkernels.evaluation.tables import AVERAGE, Row, lines
 
@@ -34,7 +35,7 @@ def write_report(result: DemoResult, out: Path) -> list[Path]:
     Raises:
         OSError: The folder or a file cannot be written.
     """
-    writers = {
+    writers: dict[str, Callable[[], str]] = {
         "results.csv": result.evaluation.to_csv,
         "results.json": partial(to_json, result),
         "report.html": partial(to_html, result),
@@ -84,7 +85,9 @@ def to_html(result: DemoResult) -> str:
 
 def kinds(evaluation: Evaluation) -> dict[str, list[str]]:
     """What was trained on -> names of the models, which are best compared with each other."""
-    outliers = {model for m in METHODS.values() if m.outliers for model in m.models}
+    outliers = {
+        model for name, m in METHODS.items() if outliers_per_image(name) for model in m.models
+    }
     found: dict[str, list[str]] = {}
     for model in dict.fromkeys(method.model for method in evaluation.methods):
         found.setdefault(_OUTLIERS if model in outliers else _ALONE, []).append(model)
@@ -102,7 +105,7 @@ def _differences(name: str) -> dict[str, Any]:
     method = METHODS[name]
     return {
         "models": list(method.models),
-        "outliers_per_image": method.outliers,
+        "outliers_per_image": outliers_per_image(name),
         "options": dict(method.options),
         "recipe": dict(method.recipe),
     }

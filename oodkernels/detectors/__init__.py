@@ -4,8 +4,18 @@
 """
 
 from oodkernels.detectors.abnormality import AbnormalityModule
+from oodkernels.detectors.activations import (
+    FDBD,
+    LTS,
+    NCI,
+    PNML,
+    SCALE,
+    SHE,
+    CADRef,
+    GradNorm,
+)
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
-from oodkernels.detectors.bank import KNN
+from oodkernels.detectors.bank import KNN, MCM, NNGuide, Relation
 from oodkernels.detectors.base import (
     DETECTORS,
     NotFittedError,
@@ -17,7 +27,9 @@ from oodkernels.detectors.base import (
 )
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.covariance import Mahalanobis
+from oodkernels.detectors.gaussians import RMDS, MahalanobisPlusPlus, RMDSPlusPlus
 from oodkernels.detectors.gradients import ODIN
+from oodkernels.detectors.head import Head, HeadDetector
 from oodkernels.detectors.logits import (
     MOS,
     MSP,
@@ -29,35 +41,77 @@ from oodkernels.detectors.logits import (
     MOSLogOdds,
 )
 from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.probabilities import (
+    GEN,
+    KLMatching,
+    OpenMax,
+    TemperatureScaling,
+    WeightedEnergy,
+)
+from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReAct
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
+from oodkernels.detectors.subspaces import NECO, CoP, CoRP, Residual, ViM
 
 __all__ = [
+    "ASHB",
+    "ASHP",
+    "ASHS",
     "DETECTORS",
+    "DICE",
     "FAMILIES",
+    "FDBD",
+    "GEN",
     "KNN",
+    "LTS",
+    "MCM",
     "MOS",
     "MSP",
+    "NCI",
+    "NECO",
     "ODIN",
+    "PNML",
+    "RMDS",
+    "SCALE",
+    "SHE",
+    "VRA",
     "AbnormalityModule",
     "AbsentClass",
     "Batch",
+    "CADRef",
     "ClassStatistics",
+    "CoP",
+    "CoRP",
     "ConfidenceBranch",
     "DetectorSpec",
     "Energy",
     "Entropy",
     "FeatureModel",
+    "GradNorm",
+    "Head",
+    "HeadDetector",
+    "KLMatching",
     "MOSLogOdds",
     "Mahalanobis",
+    "MahalanobisPlusPlus",
     "MaxLogit",
     "Model",
+    "NNGuide",
     "NotFittedError",
     "OODDetector",
+    "OpenMax",
+    "OptFS",
     "Option",
     "Outputs",
     "Prediction",
     "PytorchOODDetector",
+    "RMDSPlusPlus",
+    "ReAct",
+    "Relation",
+    "Residual",
+    "TemperatureScaling",
+    "ViM",
+    "WeightedEnergy",
     "as_pytorch_ood",
     "extract",
     "register",

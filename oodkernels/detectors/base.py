@@ -87,7 +87,7 @@ class OODDetector:
     """Short name, in the registry and in files."""
     needs: frozenset[str] = frozenset()
     """What ``score`` reads, of {"x", "logits", "features", "confidence"}."""
-    trained_on: ClassVar[frozenset[str]] = frozenset()
+    trained_on: frozenset[str] = frozenset()
     """What ``fit`` reads, of {"x", "logits", "features", "labels"}; empty: there is no fit."""
     spec: ClassVar[DetectorSpec]
     """Its row in the registry."""

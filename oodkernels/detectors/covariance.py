@@ -103,14 +103,8 @@ class Mahalanobis(OODDetector):
         super().__init__(model)
         if isinstance(layers, str):
             layers = (layers,)
-        if shrinkage is not None:
-            shrinkage = check_real("Mahalanobis", "shrinkage", shrinkage)
-            if not 0 <= shrinkage <= 1:
-                raise ValueError(
-                    f"Mahalanobis: shrinkage must be in [0, 1] or None, got {shrinkage:g}"
-                )
         self.layers = tuple(layers)
-        self.shrinkage = shrinkage
+        self.shrinkage = check_shrinkage("Mahalanobis", shrinkage)
         self.eps, self.std = check_step("Mahalanobis", eps, std)
         self.classes = None if classes is None else check_count("Mahalanobis", "classes", classes)
         self.axis: int | dict[str, int] | None
@@ -224,42 +218,17 @@ class Mahalanobis(OODDetector):
 
     def _finish(self, where: str) -> None:
         for name, statistics in self.statistics.items():
-            if not statistics.count:
-                raise ValueError(f"{where}: there must be ID samples to fit to, got none")
-            if missing := statistics.missing:
-                some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
-                raise ValueError(
-                    f"{where}: every class 0..{statistics.num_classes - 1} must have samples to "
-                    f"fit to, got none of class {some}"
-                )
+            check_samples(where, statistics)
             self._whiten(where, name, self.shrinkage)
         self._set_shape()
 
     @torch.inference_mode(False)
     def _whiten(self, where: str, name: str, shrinkage: float | None) -> None:
         statistics = self.statistics[name]
-        covariance = statistics.covariance()
-        amount = shrinkage or 0.0
-        whitening = _whitening(covariance, amount)
         of = f"layer {name!r}" if self.layers else "the features"
-        if whitening is None and shrinkage is None:
-            amount = _oas(covariance, statistics.count)
-            whitening = _whitening(covariance, amount)
-            if whitening is not None:
-                warnings.warn(
-                    f"{where}: the covariance of {of} ({statistics.width} features, "
-                    f"{statistics.count} samples, {statistics.num_classes} classes) is singular: "
-                    f"shrunk by {amount:.3g} (OAS) towards its mean variance; shrinkage= chooses "
-                    f"another amount",
-                    stacklevel=6,
-                )
-        if whitening is None:
-            raise ValueError(
-                f"{where}: the covariance of {of} must not be singular, got one that is with "
-                f"shrinkage {amount:.3g}"
-            )
-        self.shrinkages[name] = amount
-        self._whitening[name] = whitening
+        self._whitening[name], self.shrinkages[name] = whitening(
+            where, statistics.covariance(), statistics, shrinkage, of, stacklevel=7
+        )
 
     def _set_shape(self) -> None:
         first = next(iter(self.statistics.values()))
@@ -404,6 +373,71 @@ class Mahalanobis(OODDetector):
             raise ValueError(
                 f"weights must have shape ({len(names) + 1},), got {tuple(self.weights.shape)}"
             )
+
+
+def check_shrinkage(where: str, shrinkage: float | None) -> float | None:
+    """A share or None; raise unless it is one."""
+    if shrinkage is None:
+        return None
+    share = check_real(where, "shrinkage", shrinkage)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{where}: shrinkage must be in [0, 1] or None, got {share:g}")
+    return share
+
+
+def check_samples(where: str, statistics: ClassStatistics) -> None:
+    """Raise ValueError unless every class has samples."""
+    if not statistics.count:
+        raise ValueError(f"{where}: there must be ID samples to fit to, got none")
+    if missing := statistics.missing:
+        some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
+        raise ValueError(
+            f"{where}: every class 0..{statistics.num_classes - 1} must have samples to fit to, "
+            f"got none of class {some}"
+        )
+
+
+def whitening(
+    where: str,
+    covariance: Tensor,
+    statistics: ClassStatistics,
+    shrinkage: float | None,
+    of: str = "the features",
+    *,
+    stacklevel: int = 2,
+) -> tuple[Tensor, float]:
+    """W (d, d) with W W^T the inverse of a covariance, and the shrinkage that it took.
+
+    Args:
+        where: What messages start with.
+        covariance: (d, d).
+        statistics: What it comes from.
+        shrinkage: In [0, 1]; None for 0, or where the covariance is singular OAS, with a warning.
+        of: Whose covariance it is, in messages.
+        stacklevel: Of the warning.
+
+    Raises:
+        ValueError: It is singular with that shrinkage.
+    """
+    amount = shrinkage or 0.0
+    found = _whitening(covariance, amount)
+    if found is None and shrinkage is None:
+        amount = _oas(covariance, statistics.count)
+        found = _whitening(covariance, amount)
+        if found is not None:
+            warnings.warn(
+                f"{where}: the covariance of {of} ({statistics.width} features, "
+                f"{statistics.count} samples, {statistics.num_classes} classes) is singular: "
+                f"shrunk by {amount:.3g} (OAS) towards its mean variance; shrinkage= chooses "
+                f"another amount",
+                stacklevel=stacklevel,
+            )
+    if found is None:
+        raise ValueError(
+            f"{where}: the covariance of {of} must not be singular, got one that is with "
+            f"shrinkage {amount:.3g}"
+        )
+    return found, amount
 
 
 def _whitening(covariance: Tensor, shrinkage: float) -> Tensor | None:

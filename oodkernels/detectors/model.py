@@ -287,7 +287,7 @@ def _first(module: nn.Module, kind: str) -> Tensor | None:
     """As ``next(model.parameters())``, in a tenth of the time."""
     for tensor in getattr(module, kind).values():
         if tensor is not None:
-            return tensor  # type: ignore[no-any-return]
+            return tensor
     for child in module._modules.values():
         if child is not None and (found := _first(child, kind)) is not None:
             return found

@@ -20,6 +20,7 @@ FAMILIES: Mapping[str, str] = {
 }
 """What the detectors of a family read, and share when they score together."""
 
+_GIVEN = ("head", "model", "texts")  # arguments that are no settings
 REQUIRED: Any = inspect.Parameter.empty
 
 
@@ -88,13 +89,13 @@ class DetectorSpec:
 
     @property
     def options(self) -> dict[str, Option]:
-        """The constructor's arguments but for the model, by name, in their order."""
+        """The constructor's arguments but for model and head, by name, in their order."""
         hints = get_type_hints(self.detector.__init__)
         parameters = inspect.signature(self.detector).parameters.values()
         return {
             p.name: Option(p.name, hints.get(p.name, Any), p.default)
             for p in parameters
-            if p.name != "model"
+            if p.name not in _GIVEN
         }
 
     def make(self, where: str, options: Mapping[str, Any] | None = None, **offered: Any) -> Any:
@@ -112,7 +113,7 @@ class DetectorSpec:
             TypeError: The detector refuses it.
         """
         known = self.options
-        given = {k: v for k, v in offered.items() if v is not None and k in {*known, "model"}}
+        given = {k: v for k, v in offered.items() if v is not None and k in {*known, *_GIVEN}}
         for name, value in (options or {}).items():
             if name not in known:
                 raise ValueError(

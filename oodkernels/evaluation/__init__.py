@@ -15,8 +15,8 @@ from oodkernels.evaluation.scoring import (
     ScoredBatch,
     as_detectors,
     fit_detectors,
-    make_detector,
     score_sets,
+    source_of,
 )
 
 __all__ = [
@@ -33,9 +33,9 @@ __all__ = [
     "combine",
     "evaluate",
     "fit_detectors",
-    "make_detector",
     "plain",
     "score_sets",
     "software",
+    "source_of",
     "write_texts",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodkernels.detectors import AbsentClass, Batch, Model, OODDetector
+from oodkernels.detectors import Batch, Model
 from oodkernels.evaluation.methods import (
     OTHER,
     OWN,
@@ -111,13 +111,32 @@ def evaluate(
     if groups is None and detectors is not None:
         given = detectors.values() if isinstance(detectors, Mapping) else detectors
         groups = next((g for d in given if (g := getattr(d, "groups", None))), None)
+    if groups is None:
+        groups = getattr(id_loader if model is None else model, "groups", None)
     chosen = None if detectors is None else as_detectors(detectors, groups, model)
-    sets = {ID: id_loader, **{printable(name): data for name, data in ood_loaders.items()}}
-    found = _Tally(chosen, groups, memory, list(sets)[1:])
+    id_data, why = _comparable(id_loader, model)
+    sets = {ID: id_data, **{printable(name): data for name, data in ood_loaders.items()}}
+    found = _Tally(groups, memory, list(sets)[1:], why)
     for batch in score_sets("evaluate", sets, chosen, model=model, groups=groups):
         found.take(batch)
         on_batch(batch.name, batch.done)
     return found.result(model_name, convention)
+
+
+def _comparable(data: Any, model: Model | None) -> tuple[Any, str | None]:
+    """ID data with labels that count the model's classes, or why labels cannot be compared."""
+    names = getattr(data, "class_names", None)
+    known = getattr(data if model is None else model, "model_classes", None)
+    if model is not None and known is None:
+        known = getattr(model, "class_names", None)
+    if names is None or (known is not None and tuple(names) == tuple(known)):
+        return data, None
+    if known is not None and set(names) <= set(known):
+        return data.with_classes(known), None
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if known is None:
+        return data, f"whether the classes of {data.name} ({shown}) are the model's is not known"
+    return data, f"the classes of {data.name} ({shown}) are not the model's"
 
 
 def _of_scores(given: Any, model_name: str, convention: str) -> Evaluation:
@@ -149,13 +168,14 @@ class _Tally:
 
     def __init__(
         self,
-        detectors: Mapping[str, OODDetector] | None,
         groups: Groups | None,
         memory: int | str | None,
         ood_sets: list[str],
+        without_accuracy: str | None,
     ) -> None:
         self.groups, self.memory, self.ood_sets = groups, memory, ood_sets
-        self.absent = any(isinstance(d, AbsentClass) for d in (detectors or {}).values())
+        self.without_accuracy = without_accuracy
+        self.absent: int | None = None
         self.kept: dict[str, dict[str, list[Tensor]]] = {}
         self.metrics: dict[str, OODMetrics] = {}
         self.right = self.labelled = 0
@@ -168,7 +188,9 @@ class _Tally:
         for score, values in found.scores.items():
             self._keep(score, found.name, values)
         if found.batch.logits is not None:
-            self._describe(found.name, found.batch, found.labels if found.name == ID else None)
+            counts = found.name == ID and self.without_accuracy is None
+            self._describe(found.name, found.batch, found.labels if counts else None)
+            self.absent = found.batch.absent
 
     def _keep(self, score: str, name: str, values: Tensor) -> None:
         if self.memory is None:
@@ -213,10 +235,9 @@ class _Tally:
             confidence, answer = found.prob, self.groups.to_class(found.label)
             classes = self.groups.num_classes
         else:
-            absent = -1 if self.absent and batch.absent is None else batch.absent
-            flat = batch.logit_scores(absent=absent)
+            flat = batch.logit_scores()
             confidence, answer = flat.msp, flat.label
-            classes = batch.logits.shape[1] - (absent is not None)
+            classes = batch.logits.shape[1] - (batch.absent is not None)
         wrong = (labels < 0) | (labels >= classes)
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
@@ -247,7 +268,15 @@ class _Tally:
         reliability = {}
         if self.calibration is not None:
             reliability[model] = self.calibration.calibration_bins()
-        return Evaluation(methods, self._grouped(model), reliability)
+        notes = []
+        if self.without_accuracy is not None:
+            notes.append(f"{model}: accuracy is left out: {self.without_accuracy}.")
+        if self.absent is not None:
+            notes.append(
+                f"{model}: column {self.absent} of the logits is the absent class's; no score but "
+                "absent-class counts it."
+            )
+        return Evaluation(methods, self._grouped(model), reliability, notes=notes)
 
     def _grouped(self, model: str) -> list[GroupOthers]:
         if self.groups is None or not self.others:

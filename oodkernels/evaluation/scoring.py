@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from oodkernels._digest import digest
 from oodkernels.data import ROLES, Samples
-from oodkernels.detectors import DETECTORS, Batch, Model, OODDetector, run, score_batch
+from oodkernels.detectors import DETECTORS, AbsentClass, Batch, Model, OODDetector, run, score_batch
 from oodkernels.groups import Groups
+from oodkernels.metrics import ThresholdSource
 
 Data: TypeAlias = Iterable[Any] | Tensor
 Detectors: TypeAlias = Mapping[str, OODDetector | str] | Sequence[OODDetector | str]
@@ -22,8 +23,8 @@ __all__ = [
     "ScoredBatch",
     "as_detectors",
     "fit_detectors",
-    "make_detector",
     "score_sets",
+    "source_of",
 ]
 
 DEFAULT_DETECTORS = ("msp", "max-logit", "energy")
@@ -51,6 +52,7 @@ class ScoredBatch:
         batch: As detectors read it.
         labels: (N,) class ids, if there are any.
         scores: Name -> (N,) on the CPU: every detector's, then those that were there already.
+        detectors: Name -> detector, of the scores that one gave.
         done: Samples of the data set so far, these included.
     """
 
@@ -58,6 +60,7 @@ class ScoredBatch:
     batch: Batch
     labels: Tensor | None
     scores: dict[str, Tensor]
+    detectors: Mapping[str, OODDetector]
     done: int
 
 
@@ -77,7 +80,8 @@ def score_sets(
         where: What errors start with that are not of one data set.
         sets: Name -> data, as for :func:`oodkernels.evaluate`.
         detectors: By any name. None: those that the first batch gives reason for: of logits
-            :data:`DEFAULT_DETECTORS`, or ``mos`` and ``mos-log-odds`` where there are groups.
+            :data:`DEFAULT_DETECTORS`, or ``mos`` and ``mos-log-odds`` where there are groups; of
+            a model with an absent class or a confidence branch first that method's own.
         model: What is run on the data; None where they hold logits, features or scores.
         groups: Of a MOS head.
 
@@ -89,22 +93,30 @@ def score_sets(
     """
     first = _First(where)
     for name, data in sets.items():
-        source, done, given = name, 0, GIVEN
+        source, done, given, absent = name, 0, GIVEN, None
         if isinstance(data, Samples):
             source, data = data.name, _pruned(data, detectors, model)
-            given = _called(data)
+            given, absent = _called(data), data.absent_column if model is None else None
         for part in _parts(where, model, data, detectors or {}, given):
+            if part.batch.absent is None and part.batch.logits is not None:
+                part.batch.absent = absent
             if detectors is None:
-                names = () if part.batch.logits is None else DEFAULT_DETECTORS
-                if names and groups is not None:
-                    names = ("mos", "mos-log-odds")
-                detectors = as_detectors(names, groups, model, where)
+                detectors = as_detectors(_default(part.batch, groups), groups, model, where)
+            _tell_absent(where, detectors, part.batch)
             scores = _scores(where, detectors, part, source, done)
             first.check(source, part.batch, scores)
             done += len(part)
-            yield ScoredBatch(name, part.batch, part.labels, scores, done)
+            yield ScoredBatch(name, part.batch, part.labels, scores, detectors, done)
         if not done:
             raise ValueError(f"{where}: {source} has no samples")
+
+
+def _default(batch: Batch, groups: Groups | None) -> list[str]:
+    own = {"confidence": batch.confidence, "absent-class": batch.absent}
+    names = [name for name, found in own.items() if found is not None]
+    if batch.logits is not None:
+        names += DEFAULT_DETECTORS if groups is None else ("mos", "mos-log-odds")
+    return names
 
 
 def fit_detectors(
@@ -163,7 +175,12 @@ def as_detectors(
                 "in {'name': detector}"
             )
         if isinstance(detector, str):
-            detector = make_detector(detector, {"groups": groups, "model": model}, where=where)
+            if detector not in DETECTORS:
+                raise ValueError(
+                    f"{where}: there is no detector {detector!r}, only "
+                    f"{', '.join(sorted(DETECTORS))}"
+                )
+            detector = DETECTORS[detector].spec.make(where, groups=groups, model=model)
         found[label] = detector
         if not isinstance(found[label], OODDetector):
             raise TypeError(
@@ -173,41 +190,20 @@ def as_detectors(
     return found
 
 
-def make_detector(
-    name: str,
-    context: Mapping[str, Any],
-    settings: Mapping[str, Any] | None = None,
-    where: str = "evaluate",
-) -> OODDetector:
-    """A detector by its name in ``DETECTORS``.
+def source_of(
+    name: str, detector: OODDetector | None, model: Model | None = None
+) -> ThresholdSource:
+    """Where a score comes from, for thresholds: the detector's word, or the name of a column.
 
     Args:
-        name: Its name.
-        context: Arguments that it gets where it has them and they are not None.
-        settings: Arguments that it must have.
-        where: What errors start with.
-
-    Raises:
-        ValueError: There is no such detector, or no such setting of it; or one is missing.
+        name: Of the score.
+        detector: That gave it; None for a score that the data brought.
+        model: What the data were sent through, if anything was.
     """
-    if name not in DETECTORS:
-        raise ValueError(
-            f"{where}: there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}"
-        )
-    parameters = inspect.signature(DETECTORS[name]).parameters
-    own = [key for key in parameters if key not in ("groups", "model")]
-    for key in settings or {}:
-        if key not in own:
-            raise ValueError(
-                f"{where}: detector {name!r} has no setting {key!r}, only "
-                f"{', '.join(own) or 'none'}"
-            )
-    given = {k: v for k, v in context.items() if v is not None and k in parameters}
-    given |= settings or {}
-    for parameter in parameters.values():
-        if parameter.default is parameter.empty and parameter.name not in given:
-            raise ValueError(f"{where}: detector {name!r} needs {parameter.name}")
-    return DETECTORS[name](**given)
+    found = ThresholdSource(name) if detector is None else detector.source()
+    if found.model is None and isinstance(model, nn.Module):
+        found = replace(found, model=digest(model.state_dict()))
+    return found
 
 
 # --- batches ----------------------------------------------------------------------------------
@@ -230,10 +226,13 @@ def _parts(
         if isinstance(item, Mapping):
             scores = dict(item)
             logits, x, labels = (scores.pop(key, None) for key in ("logits", "features", "labels"))
-            if model is None and (scores or logits is not None or x is not None):
+            confidence = scores.pop("confidence", None)
+            parts = (logits, x, confidence)
+            if model is None and (scores or any(part is not None for part in parts)):
                 if "scores" in scores:
                     scores[given] = scores.pop("scores")
-                yield _Part(Batch(logits=logits, features=x), labels, scores)
+                batch = Batch(logits=logits, features=x, confidence=confidence)
+                yield _Part(batch, labels, scores)
                 continue
         elif isinstance(item, (tuple, list)) and len(item) >= 2:
             x, labels = item[:2]
@@ -249,6 +248,17 @@ def _parts(
         with torch.no_grad():
             found = run(model, x, layers, features)
         yield _Part(Batch.of(x, found), labels)
+
+
+def _tell_absent(where: str, detectors: Mapping[str, OODDetector], batch: Batch) -> None:
+    """What one detector knows of the absent column counts for all, and for the accuracy."""
+    if batch.logits is not None and batch.absent is None:
+        for detector in detectors.values():
+            column = detector.absent
+            if column is None and isinstance(detector, AbsentClass):
+                column = -1
+            if column is not None:
+                batch.absent = batch.absent_column(where, column)
 
 
 def _called(samples: Samples) -> str:

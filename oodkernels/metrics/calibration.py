@@ -189,6 +189,7 @@ def check_answers(
     confidence: ArrayLike | Tensor,
     correct: ArrayLike | Tensor,
     device: torch.device | None = None,
+    name: str = "confidence",
 ) -> tuple[Tensor, Tensor]:
     """Confidences and whether each answer is right, flat, on one device.
 
@@ -197,6 +198,7 @@ def check_answers(
         confidence: Any shape; integers become float64.
         correct: Of that shape, bool.
         device: Where both must be, and where arrays are put; None for wherever ``confidence`` is.
+        name: What errors call the confidences.
 
     Returns:
         Both, (N,), detached.
@@ -205,17 +207,17 @@ def check_answers(
         ValueError: Shapes or devices differ.
         TypeError: Types are others.
     """
-    confidence = as_tensor(function, "confidence", confidence, device)
+    confidence = as_tensor(function, name, confidence, device)
     if not isinstance(correct, Tensor):
         correct = from_array(function, "correct", correct).to(confidence.device)
     if correct.dtype != torch.bool:
         raise TypeError(f"{function}: correct must be bool, got {correct.dtype}")
     if correct.shape != confidence.shape:
         raise ValueError(
-            f"{function}: correct must have the shape of confidence, {tuple(confidence.shape)}, "
-            f"got {tuple(correct.shape)}"
+            f"{function}: correct must have the shape of {name}, {tuple(confidence.shape)}, got "
+            f"{tuple(correct.shape)}"
         )
-    check_device(function, "correct", correct, "confidence", confidence)
+    check_device(function, "correct", correct, name, confidence)
     return confidence.reshape(-1), correct.reshape(-1)
 
 

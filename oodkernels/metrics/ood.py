@@ -8,7 +8,7 @@ the sorted scores; divisions come last, in float64. Infinite scores are ordered 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, overload
 
@@ -26,7 +26,7 @@ from oodkernels.metrics.intervals import (
     quantile_ranks,
 )
 from oodkernels.ops.keys import scores_of_keys
-from oodkernels.ops.roc import exact_ceil, roc_counts, sort_keys
+from oodkernels.ops.roc import ROCAreas, exact_ceil, roc_counts, sort_keys
 
 Scores = Tensor | ArrayLike
 
@@ -92,6 +92,18 @@ def fpr_name(tpr: float) -> str:
 def in_one_line(name: str) -> str:
     """A name in one line of text, with escapes in place of what cannot be printed."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 @dataclass(frozen=True)
@@ -224,14 +236,7 @@ class OODResults(Mapping[str, OODResult]):
             percent = [f"{100 * values[key]:.2f}" for key in rows[0][1:5]]
             threshold = "" if math.isnan(values["threshold"]) else f"{values['threshold']:.6g}"
             rows.append([in_one_line(name), *percent, threshold, positive])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = [text_table(rows)]
         if self._heading == "OOD set":
             lines.append(f"convention: {first.convention}; FPR, AUROC and AUPR in percent")
         else:
@@ -308,6 +313,29 @@ def ood_metrics(
         outside = _Side(where, f"ood_scores[{name!r}]", scores)
         (results[name],) = _evaluate(inside, outside, tpr, conventions, confidence)
     return OODResults(results)
+
+
+def precision_recall_areas(id_scores: Scores, ood_scores: Scores) -> ROCAreas:
+    """Areas under both precision-recall curves (AUPR) by both rules in use, exactly.
+
+    Average precision takes each point's precision back to the one before; the trapezoid joins them
+    by straight lines, and is the larger as a rule (Davis & Goadrich, ICML 2006). Tied scores are
+    one point in both.
+
+    Args:
+        id_scores: As for :func:`ood_metrics`.
+        ood_scores: As for :func:`ood_metrics`, one set.
+
+    Returns:
+        ``average_precision_in``, ``average_precision_out``, ``trapezoid_in``, ``trapezoid_out``:
+        positive = ID for ``in``, positive = OOD with negated scores for ``out``.
+
+    Raises:
+        ValueError: As :func:`ood_metrics`.
+        TypeError: As :func:`ood_metrics`.
+    """
+    inside = _Side("precision_recall_areas", "id_scores", id_scores)
+    return roc_counts(*_keys(inside, _unnamed(inside, ood_scores)))[1]
 
 
 def compare_conventions(
@@ -439,6 +467,13 @@ def _unnamed(inside: _Side, ood_scores: Any) -> _Side:
     return outside
 
 
+def _keys(inside: _Side, outside: _Side) -> tuple[Tensor, Tensor]:
+    """Sorted keys of both sides in the type that holds both."""
+    dtype = torch.promote_types(inside.scores.dtype, outside.scores.dtype)
+    check_device(inside.function, outside.name, outside.scores, "id_scores", inside.scores)
+    return inside.keys(dtype), outside.keys(dtype)
+
+
 def _evaluate(
     inside: _Side,
     outside: _Side,
@@ -446,9 +481,8 @@ def _evaluate(
     conventions: list[Convention],
     confidence: float,
 ) -> list[OODResult]:
+    id_keys, ood_keys = _keys(inside, outside)
     dtype = torch.promote_types(inside.scores.dtype, outside.scores.dtype)
-    id_keys, ood_keys = inside.keys(dtype), outside.keys(dtype)
-    check_device(inside.function, outside.name, ood_keys, "id_scores", id_keys)
     n_id, n_ood = len(id_keys), len(ood_keys)
     pairs = n_id * n_ood
     counts, areas = roc_counts(id_keys, ood_keys)

@@ -381,12 +381,12 @@ class Threshold:
         names = {f.name for f in fields(cls)}
         if content.keys() != names:
             missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
-            raise ValueError(f"{where}: fields missing: {missing}, unknown: {unknown}")
+            raise ValueError(f"{where}: fields missing: {missing}, unknown: {unknown!s:.300}")
         read: dict[str, Any] = {}
         for name, value in content.items():
             try:
                 read[name] = _READ[name](value)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
                 raise ValueError(f"{where}: {name} cannot be {str(value)[:80]!r}") from None
         try:
             return cls(**read)

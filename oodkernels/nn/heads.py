@@ -40,7 +40,7 @@ class Head(nn.Module):
 
     Attributes:
         num_classes: C.
-        absent: Column of the absent class, the last; None without one.
+        absent_column: That of the absent class, the last; None without one.
         mean: (d,) that is taken from features, 0 until :meth:`standardize`.
         std: (d,) by which they are divided, 1 until :meth:`standardize`.
 
@@ -74,7 +74,7 @@ class Head(nn.Module):
         if groups is not None and absent:
             raise ValueError("Head: groups have no absent class, got absent=True")
         self.groups = groups
-        self.absent = columns - 1 if absent else None
+        self.absent_column = columns - 1 if absent else None
         self.num_classes = columns - bool(absent) if groups is None else groups.num_classes
         if class_names is not None and len(class_names) != self.num_classes:
             raise ValueError(
@@ -140,7 +140,7 @@ class Head(nn.Module):
         content = {
             "version": _VERSION,
             "groups": None if self.groups is None else self.groups.to_json(),
-            "absent": self.absent,
+            "absent": self.absent_column,
             "class_names": self.class_names,
         }
         # One entry: several come in any order, and the same head would give other bytes.

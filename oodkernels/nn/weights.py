@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     """The state dict."""
     columns: int | None = None
     """Logits: C, C + K for groups, C + 1 with an absent class."""
-    absent: int | None = None
+    absent_column: int | None = None
     """Column of the absent class, the last; None without one."""
     groups: Groups | None = None
     """Of a MOS head."""
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
         """C; None where the file does not say."""
         if self.groups is not None:
             return self.groups.num_classes
-        return None if self.columns is None else self.columns - (self.absent is not None)
+        return None if self.columns is None else self.columns - (self.absent_column is not None)
 
 
 def save_weights(
@@ -71,7 +71,7 @@ def save_weights(
         "version": _VERSION,
         "model": model.state_dict(),
         "columns": columns,
-        "absent": columns - 1 if absent else None,
+        "absent_column": columns - 1 if absent else None,
         "groups": None if groups is None else groups.to_json(),
         "class_names": None if class_names is None else [str(name) for name in class_names],
     }
@@ -105,13 +105,12 @@ def read_weights(path: PathLike) -> Weights:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{where}: must hold a state dict, names and tensors, and does not")
     groups = facts.get("groups")
-    return Weights(
-        content,
-        facts.get("columns"),
-        facts.get("absent"),
-        None if groups is None else Groups.from_json(groups),
-        facts.get("class_names"),
-    )
+    try:
+        groups = None if groups is None else Groups.from_json(groups)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    columns, absent = facts.get("columns"), facts.get("absent_column")
+    return Weights(content, columns, absent, groups, facts.get("class_names"))
 
 
 def _content(path: PathLike) -> Any:
@@ -121,10 +120,10 @@ def _content(path: PathLike) -> Any:
         if Path(path).suffix == ".safetensors":
             return require("safetensors.torch", "files", "read_weights").load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ImportError):
+    except ImportError:
         raise
     except Exception as error:  # of whatever kind the readers of a broken file raise
-        first = str(error).partition("\n")[0]
+        first = str(error).partition("\n")[0][:300]
         raise ValueError(
             f"read_weights: {os.fspath(path)} must be a file of weights, got {first}"
         ) from error

@@ -1,5 +1,10 @@
 """Training with an objective, and the mining of outliers."""
 
+from oodkernels.training._batches import tensor_loader
+from oodkernels.training._random import reproducible
+from oodkernels.training.base import Context, Objective, ObjectiveSpec, register
+from oodkernels.training.checkpoint import load_checkpoint, load_weights
+from oodkernels.training.config import TrainConfig
 from oodkernels.training.mining import (
     MINERS,
     DOSMiner,
@@ -13,41 +18,44 @@ from oodkernels.training.mining import (
 from oodkernels.training.objectives import (
     OBJECTIVES,
     AbnormalityObjective,
+    AbsentClassObjective,
     ConfidenceObjective,
-    Context,
+    DOSObjective,
+    EnergyBoundedObjective,
     MOSObjective,
-    Objective,
+    NTOMObjective,
+    OutlierExposureObjective,
     OutlierObjective,
+    POEMObjective,
     PoolObjective,
     SoftmaxObjective,
     SyntheticObjective,
     make_objective,
 )
-from oodkernels.training.trainer import (
-    FitResult,
-    TrainConfig,
-    Trainer,
-    load_checkpoint,
-    load_weights,
-    reproducible,
-    tensor_loader,
-)
+from oodkernels.training.trainer import FitResult, Trainer
 
 __all__ = [
     "MINERS",
     "OBJECTIVES",
     "AbnormalityObjective",
+    "AbsentClassObjective",
     "ConfidenceObjective",
     "Context",
     "DOSMiner",
+    "DOSObjective",
+    "EnergyBoundedObjective",
     "FitResult",
     "MOSObjective",
     "MiningLog",
     "NTOMMiner",
+    "NTOMObjective",
     "Objective",
+    "ObjectiveSpec",
+    "OutlierExposureObjective",
     "OutlierMiner",
     "OutlierObjective",
     "POEMMiner",
+    "POEMObjective",
     "PoolObjective",
     "ScoreHistogram",
     "SoftmaxObjective",
@@ -58,6 +66,7 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "make_objective",
+    "register",
     "reproducible",
     "tensor_loader",
 ]

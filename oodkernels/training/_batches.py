@@ -6,22 +6,33 @@ process that was never interrupted, with any number of workers.
 
 from __future__ import annotations
 
-import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
+from numbers import Integral
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+
+from oodkernels._checks import check_count
+from oodkernels._digest import digest
+from oodkernels.training._random import entropy, seeded
 
 Loader = DataLoader[Any]
 
 
-class Batch(NamedTuple):
+class LoaderBatch(NamedTuple):
     """What a loader gave."""
 
     data: Any
@@ -43,13 +54,26 @@ class Batches:
         seed: Of order and random numbers.
         samples: Read only these samples, in an order of their own each epoch; None for those of
             the loader's sampler.
+        parts: Batches an epoch that ``samples`` are dealt out to; None: as the loader's batch size
+            has it.
+
+    Attributes:
+        first: Digest of what batch 0 held; None until it is read. Of an ``IterableDataset`` nothing
+            is noted, for who can say that it gives the same again.
 
     Raises:
         TypeError: ``loader`` is no ``DataLoader``.
         ValueError: It has no batch, or shares out the samples among processes itself.
     """
 
-    def __init__(self, loader: Loader, name: str, seed: int, samples: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        name: str,
+        seed: int,
+        samples: Tensor | None = None,
+        parts: int | None = None,
+    ) -> None:
         if not isinstance(loader, DataLoader):
             raise TypeError(
                 f"Trainer.fit: the {name} loader must be a torch DataLoader, got "
@@ -60,7 +84,10 @@ class Batches:
                 f"Trainer.fit: the {name} loader must have a plain sampler, got a "
                 "DistributedSampler; batches are shared out among processes by the Trainer"
             )
-        self.loader, self.name, self.seed, self.samples = loader, name, seed, samples
+        self.loader, self.name, self.seed = loader, name, seed
+        self.samples, self.parts = samples, parts
+        self.first: str | None = None
+        self._order_digest: str | None = None
         self.iterable = isinstance(loader.dataset, IterableDataset)
         try:
             self._length: int | None = len(loader)
@@ -71,8 +98,7 @@ class Batches:
                 ) from None
             self._length = None
         if samples is not None:
-            self._size = self._batch_size()
-            self._length = -(-len(samples) // self._size)
+            self._length = min(parts or -(-len(samples) // self._batch_size()), len(samples))
         if self._length == 0:
             raise ValueError(f"Trainer.fit: the {name} loader must have a batch, got none")
         self._order: tuple[int, list[Any]] = (-1, [])
@@ -81,8 +107,8 @@ class Batches:
         loader = self.loader
         for source in (loader, loader.batch_sampler, loader.sampler):
             size = getattr(source, "batch_size", None)
-            if isinstance(size, int) and not self.iterable:
-                return size
+            if isinstance(size, Integral) and not self.iterable:
+                return int(size)
         raise ValueError(
             f"Trainer.fit: the {self.name} loader must have a batch size and a data set with "
             "indices, to be mined"
@@ -102,9 +128,11 @@ class Batches:
     def _draw(self, epoch: int) -> list[Any]:
         loader, key = self.loader, (self.seed, 0, epoch)
         if self.samples is not None:
-            generator = torch.Generator().manual_seed(_entropy(key))
+            generator = torch.Generator().manual_seed(entropy(key))
             rows = self.samples[torch.randperm(len(self.samples), generator=generator)]
-            return [part.tolist() for part in rows.split(self._size)]
+            if self.parts is None:
+                return [part.tolist() for part in rows.split(self._batch_size())]
+            return [part.tolist() for part in rows.tensor_split(self._length or 1)]
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         generators = []
         source: Any = sampler
@@ -116,11 +144,39 @@ class Batches:
         try:
             with seeded(key):
                 for generator in generators:
-                    generator.manual_seed(_entropy(key))
+                    generator.manual_seed(entropy(key))
                 return list(islice(sampler, self._length))
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+
+    def leave_out_ragged(self) -> tuple[int, int] | None:
+        """Leave out the last batch of every epoch where it is smaller than the first.
+
+        Returns:
+            Samples in it and in the first; None where there is none such.
+        """
+        if self.iterable or self._length is None or self._length < 2:
+            return None
+        sizes = [len(batch) for batch in self.order(0) if isinstance(batch, (list, tuple))]
+        if len(sizes) < 2 or sizes[-1] >= sizes[0]:
+            return None
+        self._length -= 1
+        self._order = (-1, [])
+        return sizes[-1], sizes[0]
+
+    def facts(self) -> dict[str, str | None]:
+        """What another run has to have in common with this one to see the same batches."""
+        if self.iterable:
+            return {}
+        if self._order_digest is None:  # once: another epoch's order is in use when it is asked for
+            self._order_digest = digest(str(self.order(0)))
+        return {"order": self._order_digest, "first batch": self.first}
+
+    def read_first(self) -> None:
+        """Take the digest of batch 0 without going on from it."""
+        if not self.iterable:
+            next(self._read(range(1)))
 
     def samples_of(self, epoch: int) -> Tensor:
         """Indices of the samples that the sampler gives in an epoch, in ascending order, once."""
@@ -130,7 +186,7 @@ class Batches:
         }
         return torch.tensor(sorted(flat))
 
-    def read(self, numbers: Iterable[int], skip: int = 0) -> Iterator[Batch]:
+    def read(self, numbers: Iterable[int], skip: int = 0) -> Iterator[LoaderBatch]:
         """Batches of these numbers, one after the other; number ``per_epoch`` starts epoch 1.
 
         Args:
@@ -142,7 +198,7 @@ class Batches:
         """
         if self.iterable:
             batches = islice(self._again(), skip, None)
-            return (Batch(data, None) for _, data in zip(numbers, batches, strict=False))
+            return (LoaderBatch(data, None) for _, data in zip(numbers, batches, strict=False))
         return self._read(numbers)
 
     def _again(self) -> Iterator[Any]:
@@ -154,15 +210,15 @@ class Batches:
             if empty:
                 raise ValueError(f"Trainer.fit: the {self.name} loader must have a batch, got none")
 
-    def _read(self, numbers: Iterable[int]) -> Iterator[Batch]:
+    def _read(self, numbers: Iterable[int]) -> Iterator[LoaderBatch]:
         asked: list[Any] = []  # read ahead of what was given back, by the workers' prefetching
 
         def requests() -> Iterator[tuple[int, Any]]:
             for number in numbers:
                 epoch, position = divmod(number, self._length or 1)
                 samples = self.order(epoch)[position]
-                asked.append(samples)
-                yield _entropy((self.seed, 1, epoch, position)), samples
+                asked.append((number, samples))
+                yield entropy((self.seed, 1, epoch, position)), samples
 
         loader = self.loader
         batched = loader.batch_sampler is not None
@@ -186,7 +242,18 @@ class Batches:
             **workers,
         )
         for data in reader:
-            yield Batch(data, asked.pop(0))
+            number, samples = asked.pop(0)
+            if number == 0 and self.first is None:
+                self.first = digest(*_tensors(data))
+            yield LoaderBatch(data, samples)
+
+
+def _tensors(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, (list, tuple)):
+        for part in data:
+            yield from _tensors(part)
 
 
 class _Samples(Dataset[Any]):
@@ -230,48 +297,25 @@ class _WorkerInit:
             self.then(worker)
 
 
-def rng_state(device: torch.device | None = None) -> dict[str, Any]:
-    """State of torch's, NumPy's and Python's global random numbers, of tensors and plain values.
+def tensor_loader(
+    *tensors: Tensor, batch_size: int, shuffle: bool = False, drop_last: bool = False
+) -> Loader:
+    """A loader of tensors in memory that indexes whole batches, which is much the fastest.
 
     Args:
-        device: A CUDA device, for that of its generator too.
+        tensors: Of equal length, such as (x, y).
+        batch_size: Samples a batch.
+        shuffle: Whether the order is drawn anew each epoch.
+        drop_last: Whether a last batch that is not full is left out.
+
+    Raises:
+        ValueError: No batch: fewer samples than one takes, or ``batch_size`` is no number of them.
     """
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    version, words, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "python": [version, torch.tensor(words), gauss],
-    }
-    if device is not None and device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Any], device: torch.device | None = None) -> None:
-    """Go back to what :func:`rng_state` gave."""
-    name, keys, *rest = state["numpy"]
-    version, words, gauss = state["python"]
-    torch.set_rng_state(state["torch"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate((version, tuple(words.tolist()), gauss))
-    if device is not None and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextmanager
-def seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """The CPU's random numbers follow from ``key``; on leaving they are as they were."""
-    state = rng_state()
-    entropy = _entropy(key)
-    torch.default_generator.manual_seed(entropy)
-    np.random.seed(entropy % 2**32)  # noqa: NPY002
-    random.seed(entropy)
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
-def _entropy(key: tuple[int, ...]) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+    dataset = TensorDataset(*tensors)
+    batch_size = check_count("tensor_loader", "batch_size", batch_size)
+    if len(dataset) < (batch_size if drop_last else 1):
+        raise ValueError(
+            f"tensor_loader: tensors must fill a batch of {batch_size}, got {len(dataset)}"
+        )
+    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    return DataLoader(dataset, None, sampler=BatchSampler(order, batch_size, drop_last))

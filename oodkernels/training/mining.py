@@ -32,6 +32,7 @@ from torch import Tensor
 
 from oodkernels._checks import accumulate_type, check_floating
 from oodkernels.ops import dos_select, logit_scores
+from oodkernels.training._plain import Recorded
 
 __all__ = [
     "MINERS",
@@ -121,18 +122,21 @@ class MiningLog:
         return figures
 
 
-class OutlierMiner(ABC):
+class OutlierMiner(Recorded, ABC):
     """Selects outliers to train on. See the subclasses.
 
     Args:
         seed: Of all random numbers, >= 0.
 
     Attributes:
+        name: That in :data:`MINERS`.
+        options: The arguments that it was made with, as plain values.
         needs: Which of ``"features"`` and ``"logits"`` :meth:`select` reads.
         step: Number of selections so far.
         last: What the last selection looked at; None before the first.
     """
 
+    name: ClassVar[str] = "miner"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, seed: int = 0) -> None:
@@ -188,26 +192,32 @@ class OutlierMiner(ABC):
     def _select(self, where: str, x: Any, z: Any, n: int) -> MiningLog:
         """Select from (N, d) features and (N, C) logits that passed the checks."""
 
-    def update(self, features: Candidates, labels: Tensor) -> None:  # noqa: B027
+    def update(self, features: Candidates, labels: Tensor, repeats: int = 1) -> None:
         """Learn from the model's features of ID and outlier samples; only POEM does.
 
         Args:
             features: (N, d), as for :meth:`select`.
             labels: (N,) integers, negative for outliers.
+            repeats: How often each counts.
         """
 
-    def reset(self) -> None:  # noqa: B027
+    def reset(self) -> None:
         """Forget what :meth:`update` learned."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to draw as this one would: tensors, ints and a string."""
-        return {"miner": type(self).__name__, "seed": self.seed, "step": self.step}
+        """All that a resumed run needs to draw as this one would: tensors and plain values."""
+        return {
+            "miner": type(self).__name__,
+            "options": {name: v for name, v in self.options.items() if name != "seed"},
+            "seed": self.seed,
+            "step": self.step,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a miner of this kind.
 
         Raises:
-            ValueError: It is of another miner, or something is missing.
+            ValueError: It is of another miner or one with other options, or something is missing.
         """
         name = type(self).__name__
         if state.get("miner") != name:
@@ -217,8 +227,19 @@ class OutlierMiner(ABC):
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"{name}.load_state_dict: state must have {sorted(missing)}")
+        for option, mine in self.options.items():
+            if option != "seed" and (then := state["options"].get(option)) != mine:
+                raise ValueError(
+                    f"{name}.load_state_dict: state must be of a {name} with {option}={mine!r}, "
+                    f"got {then!r}"
+                )
         self.seed, self.step = state["seed"], state["step"]
         self.last = None
+
+    def __repr__(self) -> str:
+        """The call that makes it."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{type(self).__name__}({given})"
 
     def _bits(self) -> int:
         """62 random bits, of this seed and step alone."""
@@ -236,6 +257,8 @@ class UniformMiner(OutlierMiner):
     Args:
         seed: Of all random numbers, >= 0.
     """
+
+    name = "uniform"
 
     def _select(self, where: str, x: Any, z: Any, n: int) -> MiningLog:
         given = z if x is None else x
@@ -259,18 +282,27 @@ class NTOMMiner(OutlierMiner):
     The first of ``indices`` is the hardest. Ties: the lowest index first.
     """
 
+    name = "ntom"
     needs = frozenset({"logits"})
 
     def __init__(self, q: float = 0.125, score: Score = "absent-class", seed: int = 0) -> None:
         super().__init__(seed)
         if not 0 <= q < 1:
             raise ValueError(f"NTOMMiner: q must be in [0, 1), got {q}")
-        self.q = q
+        self.q = float(q)
         self.score = _check_score("NTOMMiner", score)
 
     def _select(self, where: str, x: Tensor | None, z: Tensor, n: int) -> MiningLog:
         scores = _in_distribution(where, z, self.score)
-        start = min(math.floor(self.q * len(z)), len(z) - n)
+        start = math.floor(self.q * len(z))
+        if start + n > len(z) > n:
+            warnings.warn(
+                f"{where}: the window of {n} from quantile {self.q} on does not fit into {len(z)} "
+                f"candidates and starts at {1 - n / len(z):.3g}; with more candidates, or a "
+                "smaller q, it does",
+                stacklevel=3,
+            )
+        start = min(start, len(z) - n)
         return MiningLog(self.step, _order(-scores)[start : start + n], len(z), scores)
 
 
@@ -286,8 +318,8 @@ class POEMMiner(OutlierMiner):
     Each selection draws weights beta from it and takes the smallest abs(beta . z), the nearest
     first. :meth:`update` takes in features of ID samples (target +``target``: higher = more ID) and
     of outliers trained on. Once an epoch the authors forget what the features were (:meth:`reset`)
-    and take in those of all ID data and of the last four epochs' outliers. Before the first update
-    the prior is drawn from.
+    and take in those of the last four epochs' outliers, and of all ID data once for each of these
+    epochs. Before the first update the prior is drawn from.
 
     Sums and posterior are float64; of the rows no more than some thousand are ever converted.
 
@@ -301,6 +333,7 @@ class POEMMiner(OutlierMiner):
         seed: Of all random numbers, >= 0.
     """
 
+    name = "poem"
     needs = frozenset({"features"})
 
     def __init__(
@@ -315,7 +348,7 @@ class POEMMiner(OutlierMiner):
         for name, value in (("sigma", sigma), ("noise", noise), ("target", target)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"POEMMiner: {name} must be positive and finite, got {value}")
-        self.sigma, self.noise, self.target = sigma, noise, target
+        self.sigma, self.noise, self.target = float(sigma), float(noise), float(target)
         self.mode = _check_mode("POEMMiner", mode)
         self.reset()
 
@@ -325,12 +358,13 @@ class POEMMiner(OutlierMiner):
         self._moment = torch.zeros(0, dtype=torch.float64)  # Z^T y
 
     @torch.no_grad()
-    def update(self, features: Candidates, labels: Tensor) -> None:
+    def update(self, features: Candidates, labels: Tensor, repeats: int = 1) -> None:
         """Take in samples: add to Z^T Z and Z^T y.
 
         Args:
             features: (N, d), float64, float32, bfloat16 or float16.
             labels: (N,) integers: negative for outliers, a class index for ID samples.
+            repeats: How often each counts, >= 1.
 
         Raises:
             ValueError: A wrong shape, another width than before, or rows that are not finite;
@@ -341,6 +375,8 @@ class POEMMiner(OutlierMiner):
         x = _matrix(where, "features", features)
         if x is None:
             raise ValueError(f"{where}: features must be given, got None")
+        if operator.index(repeats) < 1:
+            raise ValueError(f"{where}: repeats must be >= 1, got {repeats}")
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise TypeError(f"{where}: labels must be integers, got {labels.dtype}")
         if labels.shape != x.shape[:1]:
@@ -351,8 +387,8 @@ class POEMMiner(OutlierMiner):
         targets = self.target * torch.where(labels < 0, -1, 1).to(moment)
         for rows, y in zip(x.split(_CHUNK), targets.split(_CHUNK), strict=True):
             rows = rows.double()
-            gram.addmm_(rows.T, rows)
-            moment.addmv_(rows.T, y)
+            gram.addmm_(rows.T, rows, alpha=repeats)
+            moment.addmv_(rows.T, y, alpha=repeats)
         if not gram.diagonal().isfinite().all():
             _check_finite(where, "features", torch.cat([r.sum(1) for r in x.split(_CHUNK)]))
         self._gram, self._moment = gram, moment
@@ -418,6 +454,7 @@ class DOSMiner(OutlierMiner):
         seed: Of all random numbers, >= 0.
     """
 
+    name = "dos"
     needs = frozenset({"features", "logits"})
 
     def __init__(
@@ -433,7 +470,8 @@ class DOSMiner(OutlierMiner):
         for name, value in (("k", k), ("n_init", n_init), ("block", block)):
             if value is not None and operator.index(value) < 1:
                 raise ValueError(f"DOSMiner: {name} must be >= 1, got {value}")
-        self.k, self.n_init, self.block = k, n_init, block
+        self.k, self.block = (None if v is None else int(v) for v in (k, block))
+        self.n_init = int(n_init)
         self.score = _check_score("DOSMiner", score)
         self.mode = _check_mode("DOSMiner", mode)
 
@@ -468,10 +506,7 @@ class DOSMiner(OutlierMiner):
 
 
 MINERS: dict[str, type[OutlierMiner]] = {
-    "uniform": UniformMiner,
-    "ntom": NTOMMiner,
-    "poem": POEMMiner,
-    "dos": DOSMiner,
+    kind.name: kind for kind in (UniformMiner, NTOMMiner, POEMMiner, DOSMiner)
 }
 """Every miner by its short name."""
 

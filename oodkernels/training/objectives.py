@@ -1,21 +1,24 @@
 """What :class:`~oodkernels.training.Trainer` minimises: the methods' training, by name.
 
 An objective is a module, so that what it learns and counts is in the checkpoints. It sees one batch
-at a time and gives the loss; everything else is the Trainer's.
+at a time and gives the loss; everything else is the Trainer's. What there is to know of one before
+it is made, for command lines, tables and tests, is in its :class:`ObjectiveSpec`.
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from oodkernels.detectors import AbnormalityModule, extract
+from oodkernels.detectors.abnormality import Noise
 from oodkernels.detectors.model import as_outputs
 from oodkernels.groups import Groups
 from oodkernels.nn.gan import Discriminator, Generator, JointGANLoss
@@ -27,111 +30,38 @@ from oodkernels.nn.losses import (
 )
 from oodkernels.nn.mos import MOSHead, MOSLoss
 from oodkernels.ops import mos_predict
-from oodkernels.training.mining import DOSMiner, NTOMMiner, OutlierMiner, POEMMiner
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from oodkernels.training.base import OBJECTIVES, Context, Objective, Step, make_objective, register
+from oodkernels.training.mining import (
+    DOSMiner,
+    Mode,
+    NTOMMiner,
+    OutlierMiner,
+    POEMMiner,
+    Score,
+)
 
 __all__ = [
     "OBJECTIVES",
     "AbnormalityObjective",
+    "AbsentClassObjective",
     "ConfidenceObjective",
-    "Context",
+    "DOSObjective",
+    "EnergyBoundedObjective",
     "MOSObjective",
-    "Objective",
+    "NTOMObjective",
+    "OutlierExposureObjective",
     "OutlierObjective",
+    "POEMObjective",
     "PoolObjective",
     "SoftmaxObjective",
     "SyntheticObjective",
     "make_objective",
 ]
 
-Step = tuple[Tensor, dict[str, Tensor]]
 
-
-class Context:
-    """Where in the run a batch stands, and the means to update more than the model.
-
-    Attributes:
-        step: Optimiser steps before this one.
-        steps: Of the whole run.
-        epoch: From 0.
-        fabric: Lightning Fabric.
-    """
-
-    def __init__(self, step: int, steps: int, epoch: int, fabric: Fabric) -> None:
-        self.step, self.steps, self.epoch, self.fabric = step, steps, epoch, fabric
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Over processes."""
-        if self.fabric.world_size == 1:
-            return value
-        mean = self.fabric.all_reduce(value.clone(), reduce_op="mean")
-        assert isinstance(mean, Tensor)
-        return mean
-
-    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        """Take a step of an optimiser of the objective's own, by the mean over processes."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # Not backward(): the loss may depend on the model, which has a step of its own.
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(loss, parameters), strict=True
-        ):
-            parameter.grad = self.mean(gradient)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-class Objective(nn.Module):
-    """Base class. A subclass says in :meth:`step` what the loss of a batch is.
-
-    Attributes:
-        outliers: What is to come with a batch: None for nothing, "batch" for one of the outlier
-            loader, "pool" for one of the outliers selected for the epoch.
-        skips_parameters: Whether the loss may leave out parameters that are trained: then DDP has
-            to search for them.
-    """
-
-    outliers: ClassVar[Literal["batch", "pool"] | None] = None
-    skips_parameters: ClassVar[bool] = False
-
-    def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
-        """Called before a run, for what depends on the model or on the inputs.
-
-        Args:
-            model: The model, in whatever mode and on whatever device it is.
-            sample: Gives a batch of training inputs.
-        """
-
-    def step(
-        self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
-    ) -> Step:
-        """The loss of a batch.
-
-        Args:
-            model: x -> logits, in training mode.
-            x: (N, ...) inputs.
-            y: (N,) int64 class ids.
-            outliers: (M, ...) inputs; None where the objective takes none.
-            context: See there.
-
-        Returns:
-            The loss, a mean over samples, and further scalars for the log, the same each time.
-        """
-        raise NotImplementedError
-
-    def validate(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss on ID samples of a model in evaluation mode, and their predicted class ids."""
-        logits = as_outputs(model(x)).logits
-        return F.cross_entropy(logits, y), logits.argmax(1)
-
-    def figures(self) -> dict[str, float]:
-        """Further figures for a row of the log."""
-        return {}
-
-
+@register("softmax")
 class SoftmaxObjective(Objective):
-    """Cross entropy: what MSP, max logit, energy, ODIN and most other scores are read from.
+    """Cross entropy, of which most scores are read (MSP: Hendrycks & Gimpel, ICLR 2017).
 
     Args:
         mixup: Alpha of mixup's Beta(alpha, alpha), one draw a batch (Zhang et al., ICLR 2018); 0:
@@ -143,33 +73,54 @@ class SoftmaxObjective(Objective):
         super().__init__()
         if mixup < 0:
             raise ValueError(f"{type(self).__name__}: mixup must be at least 0, got {mixup}")
-        self.mixup = mixup
-        self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.mixup = float(mixup)
+        self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=float(label_smoothing))
 
     def step(
         self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
     ) -> Step:
         """See :class:`Objective`."""
         if not self.mixup:
-            return self.loss(as_outputs(model(x)).logits, y), {}
+            return self.loss(self.outputs(model, x, y).logits, y), {}
         share = torch.distributions.Beta(self.mixup, self.mixup).sample().to(x)
         other = torch.randperm(len(x), device=x.device)
-        logits = as_outputs(model(share * x + (1 - share) * x[other])).logits
+        logits = self.outputs(model, share * x + (1 - share) * x[other], y).logits
         loss = share * self.loss(logits, y) + (1 - share) * self.loss(logits, y[other])
         return loss, {}
 
+    def chance(self) -> float | None:
+        """See :class:`Objective`."""
+        return _chance(self.loss, self.columns, [0])
 
+
+@register("mos", needs=["groups"], scores=("mos", "mos-log-odds"))
 class MOSObjective(SoftmaxObjective):
     """Group softmax (Huang & Li, CVPR 2021); the authors train with mixup 0.1.
 
     Args:
-        groups: Of the head; None: those of the model's :class:`~oodkernels.MOSHead`.
+        groups: Of the head, or their JSON; None: those of the model's :class:`~oodkernels.MOSHead`.
         mixup: See :class:`SoftmaxObjective`.
+
+    Raises:
+        TypeError: ``groups`` is neither.
+        ValueError: It is no JSON of groups.
     """
 
-    def __init__(self, groups: Groups | None = None, mixup: float = 0.0) -> None:
+    def __init__(self, groups: Groups | str | None = None, mixup: float = 0.0) -> None:
         super().__init__(mixup)
-        self.groups = groups
+        if not isinstance(groups, (Groups, str, type(None))):
+            raise TypeError(f"groups must be Groups or their JSON, got {type(groups).__name__}")
+        self.groups = Groups.from_json(groups) if isinstance(groups, str) else groups
+
+    @property
+    def num_classes(self) -> int | None:
+        """See :class:`Objective`."""
+        return None if self.groups is None else self.groups.num_classes
+
+    @property
+    def fixed_groups(self) -> Groups | None:
+        """See :class:`Objective`."""
+        return self.groups
 
     def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
         """Take the groups of the model's head.
@@ -190,8 +141,14 @@ class MOSObjective(SoftmaxObjective):
     def validate(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Objective`."""
         assert self.groups is not None
-        logits = as_outputs(model(x)).logits
+        logits = self.outputs(model, x, y).logits
         return self.loss(logits, y), self.groups.to_class(mos_predict(logits, self.groups).label)
+
+    def chance(self) -> float | None:
+        """See :class:`Objective`."""
+        if self.groups is None:
+            return None
+        return float(self.groups.offsets.diff().double().log().sum())
 
 
 class OutlierObjective(Objective):
@@ -203,7 +160,7 @@ class OutlierObjective(Objective):
             logits of the model in evaluation mode; None: all are taken.
     """
 
-    outliers = "batch"
+    outliers: ClassVar[Literal["batch", "pool"] | None] = "batch"
 
     def __init__(self, loss: nn.Module, miner: OutlierMiner | None = None) -> None:
         super().__init__()
@@ -220,8 +177,24 @@ class OutlierObjective(Objective):
                 features, logits = self.read(model, outliers)
             rows = self.miner.select(features, logits, min(len(x), len(outliers)))
             outliers = outliers[rows]
-        logits = as_outputs(model(torch.cat([x, outliers]))).logits
+        logits = self.outputs(model, torch.cat([x, outliers]), y).logits
         return self.loss(logits, torch.cat([y, y.new_full((len(outliers),), -1)])), {}
+
+    def undo(self) -> Callable[[], None]:
+        """Take back the selection."""
+        miner = self.miner
+        if miner is None or self.outliers == "pool":
+            return lambda: None
+        step, last = miner.step, miner.last
+
+        def back() -> None:
+            miner.step, miner.last = step, last
+
+        return back
+
+    def chance(self) -> float | None:
+        """See :class:`Objective`."""
+        return _chance(self.loss, self.columns, [0, -1])
 
     def read(self, model: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Features and logits of the model in evaluation mode, as far as the miner needs them."""
@@ -237,12 +210,6 @@ class OutlierObjective(Objective):
         features = found.features if "features" in needs else None
         # A miner that needs neither still has to know how many there are.
         return features, found.logits if features is None or "logits" in needs else None
-
-    def validate(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`Objective`; the absent class is no answer."""
-        logits = as_outputs(model(x)).logits
-        known = logits[:, :-1] if self.absent else logits
-        return F.cross_entropy(logits, y), known.argmax(1)
 
     def figures(self) -> dict[str, float]:
         """What the last selection looked at."""
@@ -267,12 +234,15 @@ class PoolObjective(OutlierObjective):
     Args:
         loss: As for :class:`OutlierObjective`.
         miner: Selects outliers.
-        per_sample: Outliers to select, a training sample.
+        per_sample: Outliers to select, a training sample; each is read once an epoch.
         candidates: Samples of the pool, drawn at random each epoch, to select from; None: all.
-        memory: Epochs whose outliers the miner's posterior remembers.
+        memory: Epochs whose outliers the miner's posterior remembers, at least 1.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
-    outliers = "pool"  # type: ignore[assignment]
+    outliers = "pool"
 
     def __init__(
         self,
@@ -283,15 +253,30 @@ class PoolObjective(OutlierObjective):
         memory: int = 4,
     ) -> None:
         super().__init__(loss, miner)
-        self.per_sample, self.candidates = per_sample, candidates
+        for name, value, good in (
+            ("per_sample", per_sample, per_sample > 0),
+            ("candidates", candidates, candidates is None or candidates >= 1),
+            ("memory", memory, memory >= 1),
+        ):
+            if not good:
+                raise ValueError(f"{type(self).__name__}: {name} must be positive, got {value}")
+        self.per_sample, self.candidates = float(per_sample), candidates
         self.pool: Tensor = torch.empty(0, dtype=torch.int64)
-        self._recent: deque[Tensor] = deque(maxlen=memory)
+        self._recent: deque[Tensor] = deque(maxlen=int(memory))
         self._figures: dict[str, float] = {}
+        self._warned = False
 
     @property
     def reads_training_data(self) -> bool:
         """Whether :meth:`mine` wants features of the training data."""
         return isinstance(self.miner, POEMMiner)
+
+    @property
+    def remembered(self) -> Tensor:
+        """(R,) int64, samples of the pool whose features :meth:`mine` wants: those of the epochs
+        before, as often as they were selected; none where it wants none."""
+        recent = self._recent if self.reads_training_data else ()
+        return torch.cat([self.pool[:0], *recent])
 
     def mine(
         self,
@@ -300,8 +285,11 @@ class PoolObjective(OutlierObjective):
         logits: Tensor | None,
         trained: Tensor | None,
         n: int,
+        remembered: Tensor | None = None,
     ) -> None:
         """Select the outliers of an epoch, into ``pool``.
+
+        A warning says once that the pool is too small for a choice.
 
         Args:
             samples: (N,) int64, indices in the pool's data set.
@@ -309,14 +297,26 @@ class PoolObjective(OutlierObjective):
             logits: (N, columns), where it needs them.
             trained: (M, d) features of the training data, where they are wanted.
             n: How many to select; N if that is less.
+            remembered: (R, d) features of :attr:`remembered`, where there are any.
         """
         assert self.miner is not None
         if trained is not None:
             self.miner.reset()
-            self.miner.update(trained, torch.zeros(len(trained), dtype=torch.int64))
-            if self._recent and features is not None:
-                seen = features[torch.isin(samples, torch.cat(list(self._recent)))]
-                self.miner.update(seen, torch.full((len(seen),), -1))
+            # As in the authors' code: the prior alone before the first epoch; then the training
+            # data count once for every epoch that is remembered.
+            if self._recent:
+                labels = torch.zeros(len(trained), dtype=torch.int64)
+                self.miner.update(trained, labels, len(self._recent))
+                assert remembered is not None
+                self.miner.update(remembered, torch.full((len(remembered),), -1))
+        if n >= len(samples) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: {len(samples)} candidates are no more than the {n} to be "
+                "selected, so all are taken and nothing is mined: a larger pool, or a smaller "
+                "per_sample, makes a choice",
+                stacklevel=6,
+            )
         rows = self.miner.select(features, logits, min(n, len(samples)))
         self.pool = samples[rows]
         self._recent.append(self.pool)
@@ -340,6 +340,154 @@ class PoolObjective(OutlierObjective):
             self.pool = self._recent[-1]
 
 
+@register("oe", needs=["outliers"], per_sample=2)
+class OutlierExposureObjective(OutlierObjective):
+    """Outlier Exposure (Hendrycks et al., ICLR 2019).
+
+    The authors read two outliers for each ID sample.
+
+    Args:
+        weight: See :class:`~oodkernels.nn.OutlierExposureLoss`.
+    """
+
+    def __init__(self, weight: float = 0.5) -> None:
+        super().__init__(OutlierExposureLoss(weight))
+
+
+@register("energy", needs=["outliers"], per_sample=2, scores=("energy", "msp", "max-logit"))
+class EnergyBoundedObjective(OutlierObjective):
+    """Energy-bounded learning (Liu et al., NeurIPS 2020).
+
+    The authors read two outliers for each ID sample.
+
+    Args:
+        weight: See :class:`~oodkernels.nn.EnergyBoundedLoss`.
+        m_in: See there; None: it follows the number of classes.
+        m_out: See there; None: it follows the number of classes.
+        temperature: See there.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        m_in: float | None = None,
+        m_out: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(EnergyBoundedLoss(weight, m_in, m_out, temperature))
+
+
+_ABSENT_SCORES = ("absent-class", "msp", "max-logit", "energy")
+
+
+@register("absent-class", needs=["outliers", "absent class"], scores=_ABSENT_SCORES)
+class AbsentClassObjective(OutlierObjective):
+    """An absent class for outliers as they come: what DOS and NTOM improve on.
+
+    Args:
+        beta: Weight of the outliers.
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__(AbsentClassLoss(beta))
+
+
+@register("dos", needs=["outliers", "absent class"], per_sample=6, scores=_ABSENT_SCORES)
+class DOSObjective(OutlierObjective):
+    """DOS (Jiang et al., ICLR 2024): diverse outliers of each step's candidates.
+
+    The authors read six candidates for each ID sample.
+
+    Args:
+        beta: Weight of the outliers.
+        k: See :class:`~oodkernels.training.DOSMiner`.
+        n_init: See there.
+        score: See there.
+        mode: See there.
+        block: See there.
+        seed: See there.
+    """
+
+    clusters_candidates = True
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        k: int | None = None,
+        n_init: int = 5,
+        score: Score = "absent-class",
+        mode: Mode = "default",
+        block: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(AbsentClassLoss(beta), DOSMiner(k, n_init, score, mode, block, seed))
+
+
+@register("ntom", needs=["outliers", "absent class"], per_sample=2, scores=_ABSENT_SCORES)
+class NTOMObjective(PoolObjective):
+    """NTOM (Chen et al., ECML 2021): a window of the hardest of the pool, each epoch.
+
+    Args:
+        beta: Weight of the outliers.
+        per_sample: See :class:`PoolObjective`; the authors train on two for each ID sample.
+        candidates: See there.
+        q: See :class:`~oodkernels.training.NTOMMiner`.
+        score: See there.
+        seed: See there.
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        per_sample: float = 2.0,
+        candidates: int | None = None,
+        q: float = 0.125,
+        score: Score = "absent-class",
+        seed: int = 0,
+    ) -> None:
+        miner = NTOMMiner(q, score, seed)
+        super().__init__(AbsentClassLoss(beta), miner, per_sample, candidates)
+
+
+@register("poem", needs=["outliers"], scores=("energy", "msp", "max-logit"))
+class POEMObjective(PoolObjective):
+    """POEM (Ming et al., ICML 2022): the pool's nearest to a sampled boundary, each epoch.
+
+    Args:
+        weight: See :class:`~oodkernels.nn.EnergyBoundedLoss`; the authors' script has margins of
+            -25 and -7.
+        m_in: See there; None: it follows the number of classes.
+        m_out: See there; None: it follows the number of classes.
+        per_sample: See :class:`PoolObjective`.
+        candidates: See there.
+        memory: Epochs whose outliers the posterior remembers; the training data count as often.
+        sigma: See :class:`~oodkernels.training.POEMMiner`.
+        noise: See there.
+        target: See there.
+        mode: See there.
+        seed: See there.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        m_in: float | None = None,
+        m_out: float | None = None,
+        per_sample: float = 1.0,
+        candidates: int | None = None,
+        memory: int = 4,
+        sigma: float = 20.0,
+        noise: float = 0.5,
+        target: float = 3.0,
+        mode: Mode = "default",
+        seed: int = 0,
+    ) -> None:
+        loss = EnergyBoundedLoss(weight, m_in, m_out)
+        miner = POEMMiner(sigma, noise, target, mode, seed)
+        super().__init__(loss, miner, per_sample, candidates, memory)
+
+
+@register("confidence", needs=["confidence"], scores=("confidence", "msp", "max-logit", "energy"))
 class ConfidenceObjective(Objective):
     """Confidence branch (DeVries & Taylor, 2018); the model gives (logits, confidence logit).
 
@@ -356,7 +504,7 @@ class ConfidenceObjective(Objective):
         self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
     ) -> Step:
         """See :class:`Objective`."""
-        found = as_outputs(model(x))
+        found = self.outputs(model, x, y)
         if found.confidence is None:
             raise ValueError(
                 "ConfidenceObjective: the model must give (logits, confidence), got logits alone"
@@ -367,6 +515,7 @@ class ConfidenceObjective(Objective):
         return loss, {"lambda": price}
 
 
+@register("abnormality", needs=["images"])
 class AbnormalityObjective(Objective):
     """Abnormality module (Hendrycks & Gimpel, ICLR 2017, section 4), in two phases.
 
@@ -376,7 +525,9 @@ class AbnormalityObjective(Objective):
 
     Args:
         first: Share of the steps of the first phase.
-        detector: Options of the detector: ``layer``, ``decoder``, ``noise``.
+        layer: See :class:`~oodkernels.detectors.AbnormalityModule`.
+        decoder: See there.
+        noise: See there.
 
     Attributes:
         detector: With the networks that are trained.
@@ -384,12 +535,18 @@ class AbnormalityObjective(Objective):
 
     skips_parameters = True
 
-    def __init__(self, first: float = 2 / 3, **detector: Any) -> None:
+    def __init__(
+        self,
+        first: float = 2 / 3,
+        layer: str | None = None,
+        decoder: nn.Module | None = None,
+        noise: Noise | None = None,
+    ) -> None:
         super().__init__()
         if not 0 < first < 1:
             raise ValueError(f"AbnormalityObjective: first must be in (0, 1), got {first}")
         self.first = first
-        self.detector = AbnormalityModule(**detector)
+        self.detector = AbnormalityModule(layer=layer, decoder=decoder, noise=noise)
         self.networks: nn.ModuleDict | None = None
 
     def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
@@ -401,6 +558,7 @@ class AbnormalityObjective(Objective):
             assert decoder is not None
             assert risk is not None
             self.networks = nn.ModuleDict({"decoder": decoder, "risk": risk})
+        self.columns = self.detector.num_classes
 
     def step(
         self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
@@ -418,6 +576,7 @@ class AbnormalityObjective(Objective):
         return loss, {}
 
 
+@register("synthetic", needs=["images"])
 class SyntheticObjective(Objective):
     """Outliers made by a generator that is trained beside the classifier (Lee et al., ICLR 2018).
 
@@ -428,6 +587,12 @@ class SyntheticObjective(Objective):
         discriminator: Inputs to logits; None: a small one.
         beta: See :class:`~oodkernels.nn.JointGANLoss`.
         lr: Of Adam, for generator and discriminator.
+        mean: What was taken from images in [0, 1], one number or one a channel; what the small
+            generator makes is normalised alike.
+        std: What they were divided by.
+
+    Raises:
+        TypeError: A network is none.
     """
 
     def __init__(
@@ -436,24 +601,43 @@ class SyntheticObjective(Objective):
         discriminator: nn.Module | None = None,
         beta: float = 0.1,
         lr: float = 2e-4,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__()
+        for name, network in (("generator", generator), ("discriminator", discriminator)):
+            if not isinstance(network, (nn.Module, type(None))):
+                raise TypeError(f"{name} must be a module, got {network!r:.80}")
         self.loss = JointGANLoss(beta)
-        self.generator, self.discriminator, self.lr = generator, discriminator, lr
+        self.generator, self.discriminator, self.lr = generator, discriminator, float(lr)
+        self._own = generator is None
+        self._mean, self._std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
         """Make the networks that were not given.
 
         Raises:
-            ValueError: They were not, and inputs are no square images.
+            ValueError: They were not, and inputs are no square images, or others than the small
+                generator can make.
         """
         if self.generator is None or self.discriminator is None:
-            shape = tuple(sample().shape)
+            x = sample()
+            shape = tuple(x.shape)
             if len(shape) != 4 or shape[2] != shape[3]:
                 raise ValueError(
                     "SyntheticObjective: generator and discriminator must be given for inputs "
                     f"other than (N, channels, size, size), got {shape}"
+                )
+            low, high = ((value - self._mean) / self._std for value in (0, 1))
+            slack = (high - low) / 100
+            pixels = x.detach().float().cpu()
+            if self._own and not ((pixels >= low - slack) & (pixels <= high + slack)).all():
+                raise ValueError(
+                    "SyntheticObjective: inputs must be images in [0, 1], or mean and std be those "
+                    f"of their normalisation, got values from {float(pixels.min()):.3g} to "
+                    f"{float(pixels.max()):.3g} for mean {self._mean.flatten().tolist()} and std "
+                    f"{self._std.flatten().tolist()}"
                 )
             self.generator = self.generator or Generator(shape[2], shape[1])
             self.discriminator = self.discriminator or Discriminator(shape[2], shape[1])
@@ -472,7 +656,7 @@ class SyntheticObjective(Objective):
         assert generator is not None
         assert discriminator is not None
         with _trainable(generator):
-            generated = generator.sample(len(x))
+            generated = self._sample(len(x))
             if generated.shape != x.shape:
                 raise ValueError(
                     f"SyntheticObjective: the generator must give {tuple(x.shape)}, as the "
@@ -486,11 +670,37 @@ class SyntheticObjective(Objective):
             g_loss = self.loss.generator(discriminator(generated), logits)
             context.update(self._optimizers["g"], g_loss)
         with torch.no_grad():
-            generated = generator.sample(len(x))
+            generated = self._sample(len(x))
         torch.clear_autocast_cache()
-        logits = as_outputs(model(torch.cat([x, generated]))).logits
+        logits = self.outputs(model, torch.cat([x, generated]), y).logits
         loss = self.loss(logits, torch.cat([y, torch.full_like(y, -1)]))
         return loss, {"discriminator_loss": d_loss, "generator_loss": g_loss}
+
+    def _sample(self, n: int) -> Tensor:
+        """Generated inputs, normalised as the data are."""
+        assert self.generator is not None
+        generated = self.generator.sample(n)
+        if not self._own:
+            return generated
+        return (generated - self._mean.to(generated)) / self._std.to(generated)
+
+    def undo(self) -> Callable[[], None]:
+        """Take back the updates of generator and discriminator."""
+        parameters = list(self.parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        states = copy.deepcopy(self.get_extra_state())
+
+        def back() -> None:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+            self.set_extra_state(states)
+
+        return back
+
+    def chance(self) -> float | None:
+        """See :class:`Objective`."""
+        return _chance(self.loss, self.columns, [0, -1])
 
     def get_extra_state(self) -> dict[str, Any]:
         """Of the two optimisers."""
@@ -502,102 +712,11 @@ class SyntheticObjective(Objective):
             optimizer.load_state_dict(state[name])
 
 
-def outlier_exposure(weight: float = 0.5) -> OutlierObjective:
-    """Outlier Exposure (Hendrycks et al., ICLR 2019)."""
-    return OutlierObjective(OutlierExposureLoss(weight))
-
-
-def energy_bounded(
-    weight: float = 0.1,
-    m_in: float | None = None,
-    m_out: float | None = None,
-    temperature: float = 1.0,
-) -> OutlierObjective:
-    """Energy-bounded learning (Liu et al., NeurIPS 2020)."""
-    return OutlierObjective(EnergyBoundedLoss(weight, m_in, m_out, temperature))
-
-
-def absent_class(beta: float = 1.0) -> OutlierObjective:
-    """An absent class for outliers, which are taken as they come: what DOS and NTOM improve on."""
-    return OutlierObjective(AbsentClassLoss(beta))
-
-
-def dos(beta: float = 1.0, **miner: Any) -> OutlierObjective:
-    """DOS (Jiang et al., ICLR 2024): diverse outliers of each step's candidates.
-
-    Args:
-        beta: Weight of the outliers.
-        miner: Of :class:`~oodkernels.training.DOSMiner`.
-    """
-    return OutlierObjective(AbsentClassLoss(beta), DOSMiner(**miner))
-
-
-def ntom(
-    beta: float = 1.0, per_sample: float = 2.0, candidates: int | None = None, **miner: Any
-) -> PoolObjective:
-    """NTOM (Chen et al., ECML 2021): a window of the hardest of the pool, each epoch.
-
-    Args:
-        beta: Weight of the outliers.
-        per_sample: See :class:`PoolObjective`.
-        candidates: See :class:`PoolObjective`.
-        miner: Of :class:`~oodkernels.training.NTOMMiner`.
-    """
-    return PoolObjective(AbsentClassLoss(beta), NTOMMiner(**miner), per_sample, candidates)
-
-
-def poem(
-    weight: float = 0.1,
-    m_in: float | None = None,
-    m_out: float | None = None,
-    per_sample: float = 1.0,
-    candidates: int | None = None,
-    **miner: Any,
-) -> PoolObjective:
-    """POEM (Ming et al., ICML 2022): the pool's nearest to a sampled boundary, each epoch.
-
-    Args:
-        weight: See :class:`~oodkernels.nn.EnergyBoundedLoss`.
-        m_in: See there.
-        m_out: See there.
-        per_sample: See :class:`PoolObjective`.
-        candidates: See :class:`PoolObjective`.
-        miner: Of :class:`~oodkernels.training.POEMMiner`.
-    """
-    loss = EnergyBoundedLoss(weight, m_in, m_out)
-    return PoolObjective(loss, POEMMiner(**miner), per_sample, candidates)
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "softmax": SoftmaxObjective,
-    "mos": MOSObjective,
-    "oe": outlier_exposure,
-    "energy": energy_bounded,
-    "absent-class": absent_class,
-    "dos": dos,
-    "ntom": ntom,
-    "poem": poem,
-    "confidence": ConfidenceObjective,
-    "abnormality": AbnormalityObjective,
-    "synthetic": SyntheticObjective,
-}
-"""Every objective by its short name."""
-
-
-def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
-    """The objective of a name in :data:`OBJECTIVES`.
-
-    Raises:
-        ValueError: Unknown name, or options it does not have.
-    """
-    if name not in OBJECTIVES:
-        raise ValueError(
-            f"make_objective: name must be one of {', '.join(OBJECTIVES)}, got {name!r}"
-        )
-    try:
-        return OBJECTIVES[name](**(options or {}))
-    except TypeError as error:
-        raise ValueError(f"make_objective: {name}: {error}") from error
+def _chance(loss: nn.Module, columns: int | None, target: list[int]) -> float | None:
+    """A loss of logits that are all 0."""
+    if columns is None:
+        return None
+    return float(loss(torch.zeros(len(target), columns), torch.tensor(target)))
 
 
 @contextmanager

@@ -22,9 +22,9 @@ pytest.importorskip("typer")
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from oodk.app import app
 from oodkernels import Groups
 from oodkernels._files import LOCK, locked
-from oodkernels.cli import app
 from oodkernels.data import (
     EXTRACT_FORMATS,
     ExtractionPlan,
@@ -276,7 +276,8 @@ def test_a_full_disk_leaves_nothing_half_written(
         patch.setattr("oodkernels.data.formats.safetensors.write_chunks", full)
         found = oodk(*given)
     assert found.exit_code == 1
-    assert found.stderr.splitlines()[-1] == "oodk extract: No space left on device"
+    (*_, line) = found.stderr.splitlines()
+    assert line == "oodk extract: cannot extract to run: No space left on device"
     assert {path.name for path in (here / "run").iterdir()} == {
         ".parts",
         "classes.txt",
@@ -390,6 +391,17 @@ def test_a_damaged_record_is_one_line(here: Path, content: str) -> None:
     assert "run/extract.json" in line
 
 
+def test_a_file_of_settings_cannot_ask_for_a_shell(here: Path) -> None:
+    pytest.importorskip("webdataset")
+    (here / "config.toml").write_text('data = "pipe:touch made; cat s.tar"\nallow-shell = true\n')
+    given = ("extract", "--model", "my_models:make", "--out", "run", "--config", "config.toml")
+    found = oodk(*given)
+    assert found.exit_code == 2
+    assert "must be given on the command line" in found.stderr
+    assert oodk(*given, "--allow-shell").exit_code == 1  # there is no s.tar
+    assert (here / "made").exists()
+
+
 # --- whose classes the labels are -------------------------------------------------------------
 
 
@@ -463,7 +475,7 @@ def test_what_the_columns_mean_is_kept(here: Path) -> None:
     model, _ = load_model("my_models:make")
     save_weights(model, "model.pt", 4, absent=True, class_names=["a", "b", "c"])
     assert oodk(*GIVEN, "--weights", "model.pt", "--out", "run").exit_code == 0
-    assert open_samples("run").absent == 3
+    assert open_samples("run").absent_column == 3
     groups = Groups([0, 1], class_names=["a", "b"])
     save_weights(model, "model.pt", 4, groups=groups)
     (here / "list.txt").write_text("images/a/00.png 1\n")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import python
 
-from oodkernels.data import FORMATS, open_arrays, open_samples, save_arrays
+from oodkernels.data import FORMATS, ROLES, open_arrays, open_samples, save_arrays
 from oodkernels.data.arrays import MAX_ROW_BYTES
 from oodkernels.data.formats import csv as csv_format
 from oodkernels.data.formats.csv import cell_value, text_cell
@@ -240,6 +242,48 @@ def test_a_file_that_changes_while_it_is_read_is_named(
         list(samples)
 
 
+CUT = """
+import os, sys, threading
+from pathlib import Path
+from oodkernels.data import open_samples
+
+path = Path(sys.argv[1])
+content = path.read_bytes()
+done = threading.Event()
+
+def cut() -> None:
+    while not done.is_set():
+        os.truncate(path, 8192)
+        os.truncate(path, len(content))
+
+refused = 0
+for attempt in range(5):
+    path.write_bytes(content)
+    samples = open_samples(path)
+    done.clear()
+    thread = threading.Thread(target=cut)
+    thread.start()
+    try:
+        list(samples.batches(1 << 20))
+    except ValueError as error:
+        assert "changed while it was read" in str(error), error
+        refused += 1
+    done.set()
+    thread.join()
+print("refused", refused)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_a_file_cut_short_does_not_end_the_process(tmp_path: Path, suffix: str) -> None:
+    """As it would if it were mapped into memory, by SIGBUS."""
+    logits = torch.zeros(1 << 14, 1000)
+    save_arrays(tmp_path / f"x{suffix}", {"logits": logits})
+    run = python("-c", CUT, str(tmp_path / f"x{suffix}"))
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[1]) > 0
+
+
 @pytest.mark.parametrize("suffix", list(FORMATS))
 def test_a_pipe_is_refused(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"x{suffix}")
@@ -338,3 +382,13 @@ def test_strides_of_tensors(tmp_path: Path) -> None:
 def test_names_of_files_do_not_matter(tmp_path: Path, name: str) -> None:
     save_arrays(tmp_path / name, {"scores": torch.tensor([1.5, 2])})
     assert open_samples(tmp_path / name).read("scores").tolist() == [1.5, 2]
+
+
+def test_the_page_about_files_has_what_is_registered() -> None:
+    page = (Path(__file__).parents[2] / "docs/files.md").read_text(encoding="utf-8")
+    for suffix, form in FORMATS.items():
+        needs = f" {form.package}" if form.package else ""
+        assert f"| `{suffix}` | {form.holds} |{needs} |\n" in page
+    for role, names in ROLES.items():
+        shown = ", ".join(f"`{name}`" for name in names)
+        assert re.search(rf"\| {role} \| \(N.*\) \| {shown} \|\n", page)

@@ -25,16 +25,13 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from oodkernels.cli._train import Name
 from oodkernels.demo import protocol as demo
 from oodkernels.demo import report as demo_report
-from oodkernels.detectors import DETECTORS
 from oodkernels.evaluation.methods import OTHER, OWN
 from oodkernels.evaluation.results import CONVENTION
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.training import objectives
-from oodkernels.training.trainer import TrainConfig, reproducible
+from oodkernels.training import OBJECTIVES, TrainConfig, objectives, reproducible
 
 SETTINGS = demo.Settings(seed=1, recipe=TrainConfig(epochs=3, accelerator="cpu"))
 
@@ -103,8 +100,11 @@ def test_every_method_is_on_every_set(result: demo.DemoResult) -> None:
 
 
 def test_every_objective_and_detector_takes_part(result: demo.DemoResult, used: set[type]) -> None:
-    assert set(demo.METHODS) == set(objectives.OBJECTIVES) == {name.value for name in Name}
-    assert used == set(DETECTORS.values())
+    assert set(demo.METHODS) == set(objectives.OBJECTIVES) == set(OBJECTIVES)
+    assert {cls.name for cls in used} == {
+        *("msp", "max-logit", "energy", "entropy", "odin", "mahalanobis", "knn", "mos"),
+        *("mos-log-odds", "absent-class", "confidence", "abnormality"),
+    }
 
 
 def test_models_learn(result: demo.DemoResult) -> None:

@@ -1024,7 +1024,7 @@ def trained():
 
     pytest.importorskip("lightning_fabric")
     from oodkernels.demo.models import ConfidenceHead, SmallConvNet, zero_linear
-    from oodkernels.training.trainer import TrainConfig, Trainer, reproducible, tensor_loader
+    from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
 
     digits = data.digits()
     sets = {"digits": digits.test_images, **data.ood_sets()}

@@ -103,61 +103,79 @@ def test_threads_share_a_detector_of_features() -> None:
         assert torch.equal(mine, alone)
 
 
+class Overlap:
+    """Two calls: the second begins within the first, and runs its layers after the first's end."""
+
+    def __init__(self) -> None:
+        self.first_is_in, self.second_is_in, self.first_is_done = (
+            threading.Event() for _ in range(3)
+        )
+
+    def inside(self, first: bool) -> None:
+        """To be called in the forward pass before any layer."""
+        mine, other = (
+            (self.first_is_in, self.second_is_in)
+            if first
+            else (self.second_is_in, self.first_is_done)
+        )
+        mine.set()
+        assert other.wait(SECONDS)
+
+    def run(self, first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
+        """What they return."""
+
+        def begin() -> Any:
+            try:
+                return first()
+            finally:
+                self.first_is_done.set()
+
+        def follow() -> Any:
+            assert self.first_is_in.wait(SECONDS)
+            return second()
+
+        return together(begin, follow)
+
+
 def test_a_model_in_training_mode_is_switched_for_all_calls() -> None:
-    """One call starts before the other and ends after it: neither sees training mode."""
-    net, x, seen = Net(), inputs(), []
-    expected = torch.logsumexp(Net().eval()(x), 1)
-    first_is_in, second_is_done = threading.Event(), threading.Event()
-    slow = x.clone()
+    net, x, overlap = Net(), inputs(), Overlap()
+    y = inputs(seed=1)
+    expected = [torch.logsumexp(Net().eval()(z), 1) for z in (x, y)]
+    met: set[bool] = set()
 
     def inside(given: Tensor) -> None:
-        seen.append(net.training or net.norm.training)
-        if torch.equal(given, slow):
-            first_is_in.set()
-            assert second_is_done.wait(SECONDS)
+        first = torch.equal(given, x)
+        if first not in met:
+            met.add(first)
+            overlap.inside(first)
 
     net.inside = inside
-    slow += 1
     detector = Energy(model=net)
-
-    def second() -> Tensor:
-        assert first_is_in.wait(SECONDS)
-        try:
-            return detector.score(x)
-        finally:
-            second_is_done.set()
-
     before = net.norm.running_mean.clone()
-    slow_score, score = together(lambda: detector.score(slow), second)
-    torch.testing.assert_close(score, expected)
-    torch.testing.assert_close(slow_score, torch.logsumexp(Net().eval()(slow), 1))
-    assert seen == [False] * 6
+    found = overlap.run(lambda: detector.score(x), lambda: detector.score(y))
+    for score, alone in zip(found, expected, strict=True):
+        torch.testing.assert_close(score, alone)
     assert torch.equal(net.norm.running_mean, before)
     assert int(net.norm.num_batches_tracked) == 0
     assert all(module.training for module in net.modules())
 
 
 def test_models_that_share_layers_are_switched_together() -> None:
-    shared, x = nn.BatchNorm1d(6), inputs()
-    inner_is_done, outer_is_in = threading.Event(), threading.Event()
+    shared, x, overlap = nn.BatchNorm1d(6), inputs(), Overlap()
 
     class Waits(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.first = first
+
         def forward(self, x: Tensor) -> Tensor:
-            outer_is_in.set()
-            assert inner_is_done.wait(SECONDS)
+            overlap.inside(self.first)
             return x
 
-    outer, inner = nn.Sequential(Waits(), shared), nn.Sequential(shared, nn.Identity())
-
-    def score_inner() -> Tensor:
-        assert outer_is_in.wait(SECONDS)
-        try:
-            return Energy(model=inner).score(x)
-        finally:
-            inner_is_done.set()
-
-    found = together(lambda: Energy(model=outer).score(x), score_inner)
-    for score in found:
+    first, second = (nn.Sequential(Waits(i == 0), shared) for i in range(2))
+    for score in overlap.run(
+        lambda: Energy(model=first).score(x), lambda: Energy(model=second).score(x)
+    ):
         torch.testing.assert_close(score, torch.logsumexp(x / (1 + shared.eps) ** 0.5, 1))
     assert int(shared.num_batches_tracked) == 0
     assert shared.training

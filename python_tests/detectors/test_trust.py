@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -349,7 +350,7 @@ def test_a_row_has_what_commands_and_docs_need() -> None:
         assert spec.summary.endswith(".")
         assert (spec.needs, spec.trained_on) == (detector.needs, detector.trained_on)
         for option in spec.options.values():
-            assert f"{option.name}:" in detector.__doc__
+            assert f"{option.name}:" in detector.__doc__ or "Arguments as for" in detector.__doc__
     assert list(KNN.spec.options) == ["k", "backend"]
     assert KNN.spec.options["k"].default == 50
     types = {o.name: o.type_name for o in Mahalanobis.spec.options.values()}
@@ -386,3 +387,10 @@ def test_a_name_is_registered_once() -> None:
         register("msp", "A", "Nobody, 2000")
     with pytest.raises(ValueError, match="family must be one of A, B, C, D, E, F, got 'Z'"):
         register("new", "Z", "Nobody, 2000")
+
+
+def test_the_docs_have_the_registry() -> None:
+    root = Path(__file__).parents[2]
+    namespace = runpy.run_path(str(root / "scripts" / "detectors_table.py"))
+    text = namespace["PAGE"].read_text(encoding="utf-8")
+    assert text == namespace["page"](text), "run scripts/detectors_table.py"

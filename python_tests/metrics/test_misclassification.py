@@ -242,12 +242,11 @@ def test_a_collection_does_not_lend_sums_between_thresholds():
     pytest.importorskip("torchmetrics")
     from torchmetrics import MetricCollection
 
-    metrics = {"low": make(threshold=0.25), "high": make(threshold=0.5)}
-    both = MetricCollection(metrics)
+    both = MetricCollection({"low": make(threshold=0.25), "high": make(threshold=0.5)})
     for value in (0.75, 0.375):
         both.update(torch.tensor([value]), torch.tensor([True]))
-    assert metrics["low"].compute()["open_set_accuracy"] == 1
-    assert metrics["high"].compute()["open_set_accuracy"] == 0.5
+    assert both["low"].compute()["open_set_accuracy"] == 1
+    assert both["high"].compute()["open_set_accuracy"] == 0.5
 
 
 def test_tpr_names_the_fpr():

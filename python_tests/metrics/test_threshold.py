@@ -470,6 +470,84 @@ def test_from_json_refuses(text):
         Threshold.from_json(json.dumps(content))
 
 
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_deep_settings_are_one_line(tmp_path, depth):
+    content = json.loads(Threshold.calibrate([1.0]).to_json())
+    deep = {**content, "source": {"detector": "a", "settings": {"x": "here"}}}
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(deep).replace('"here"', "[" * depth + "]" * depth))
+    with pytest.raises(ValueError, match=r"Threshold.load: .*: Threshold.from_json: ") as info:
+        Threshold.load(path)
+    assert len(str(info.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        3,
+        [],
+        "a",
+        {},
+        {"detector": 3},
+        {"detector": "a", "settings": 3},
+        {"detector": "a", "more": 1},
+        {"detector": "a", "model": []},
+    ],
+)
+def test_from_json_refuses_sources(source):
+    content = json.loads(Threshold.calibrate([1.0]).to_json())
+    with pytest.raises(ValueError, match=r"Threshold.from_json: source cannot be"):
+        Threshold.from_json(json.dumps({**content, "source": source}))
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in ("value", "tpr", "n_id", "interval", "achieved_tpr_bounds")
+        for value in (HUGE, -HUGE, {}, [], [[1, 2], 3], "1", True)
+        if (name, value) != ("n_id", HUGE)  # which is a number of scores
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_from_json_refuses_hostile_fields(name, value):
+    content = json.loads(Threshold.calibrate([1.0]).to_json())
+    with pytest.raises(ValueError, match=rf"Threshold.from_json: .*{name}"):
+        Threshold.from_json(json.dumps({**content, name: value}))
+
+
+def test_every_kind_of_input():
+    expected = Threshold.calibrate([3.0, 2.0, 1.0])
+    storage = torch.tensor([3.0, 9, 2, 9, 1, 9], dtype=torch.float64)
+    for scores in (
+        storage[::2],
+        storage[::2].numpy()[::-1],
+        np.array([3, 2, 1], ">i2"),
+        (np.float32(3), 2, True + 0),
+        storage[::2].reshape(3, 1).requires_grad_(),
+    ):
+        assert Threshold.calibrate(scores) == expected
+        assert expected.predict(scores).any().item() is False
+    infinite = Threshold.calibrate([-math.inf, math.inf], 1)
+    assert (infinite.value, infinite.predict([-math.inf, math.nan]).tolist()) == (
+        -math.inf,
+        [False, True],
+    )
+    for scores, error, match in (
+        (1.0, ValueError, "id_scores must have at least one dimension"),
+        ([[1.0], []], ValueError, "id_scores must be an array"),
+        (["a"], TypeError, "id_scores must be numbers"),
+        (None, TypeError, "id_scores must be numbers, got object"),
+    ):
+        with pytest.raises(error, match=f"^Threshold.calibrate: {match}"):
+            Threshold.calibrate(scores)
+    with pytest.raises(TypeError, match=r"Threshold.predict: scores must be numbers, got <U1"):
+        expected.predict(["a"])
+
+
 def test_from_tensor_refuses():
     with pytest.raises(TypeError, match=r"must be uint8, got torch.float32"):
         Threshold.from_tensor(torch.zeros(4096))

@@ -61,10 +61,10 @@ def test_what_the_columns_mean_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
     Head(4, np.int64(3), absent=True, class_names=["a", "b"]).save(path)  # type: ignore[arg-type]
     head = Head.load(path)
-    assert (head.absent, head.num_classes, head.class_names) == (2, 2, ["a", "b"])
+    assert (head.absent_column, head.num_classes, head.class_names) == (2, 2, ["a", "b"])
     Head(4, 5, GROUPS).save(path)
     head = Head.load(path)
-    assert (head.absent, head.num_classes, head.class_names) == (None, 3, None)
+    assert (head.absent_column, head.num_classes, head.class_names) == (None, 3, None)
     with pytest.raises(ValueError, match="groups have no absent class"):
         Head(4, 5, GROUPS, absent=True)
     with pytest.raises(ValueError, match="class_names must be 2, one a class, got 3"):

@@ -33,7 +33,7 @@ def test_what_the_columns_mean_comes_back(
     found = read_weights(tmp_path / "model.pt")
     assert found.columns == 5
     assert found.num_classes == classes
-    assert found.absent == (4 if "absent" in given else None)
+    assert found.absent_column == (4 if "absent" in given else None)
     assert found.groups == given.get("groups")
     assert found.class_names == given.get("class_names")
     fresh = model()

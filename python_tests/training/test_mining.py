@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from oodkernels import cluster_argmax, dos_select
-from oodkernels.training.mining import (
+from oodkernels.training import (
     MINERS,
     DOSMiner,
     NTOMMiner,

@@ -88,17 +88,18 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
 
     def _keep(self, state: StreamState) -> None:
         for name in STATES:
-            setattr(self, name, getattr(state, name))
+            if getattr(self, name) is not (value := getattr(state, name)):
+                setattr(self, name, value)  # which takes a module a while
 
     def _add(self, state: StreamState, scores: Tensor, rows: Tensor | int, where: str) -> None:
         """Take in scores, (n,), of the rows of a state, which is this metric's from then on."""
-        names = self.names
         try:
             state.add(scores, rows, where, self.argument)
-            names = state.names
+        except ValueError:
+            state.names = self.names
+            raise
         finally:
             self._keep(state)
-            self.names = names
 
     @property
     def state_bytes(self) -> int:

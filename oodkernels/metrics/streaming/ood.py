@@ -264,5 +264,7 @@ def _row(state: StreamState, where: str, name: str | None) -> int:
         name = UNNAMED
     elif not isinstance(name, str) or name in ("", "average"):
         raise ValueError(f"{where}: an OOD set cannot be called {name!r}")
-    state.add_sets([name], where)
-    return state.set_names().index(name) + 1
+    if name not in (names := state.set_names()):
+        state.add_sets([name], where)
+        names = state.set_names()
+    return names.index(name) + 1

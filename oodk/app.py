@@ -1,14 +1,17 @@
-"""The command line, ``oodk``."""
+"""The commands under one roof."""
 
 from __future__ import annotations
 
+import runpy
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import oodkernels
-from oodkernels.cli import _convert, _demo, _evaluate, _extract, _group, _train
-from oodkernels.cli._common import Group
+from oodk import _convert, _demo, _evaluate, _extract, _group, _train
+from oodk._command import Command, Group
 
 __all__ = ["app"]
 
@@ -30,7 +33,10 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"oodkernels {oodkernels.build_info()['version']}")
+        spec = find_spec("oodkernels")
+        folder = Path(str(spec and spec.origin)).parent
+        found = runpy.run_path(str(folder / "_version.py"))
+        typer.echo(f"oodkernels {found['__version__']}")
         raise typer.Exit
 
 
@@ -46,12 +52,16 @@ def _main(
     pass
 
 
-app.command()(_demo.demo)
-app.command()(_extract.extract)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": _demo.demo,
+    "extract": _extract.extract,
+    "train": _train.train,
+    "eval": _evaluate.evaluate,
+    "score": _evaluate.score,
+    "threshold": _evaluate.threshold,
+    "info": _demo.info,
+}
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 app.add_typer(_group.app, name="group")
-app.command()(_train.train)
-app.command("eval")(_evaluate.evaluate)
-app.command()(_evaluate.score)
-app.command()(_evaluate.threshold)
 app.add_typer(_convert.app, name="convert")
-app.command()(_demo.info)

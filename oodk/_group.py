@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from oodkernels.cli._common import (
-    ConfigOption,
-    JsonOption,
-    print_json,
-    require_writable_file,
-)
+from oodk._command import Command, step
+from oodk._common import ConfigOption, JsonOption, require_writable_file
+from oodk._output import print_json, print_path, print_table
 
 if TYPE_CHECKING:
     from oodkernels import Groups
@@ -31,7 +26,7 @@ CountOption: TypeAlias = Annotated[int, typer.Option("-k", "--groups", min=1, he
 SeedOption: TypeAlias = Annotated[int, typer.Option(min=0, help="The same seed, the same groups.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def taxonomy(
     table: Annotated[
         Path,
@@ -73,7 +68,7 @@ def taxonomy(
     _finish(groups, out, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def features(
     data: Annotated[
         Path,
@@ -102,16 +97,18 @@ def features(
     from oodkernels.detectors.statistics import ClassStatistics
 
     require_writable_file(out)
-    samples = open_samples(data, kind="features", labels=labels).only("features", "labels")
+    with step("read", data):
+        samples = open_samples(data, kind="features", labels=labels).only("features", "labels")
     statistics = ClassStatistics()
-    for batch in samples:
-        statistics.update(batch["features"], batch["labels"])
+    with step("read", data):
+        for batch in samples:
+            statistics.update(batch["features"], batch["labels"])
     if statistics.missing:
         raise ValueError(f"{data} has no samples of class {statistics.missing[0]}")
     _finish(Groups.from_features(statistics.means, k, seed), out, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def random(
     classes: Annotated[int, typer.Argument(min=1, help="Number of classes.")],
     k: CountOption = 8,
@@ -138,8 +135,5 @@ def _finish(groups: Groups, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(out), "num_classes": groups.num_classes, "sizes": sizes})
         return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, size in sizes.items():
-        table.add_row(name, str(size))
-    Console().print(table)
-    typer.echo(out)
+    print_table(("", ""), [(name, str(size)) for name, size in sizes.items()])
+    print_path(out)

@@ -8,19 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-import oodkernels
-from oodkernels._progress import progress
-from oodkernels.cli._common import (
-    JsonOption,
-    QuietOption,
-    print_json,
-    require_writable,
-)
-from oodkernels.cli._tables import results_table
-from oodkernels.cli._train import Name
+from oodk._command import one_of, step
+from oodk._common import JsonOption, QuietOption, require_writable
+from oodk._output import print_json, print_path, print_results, print_table
 
 
 def demo(
@@ -48,10 +39,13 @@ def demo(
         int, typer.Option(min=2, max=10, help="Groups into which MOS divides the ten digits.")
     ] = 3,
     method: Annotated[
-        list[Name] | None,
+        list[str] | None,
         typer.Option(
             "--method",
-            help="What to compare the flat softmax with; give it again for more.  [default: all]",
+            parser=one_of("objectives"),
+            metavar="NAME",
+            help="What to compare the flat softmax with, of {objectives}; give it again for "
+            "more.  [default: all]",
             show_default=False,
         ),
     ] = None,
@@ -75,40 +69,40 @@ def demo(
 
         oodk demo --method mos --method dos --seed 1
     """
-    # Not at the top, so that `oodk info` needs neither scikit-learn nor matplotlib.
+    from oodkernels._optional import require
+    from oodkernels._progress import progress
+
+    for module in ("jinja2", "matplotlib", "skimage", "sklearn"):
+        require(module, "demo", "oodk demo")
     from oodkernels.demo import METHODS, Settings, run
     from oodkernels.demo.report import averages, kinds, write_report
-    from oodkernels.training.trainer import TrainConfig
+    from oodkernels.training import TrainConfig
 
     require_writable(out)
     start = time.perf_counter()
     recipe = TrainConfig(epochs=epochs, accelerator="cpu")
-    methods = [name.value for name in method or ()] or tuple(METHODS)
+    methods = method or tuple(METHODS)
     settings = Settings(seed=seed, num_groups=groups, recipe=recipe, methods=methods)
     with progress(not quiet, remaining=False) as shown:
         tasks = {model: shown.add_task(f"train {model}", total=epochs) for model in settings.models}
         writing = shown.add_task("write report", total=1, start=False)
-        result = run(settings, lambda model, epoch: shown.update(tasks[model], completed=epoch))
+        with step("train on", "the digits"):
+            result = run(settings, lambda model, epoch: shown.update(tasks[model], completed=epoch))
         shown.start_task(writing)
-        try:
+        with step("write to", out):
             paths = write_report(result, out)
-        except OSError as error:
-            shown.stop()
-            typer.echo(f"oodk demo: cannot write to {out}: {error.strerror or error}", err=True)
-            raise typer.Exit(1) from None
         shown.update(writing, completed=1)
 
     if not quiet:
-        console = Console()
         for kind in kinds(result.evaluation):
-            console.print(f"\nTrained on {kind}; mean over the OOD sets:")
-            console.print(results_table(averages(result.evaluation, kind)))
-        console.print(
+            typer.echo(f"\nTrained on {kind}; mean over the OOD sets:")
+            print_results(averages(result.evaluation, kind))
+        typer.echo(
             "In per cent, the best in bold; FPR95: lower is better. "
             f"Done in {time.perf_counter() - start:.0f} s; written:"
         )
     for path in paths:
-        typer.echo(path)
+        print_path(path)
 
 
 def info(
@@ -121,6 +115,8 @@ def info(
     if detectors:
         _list_detectors(as_json)
         return
+    import oodkernels
+
     facts = {
         **oodkernels.build_info(),
         "python": platform.python_version(),
@@ -129,14 +125,8 @@ def info(
     if as_json:
         print_json(facts)
         return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        if isinstance(value, list):
-            value = ", ".join(value)
-        table.add_row(name.replace("_", " "), str(value or "none"))
-    Console().print(table, highlight=False)
+    shown = {n: ", ".join(v) if isinstance(v, list) else str(v or "none") for n, v in facts.items()}
+    print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])
 
 
 def _list_detectors(as_json: bool) -> None:
@@ -144,17 +134,22 @@ def _list_detectors(as_json: bool) -> None:
 
     found = {
         name: {
-            "what": (kind.__doc__ or "").splitlines()[0],
+            "what": kind.spec.summary,
             "needs": sorted(kind.needs),
             "trained_on": sorted(kind.trained_on),
+            "settings": [str(option.name) for option in kind.spec.options.values()],
+            "paper": kind.spec.paper,
         }
         for name, kind in DETECTORS.items()
     }
     if as_json:
         print_json(found)
         return
-    table = Table("detector", "needs", "is fitted on", "", box=None, padding=(0, 2, 0, 0))
-    for name, facts in found.items():
-        lists = [", ".join(facts[key]) for key in ("needs", "trained_on")]
-        table.add_row(name, *lists, str(facts["what"]))
-    Console().print(table, highlight=False)
+    lists = ("needs", "trained_on", "settings")
+    print_table(
+        ("detector", "needs", "is fitted on", "settings", ""),
+        [
+            (name, *(", ".join(facts[key]) for key in lists), facts["what"])
+            for name, facts in found.items()
+        ],
+    )

@@ -1,58 +1,23 @@
-"""What the commands share: errors, configuration files."""
+"""What the commands share: options, configuration files, groups."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
-from typer.core import TyperGroup
 
-import oodkernels
-from oodkernels._files import write_text
+from oodk._command import reason, step
+from oodk._output import printable
 
-_ORDER = ("demo", "extract", "group", "train", "eval", "score", "threshold", "convert", "info")
-
-
-class Group(TyperGroup):
-    """The commands; what goes wrong in one is said in a line, with exit code 1.
-
-    With ``OODK_TRACEBACK=1`` in the environment errors come as Python gives them.
-    """
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of a run."""
-        return sorted(self.commands, key=_ORDER.index)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, ModuleNotFoundError):
-            raise
-        except KeyboardInterrupt as error:
-            typer.echo(f"oodk: interrupted{f': {error}' if str(error) else ''}", err=True)
-            raise typer.Exit(130) from None
-        except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, BrokenPipeError) or os.environ.get("OODK_TRACEBACK") == "1":
-                raise
-            typer.echo(f"oodk {ctx.invoked_subcommand}: {reason(error)}", err=True)
-            raise typer.Exit(1) from None
-
-
-def reason(error: BaseException) -> str:
-    """An error in a line."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{os.fspath(error.filename)}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
+if TYPE_CHECKING:
+    from oodkernels import Groups
 
 # --- options ----------------------------------------------------------------------------------
 
@@ -135,22 +100,26 @@ GroupsOption: TypeAlias = Annotated[
 
 def write_config(ctx: typer.Context, folder: Path) -> Path:
     """Write ``config.toml`` with the value of every option, so that the run can be repeated."""
-    lines = [f"# oodk {ctx.info_name}, oodkernels {oodkernels.__version__}"]
-    for parameter in ctx.command.params:
-        value = ctx.params.get(str(parameter.name))
-        if parameter.name == "config" or value is None:
-            continue
-        # TOML's strings, numbers and lists are written as JSON's are.
-        lines.append(f"{_flag(parameter)} = {json.dumps(_plain(value), ensure_ascii=False)}")
+    import oodkernels
+    from oodkernels._files import write_text
+    from oodkernels._optional import require
+
+    options = {
+        _flag(parameter): _plain(value)
+        for parameter in ctx.command.params
+        if (value := ctx.params.get(str(parameter.name))) is not None and parameter.name != "config"
+    }
+    written = require("tomli_w", "cli", "config.toml").dumps(options)
     path = folder / "config.toml"
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, f"# oodk {ctx.info_name}, oodkernels {oodkernels.__version__}\n{written}")
     return path
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return getattr(value, "value", os.fspath(value) if isinstance(value, Path) else value)
+    value = os.fspath(value) if isinstance(value, Path) else getattr(value, "value", value)
+    return printable(value) if isinstance(value, str) else value
 
 
 def pairs(option: str, values: Sequence[str], stem: bool = False) -> dict[str, str]:
@@ -198,7 +167,7 @@ def require_writable_file(path: Path | None, option: str = "--out") -> None:
 # --- files ------------------------------------------------------------------------------------
 
 
-def read_groups(path: Path, class_names: Sequence[str] | None = None) -> oodkernels.Groups:
+def read_groups(path: Path, class_names: Sequence[str] | None = None) -> Groups:
     """Groups from any of their files.
 
     Args:
@@ -208,15 +177,22 @@ def read_groups(path: Path, class_names: Sequence[str] | None = None) -> oodkern
     Raises:
         ValueError: It is none of them, or a .npy for 1,000 classes in an order that is not known.
     """
-    groups = oodkernels.Groups
-    if path.suffix == ".json":
-        return groups.load(path)
-    if path.suffix == ".csv":
-        return groups.from_table(path)
-    if path.suffix == ".txt":
-        return groups.from_image_list(path)
-    if path.suffix != ".npy":
-        raise ValueError(f"{path} must end in .json, .csv, .txt or .npy")
+    from oodkernels import Groups
+
+    readers: dict[str, Callable[[Path], Groups]] = {
+        ".json": Groups.load,
+        ".csv": Groups.from_table,
+        ".txt": Groups.from_image_list,
+        ".npy": partial(_read_official, class_names=class_names),
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{path} must end in {', '.join(readers)}")
+    with step("read", path):
+        return readers[path.suffix](path)
+
+
+def _read_official(path: Path, class_names: Sequence[str] | None) -> Groups:
+    from oodkernels import Groups
     from oodkernels.data.samples import open_arrays
 
     (array,) = open_arrays(path).values()
@@ -230,10 +206,5 @@ def read_groups(path: Path, class_names: Sequence[str] | None = None) -> oodkern
             "imagenet2012_group_softmax_val_list.txt groups.json; or name the classes in the "
             f"order of the columns: oodk convert groups {path} groups.json --class-names FILE"
         )
-    make = groups.from_sizes if flat else groups.from_slices
+    make = Groups.from_sizes if flat else Groups.from_slices
     return make(content, class_names=class_names)
-
-
-def print_json(value: Mapping[str, Any]) -> None:
-    """To standard output."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))

@@ -8,20 +8,22 @@ from typing import Annotated
 
 import typer
 
-from oodkernels._progress import progress
-from oodkernels.cli._common import (
+from oodk._command import one_of, step
+from oodk._common import (
     ConfigOption,
     QuietOption,
     require_writable,
     write_config,
 )
-
-
-class Format(str, Enum):
-    """Of the output."""
-
-    safetensors = "safetensors"
-    npy = "npy"
+from oodk._images import (
+    DeviceOption,
+    Images,
+    ModelOption,
+    SizeOption,
+    WeightsOption,
+    WorkersOption,
+)
+from oodk._output import print_path
 
 
 class DType(str, Enum):
@@ -32,16 +34,17 @@ class DType(str, Enum):
     float32 = "float32"
 
 
+def _said_here(ctx: typer.Context, param: typer.CallbackParam, value: bool) -> bool:
+    """A configuration file may come from somebody else, and is not to run commands."""
+    source = ctx.get_parameter_source(str(param.name))
+    if value and source is not None and source.name != "COMMANDLINE":
+        raise typer.BadParameter("must be given on the command line, got it from a file")
+    return value
+
+
 def extract(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Name of a timm model, such as resnet50.a1_in1k; or package.module:callable, "
-            "called without arguments for an nn.Module, or a pair of it and a transform from PIL "
-            "image to tensor.",
-        ),
-    ],
+    model: ModelOption,
     data: Annotated[
         str,
         typer.Option(
@@ -50,14 +53,7 @@ def extract(
         ),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is extracted.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="State dict to load into the model: .pt or .safetensors.",
-        ),
-    ] = None,
+    weights: WeightsOption = None,
     layer: Annotated[
         str | None,
         typer.Option(
@@ -73,23 +69,18 @@ def extract(
             help="What the paths of a list are relative to; by default its folder.",
         ),
     ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Side of the images the model sees, where it has no transform of its own.  "
-            "[default: 224]",
-            show_default=False,
-        ),
-    ] = None,
+    size: SizeOption = None,
     dtype: Annotated[DType, typer.Option(help="Type of what is written.")] = DType.float16,
     file_format: Annotated[
-        Format,
+        str,
         typer.Option(
             "--format",
-            help="One samples.safetensors, or a .npy for each of logits, features and labels.",
+            parser=one_of("extract_formats"),
+            metavar="NAME",
+            help="Of {extract_formats}: one samples.safetensors, or a .npy for each of logits, "
+            "features and labels.",
         ),
-    ] = Format.safetensors,
+    ] = "safetensors",
     classes: Annotated[
         Path | None,
         typer.Option(
@@ -103,7 +94,9 @@ def extract(
         bool,
         typer.Option(
             "--allow-shell",
-            help="Let shards be more than files: commands (`pipe:`) and addresses.",
+            callback=_said_here,
+            help="Let shards be more than files: commands (`pipe:`) and addresses. Only on the "
+            "command line.",
         ),
     ] = False,
     batch_size: Annotated[
@@ -112,10 +105,8 @@ def extract(
     part_size: Annotated[
         int, typer.Option(min=1, help="Images after which progress is safe on disk.")
     ] = 8192,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="Where the model runs: cpu, cuda, ...; auto takes a GPU if any.")
-    ] = "auto",
+    workers: WorkersOption = 0,
+    device: DeviceOption = "auto",
     quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -132,9 +123,8 @@ def extract(
 
         oodk extract --model vit_base_patch16_224 --data 'shards/{000..099}.tar' --out runs/train
     """
-    import torch
-
     from oodkernels._files import file_digest
+    from oodkernels._progress import progress
     from oodkernels.data import (
         ExtractionPlan,
         ImageFiles,
@@ -142,57 +132,51 @@ def extract(
         ToTensor,
         extract_images,
         is_extracted,
-        load_model,
-        model_classes,
-        open_images,
         open_samples,
         read_class_names,
     )
-    from oodkernels.nn import read_weights
 
-    if dtype is DType.bfloat16 and file_format is Format.npy:
+    if dtype is DType.bfloat16 and file_format == "npy":
         raise typer.BadParameter(".npy has no bfloat16", param_hint="'--dtype'")
     require_writable(out)
-    network, transform = load_model(model, weights)
-    if size is not None or transform is None:
-        transform = ToTensor(size or 224)
-    images = open_images(data, transform, root, shell=allow_shell)
-    names = model_classes(network, weights) if classes is None else read_class_names(classes)
+    how = Images(str(model), weights, size, batch_size, workers, device, allow_shell)
+    network, transform = how.network, how.transform
+    images = how.open(data, root).images
+    own_names = getattr(network, "class_names", None)
+    names = own_names if classes is None else read_class_names(classes)
     own = images.class_names or ()
     if names is not None and isinstance(images, ImageFiles) and not set(names).isdisjoint(own):
         images = images.matched(names, data)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    meaning = None if weights is None else read_weights(weights)
+    meaning = how.meaning
     plan = ExtractionPlan(
-        model=model,
+        model=str(model),
         weights=None if weights is None else f"{weights.resolve()} {file_digest(weights)}",
         layer=layer,
         data=f"{data} {images.digest()}",
         transform=repr(transform) if isinstance(transform, ToTensor) else "of the model",
         dtype=dtype.value,
         model_classes=names,
-        absent=None if meaning is None else meaning.absent,
+        absent_column=None if meaning is None else meaning.absent_column,
         groups=None if meaning is None or meaning.groups is None else meaning.groups.to_json(),
     )
-    if not is_extracted(out, plan, file_format.value):
+    if not is_extracted(out, plan, file_format):
         write_config(ctx, out)
     total = None if isinstance(images, Shards) else len(images)
-    with progress(not quiet) as shown:
+    with step("extract to", out), progress(not quiet) as shown:
         task = shown.add_task("extract", total=total)
         paths = extract_images(
             network,
             images,
             out,
             plan,
-            file_format=file_format.value,
+            file_format=file_format,
             batch_size=batch_size,
             part_size=part_size,
             workers=workers,
-            device=device,
+            device=how.device,
             on_batch=lambda done: shown.update(task, completed=done),
         )
     if (why := open_samples(out).without_accuracy) is not None:
         typer.echo(f"no accuracy later on: {why} (--classes says which they are)", err=True)
     for path in paths:
-        typer.echo(path)
+        print_path(path)

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from oodkernels.cli._common import ConfigOption, read_groups, require_writable_file
+from oodk._command import Command
+from oodk._common import ConfigOption, read_groups, require_writable_file
+from oodk._output import print_path
 
 app = typer.Typer(
     help="Bring files of other code bases into this one's form, and back.",
@@ -25,7 +27,7 @@ class Form(str, Enum):
     slices = "slices"
 
 
-@app.command()
+@app.command(cls=Command)
 def groups(
     source: Annotated[
         Path,
@@ -103,14 +105,14 @@ def groups(
                 "in another"
             )
         save_arrays(target, {form.value: found.sizes if form is Form.sizes else found.slices()})
-    typer.echo(target)
+    print_path(target)
 
 
 def _lines(path: Path | None) -> list[str] | None:
     return None if path is None else path.read_text(encoding="utf-8").splitlines()
 
 
-@app.command()
+@app.command(cls=Command)
 def openood(
     source: Annotated[
         Path,
@@ -158,7 +160,7 @@ def openood(
             raise ValueError(f"{source} must hold conf, got {', '.join(found) or 'nothing'}")
         kept = {"conf": "score", "label": "label", "pred": "prediction"}
         save_arrays(target, {new: found[old].read() for old, new in kept.items() if old in found})
-    typer.echo(target)
+    print_path(target)
 
 
 _OPENOOD = {

@@ -1,0 +1,96 @@
+"""What goes to the terminal, or to where its output is sent: tables, paths, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from oodkernels.evaluation.tables import Row
+
+
+def printable(text: str) -> str:
+    """Text with what is not UTF-8, as parts of a file's name may be, spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_path(path: str | Path, err: bool = False) -> None:
+    """A path in a line, byte for byte."""
+    typer.echo(os.fsencode(path), err=err)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """JSON on standard output; null for NaN."""
+    from oodkernels.evaluation import plain
+
+    typer.echo(json.dumps(plain(value), indent=2, allow_nan=False))
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0, lines: bool = False
+) -> None:
+    """A table on standard output, of which no cell is ever cut.
+
+    Off a terminal it is as wide as it has to be. On one, text is broken, and numbers are not.
+
+    Args:
+        headings: One a column; all empty for a table without a head.
+        rows: Cells, text or rich's ``Text``.
+        numbers: How many of the last columns hold numbers.
+        lines: Whether a row whose first cell is not empty has space above it.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD if any(headings) else None,
+        show_header=any(headings),
+        pad_edge=False,
+        padding=(0, 2, 0, 0) if not numbers else (0, 1, 0, 0),
+    )
+    for i, heading in enumerate(headings):
+        number = i >= len(headings) - numbers
+        table.add_column(
+            heading,
+            justify="right" if number else "left",
+            no_wrap=number,
+            overflow="fold",
+        )
+    for i, row in enumerate(rows):
+        if lines and i and str(row[0]):
+            table.add_section()
+        table.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(
+            80, Measurement.get(console, console.options.update(width=1 << 20), table).maximum
+        )
+    else:
+        console.width = max(console.width, Measurement.get(console, console.options, table).minimum)
+    console.print(table)
+
+
+def print_results(rows: Sequence[Row]) -> None:
+    """The table of results, in per cent, the best in bold."""
+    from rich.text import Text
+
+    from oodkernels.evaluation.tables import METRIC_NAMES, METRICS, Cell, best, ood_sets
+
+    top = best(rows)
+    shown = []
+    for ood_set in ood_sets(rows):
+        for i, row in enumerate(row for row in rows if row.ood_set == ood_set):
+            cells = []
+            for metric in ("id_accuracy", *METRICS):
+                cell = Cell(value := getattr(row, metric), value == top.get((ood_set, metric)))
+                cells.append(Text(cell.percent, "bold green" if cell.best else ""))
+            shown.append(["" if i else ood_set, row.model, row.score, *cells])
+    headings = ["OOD set", "model", "score", "acc.", *METRIC_NAMES.values()]
+    print_table(headings, shown, numbers=1 + len(METRICS), lines=True)

@@ -1,0 +1,475 @@
+"""Detectors that read features beside logits, and no second product with the head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from oodkernels._checks import check_flag, check_real
+from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.head import HEAD, Head, HeadDetector, check_percentile, floats, kept
+from oodkernels.detectors.logits import check_temperature
+from oodkernels.detectors.model import Model
+from oodkernels.detectors.statistics import check_finite
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["FDBD", "LTS", "NCI", "PNML", "SCALE", "SHE", "CADRef", "GradNorm"]
+
+_TABLE = 4096  # classes up to which all distances between head rows are kept
+_CHUNK = 1 << 24  # numbers of an intermediate matrix
+
+
+def top_share(batch: Batch, percentile: float, *, rectified: bool = False) -> Tensor:
+    """Sum of each row over the sum of what of it lies above a percentile, (N,)."""
+    features = present(batch.features)
+    k = kept(features.shape[1], percentile)
+
+    def compute() -> Tensor:
+        x = floats(features)
+        x = x.relu() if rectified else x
+        return x.sum(1) / x.topk(k, sorted=False).values.sum(1)
+
+    return batch.once(("top_share", k, rectified), compute)
+
+
+@register("scale", "B", "Xu et al., ICLR 2024")
+class SCALE(HeadDetector):
+    """Energy of the logits of features scaled by exp(r), r = sum / sum of the largest.
+
+    Xu, Chen, Franchi & Yao, Scaling for Training Time and Post-hoc Out-of-distribution Detection
+    Enhancement, ICLR 2024. With logits z of features h and the head's bias b, those of h exp(r) are
+    exp(r) (z - b) + b, so that no second product with the head is needed. The largest are the
+    d - round(d p / 100) largest of d features.
+
+    Args:
+        percentile: p, in per cent; the authors have 85.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    needs = frozenset({"features", "logits"})
+    _positive = "activations behind a ReLU"
+
+    def __init__(
+        self,
+        percentile: float = 85.0,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        self.percentile = check_percentile("SCALE", percentile)
+
+    def _score(self, batch: Batch) -> Tensor:
+        scale = top_share(batch, self.percentile).exp()[:, None]
+        _, bias = self._linear(batch)
+        z = floats(batch.class_logits(self.absent)).to(scale)
+        return (scale * (z - bias) + bias).logsumexp(1)
+
+
+@register("lts", "B", "Djurisic et al., MVA 2025")
+class LTS(OODDetector):
+    """Energy of the logits times (sum / sum of the largest) squared.
+
+    Djurisic, Liu & Nikolic, Logit Scaling for Out-of-Distribution Detection, MVA 2025. Sums are of
+    the features' positive parts; a row without any keeps its logits.
+
+    Args:
+        percentile: In per cent; the authors have 95, the top 5 per cent, for every network.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    needs = frozenset({"features", "logits"})
+
+    def __init__(
+        self, percentile: float = 95.0, *, absent: int | None = None, model: Model | None = None
+    ) -> None:
+        super().__init__(model, absent)
+        self.percentile = check_percentile("LTS", percentile)
+
+    def _score(self, batch: Batch) -> Tensor:
+        features = present(batch.features)
+        share = top_share(batch, self.percentile, rectified=True)
+        nothing = (features <= 0).all(1)
+        scale = torch.where(nothing, torch.ones_like(share), share).square()
+        return (scale[:, None] * floats(batch.class_logits(self.absent))).logsumexp(1)
+
+
+@register("gradnorm", "B", "Huang et al., NeurIPS 2021")
+class GradNorm(OODDetector):
+    """L1 norm of the gradient of the head's weights, of the cross entropy against all classes.
+
+    Huang, Geng & Li, On the Importance of Gradients for Detecting Distributional Shifts in the
+    Wild, NeurIPS 2021, as their code has it: the target is 1 for every class, the bias is left out.
+    In closed form |h|_1 sum_c |C p_c - 1| / T with p = softmax(z / T): no gradient is computed.
+
+    Args:
+        temperature: T > 0.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    needs = frozenset({"features", "logits"})
+
+    def __init__(
+        self, temperature: float = 1.0, *, absent: int | None = None, model: Model | None = None
+    ) -> None:
+        super().__init__(model, absent)
+        self.temperature = check_temperature("GradNorm", temperature)
+
+    def _score(self, batch: Batch) -> Tensor:
+        z = floats(batch.class_logits(self.absent)) / self.temperature
+        slope = (z.softmax(1) * z.shape[1] - 1).abs().sum(1) / self.temperature
+        return floats(present(batch.features)).norm(1, dim=1).to(slope) * slope
+
+
+class _Sums(HeadDetector):
+    """A detector that is fitted to sums of features by class, in float64."""
+
+    needs = frozenset({"features", "logits"})
+    trained_on = frozenset({"features", "logits"})
+    _summed: ClassVar[tuple[str, ...]] = ("sums", "counts")
+    _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "sums": "k d", "counts": "k"}
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """(k, d) float64: of every class, or of all samples, k = 1."""
+        return self.sums / self.counts[:, None]
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Merge what the processes of a group were given by :meth:`partial_fit`.
+
+        All of them call this, once, after their last batch; each must have had one.
+        """
+        for name in self._summed:
+            dist.all_reduce(getattr(self, name), group=group)
+        self._status, self.threshold = "pending", None
+        return self
+
+    def _add(self, where: str, features: Tensor, classes: Tensor, k: int) -> None:
+        """Sum features (N, d) by classes (N,) in 0..k - 1."""
+        check_finite(where, features)
+        if "sums" not in vars(self):
+            self.width = features.shape[1]
+            self.sums = features.new_zeros(k, self.width, dtype=torch.float64)
+            self.counts = self.sums.new_zeros(k)
+        classes = classes.to(self.sums.device)
+        self.sums.index_add_(0, classes, features.to(self.sums))
+        self.counts += torch.bincount(classes, minlength=k)
+
+    def _finish(self, where: str) -> None:
+        if not self.counts.sum():
+            raise ValueError(f"{where}: there must be ID samples to fit to, got none")
+
+    def _centred(self, batch: Batch) -> Tensor:
+        """Features less the mean of all that were fitted to."""
+        mean = self.sums.sum(0) / self.counts.sum()
+        x = floats(present(batch.features))
+        return batch.once(("centred", self), lambda: x - mean.to(x))
+
+
+class _Mean(_Sums):
+    """A detector that is fitted to the mean of the features."""
+
+    trained_on = frozenset({"features"})
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        features = present(batch.features)
+        self._add(where, features, torch.zeros(len(features), dtype=torch.int64), 1)
+
+
+@register("fdbd", "B", "Liu & Qin, ICML 2024")
+class FDBD(_Mean):
+    """Distances of the features to the decision boundaries, over their distance to the mean.
+
+    Liu & Qin, Fast Decision Boundary based Out-of-Distribution Detector, ICML 2024: with w_c the
+    head's rows and p the class of the largest logit, sum over c of (z_p - z_c) / |w_p - w_c|, over
+    |h - mean|. Rows that are equal are no boundary.
+
+    Up to 4096 classes all distances of rows are kept, beyond that those of the classes predicted
+    are computed for some samples at a time: there is never more than a block of them in memory.
+
+    Args:
+        normalize: ``"mean"`` for |h - mean|, ``"norm"`` for |h| in its place.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    def __init__(
+        self,
+        normalize: Literal["mean", "norm"] = "mean",
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        if normalize not in ("mean", "norm"):
+            raise ValueError(f"FDBD: normalize must be mean or norm, got {normalize!r}")
+        self.normalize = normalize
+        self._table: tuple[tuple[object, ...], Tensor] | None = None
+
+    def _score(self, batch: Batch) -> Tensor:
+        z = floats(batch.class_logits(self.absent))
+        x = floats(present(batch.features)) if self.normalize == "norm" else self._centred(batch)
+        best, label = z.max(1)
+        out = torch.empty_like(best)
+        order = label.argsort(stable=True)  # so that a block has few classes
+        for rows in order.split(max(1, _CHUNK // z.shape[1])):
+            classes, place = label[rows].unique(return_inverse=True)
+            apart = self._inverse_distances(batch, classes)[place]
+            out[rows] = ((best[rows, None] - z[rows]) * apart).sum(1)
+        return out / x.norm(dim=1).to(out)
+
+    def _inverse_distances(self, batch: Batch, classes: Tensor) -> Tensor:
+        """1 / |w_p - w_c| of the head's rows, (len(classes), C); 0 where they are equal."""
+        weight, _ = self._linear(batch)
+        if len(weight) > _TABLE:
+            return _inverse_distances(weight, classes)
+        key = (self.absent_of(batch), weight.dtype, weight.device)
+        if self._table is None or self._table[0] != key:
+            every = torch.arange(len(weight), device=weight.device)
+            self._table = key, _inverse_distances(weight, every)
+        return self._table[1][classes]
+
+
+def _inverse_distances(weight: Tensor, classes: Tensor) -> Tensor:
+    # Less their mean, which changes no difference, rows are as small as they can be: without it
+    # float32 loses three digits where they share an offset.
+    w = weight.double() if len(weight) <= _TABLE else weight
+    w = w - w.mean(0)
+    size = w.square().sum(1)
+    square = size[classes, None] + size - 2 * (w[classes] @ w.T)
+    # Equal rows differ by rounding alone.
+    tiny = 16 * torch.finfo(w.dtype).eps * (size[classes, None] + size)
+    return torch.where(square > tiny, square.rsqrt(), 0).to(weight)
+
+
+@register("nci", "B", "Liu & Qin, CVPR 2025")
+class NCI(_Mean):
+    """Projection of the centred features on the predicted class's row, plus alpha times |h|_1.
+
+    Liu & Qin, Detecting Out-of-Distribution Through the Lens of Neural Collapse, CVPR 2025:
+    w_p . (h - mean) / |h - mean| + alpha |h|_1, from the logits: w_p . h = z_p - b_p.
+
+    Args:
+        alpha: >= 0; the authors have 1e-4 for ImageNet and choose it on validation data.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1e-4,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        self.alpha = check_real("NCI", "alpha", alpha)
+        if not 0 <= self.alpha < float("inf"):
+            raise ValueError(f"NCI: alpha must be >= 0 and finite, got {alpha}")
+
+    def _score(self, batch: Batch) -> Tensor:
+        centred = self._centred(batch)
+        weight, bias = self._linear(batch)
+        best, label = floats(batch.class_logits(self.absent)).to(centred).max(1)
+        shift = bias + weight @ self.means[0].to(weight)
+        projected = (best - shift[label]) / centred.norm(dim=1)
+        return projected + self.alpha * floats(present(batch.features)).norm(1, dim=1)
+
+
+@register("she", "B", "Zhang et al., ICLR 2023")
+class SHE(_Sums):
+    """Inner product with the predicted class's mean of correctly classified training features.
+
+    Zhang, Fu, Chen et al., Out-of-Distribution Detection based on In-Distribution Data Patterns
+    Memorization with Modern Hopfield Energy, ICLR 2023.
+
+    Args:
+        metric: ``"inner"``, ``"euclidean"`` (the distance, negated) or ``"cosine"``.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    trained_on = frozenset({"features", "logits", "labels"})
+
+    def __init__(
+        self,
+        metric: Literal["inner", "euclidean", "cosine"] = "inner",
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        if metric not in ("inner", "euclidean", "cosine"):
+            raise ValueError(f"SHE: metric must be inner, euclidean or cosine, got {metric!r}")
+        self.metric = metric
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        z = batch.class_logits(self.absent)
+        right = z.argmax(1) == present(labels)
+        self._add(where, present(batch.features)[right], present(labels)[right], z.shape[1])
+
+    def _finish(self, where: str) -> None:
+        super()._finish(where)
+        if missing := (self.counts == 0).nonzero()[:, 0].tolist():
+            raise ValueError(
+                f"{where}: every class must have a sample that is classified correctly, got none "
+                f"of {len(missing)} classes, the first {missing[0]}"
+            )
+
+    def _score(self, batch: Batch) -> Tensor:
+        x = floats(present(batch.features))
+        means = self.means.to(x)[batch.class_logits(self.absent).argmax(1)]
+        if self.metric == "euclidean":
+            return -(x - means).norm(dim=1)
+        if self.metric == "cosine":
+            return torch.cosine_similarity(x, means)
+        return (x * means).sum(1)
+
+
+@register("cadref", "B", "Ling et al., CVPR 2025")
+class CADRef(_Sums):
+    """Relative error of the features to the predicted class's mean, by the sign of the head's row.
+
+    Ling, Chang, Zhao et al., CADRef: Robust Out-of-Distribution Detection via Class-Aware
+    Decoupled Relative Feature Leveraging, CVPR 2025. With m_p the mean of the training features
+    predicted as p, e = (h - m_p) sign(w_p), E+ and E- the sums of e's positive and negative parts
+    over |h|_1, and S the energy: -(E+ / S + E- / mean of S over the training data). Where the
+    energies of a network can be negative the rule has no meaning, which is refused in ``fit``.
+
+    Args:
+        decoupled: False for the authors' CARef, -|h - m_p|_1 / |h|_1.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    _summed = ("sums", "counts", "energy")
+    _tensors: ClassVar[Mapping[str, str]] = {**_Sums._tensors, "energy": "one"}
+    energy: Tensor
+
+    def __init__(
+        self,
+        decoupled: bool = True,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        self.decoupled = check_flag("CADRef", "decoupled", decoupled)
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        z = batch.class_logits(self.absent)
+        self._add(where, present(batch.features), z.argmax(1), z.shape[1])
+        energy = batch.logit_scores(absent=self.absent).energy.double().sum().reshape(1)
+        self.energy = energy + vars(self).get("energy", 0)
+
+    def _finish(self, where: str) -> None:
+        super()._finish(where)
+        if self.decoupled and not self.energy > 0:
+            raise ValueError(
+                f"{where}: energies must be positive on average for CADRef's division by them, got "
+                f"{float(self.energy / self.counts.sum()):.3g}: use decoupled=False"
+            )
+
+    def _score(self, batch: Batch) -> Tensor:
+        x = floats(present(batch.features))
+        scores = batch.logit_scores(absent=self.absent)
+        apart = x - self.means.nan_to_num().to(x)[scores.label]
+        size = x.norm(1, dim=1)
+        if self.decoupled:
+            weight, _ = self._linear(batch)
+            apart = apart * weight.sign()[scores.label]
+            above, below = apart.relu().sum(1) / size, (-apart).relu().sum(1) / size
+            mean = (self.energy / self.counts.sum()).to(x)
+            score = -(above / scores.energy.to(x) + below / mean)
+        else:
+            score = -apart.norm(1, dim=1) / size
+        # A class that was never predicted has no mean: no sample is like it.
+        known = (self.counts > 0).to(x.device)[scores.label]
+        return torch.where(known | score.isnan(), score, -torch.inf)
+
+
+@register("pnml", "B", "Bibas et al., NeurIPS 2021")
+class PNML(HeadDetector):
+    """Regret of the predictive normalised maximum likelihood learner, negated, in [-1, 0].
+
+    Bibas, Feder & Hassner, Single Layer Predictive Normalized Maximum Likelihood for
+    Out-of-Distribution Detection, NeurIPS 2021: with u = h / |h|, x = u^T (U^T U)^+ u over the
+    training data's U, g = x / (1 + x) and p = softmax(W u + b), the regret is
+    log sum_c p_c / (p_c + (1 - p_c) p_c^g) / log C. W u + b comes from the logits.
+
+    Args:
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    needs = frozenset({"features", "logits"})
+    trained_on = frozenset({"features"})
+    _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "gram": "d d"}
+    gram: Tensor
+
+    def __init__(
+        self,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        self._factor: Tensor | None = None
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """As of :class:`SHE`."""
+        dist.all_reduce(self.gram, group=group)
+        self._status, self.threshold = "pending", None
+        return self
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        features = present(batch.features)
+        check_finite(where, features)
+        self.width = features.shape[1]
+        self._factor = None
+        for rows in features.split(max(1, _CHUNK // self.width)):
+            u = normalize(rows.double(), dim=1)
+            self.gram = u.T @ u + vars(self).get("gram", 0)
+
+    def _score(self, batch: Batch) -> Tensor:
+        x = floats(present(batch.features))
+        if self._factor is None:
+            values, vectors = torch.linalg.eigh(self.gram)
+            least = values[-1] * len(values) * torch.finfo(torch.float64).eps
+            self._factor = vectors[:, values > least] * values[values > least].rsqrt()
+        length = x.norm(dim=1, keepdim=True)
+        q = ((x / length) @ self._factor.to(x)).square().sum(1)
+        _, bias = self._linear(batch)
+        z = (floats(batch.class_logits(self.absent)).to(x) - bias) / length + bias
+        log_p = z.log_softmax(1)
+        # log(1 - p), of the largest from the others: 1 - p would cancel.
+        rest = torch.log(-torch.expm1(log_p.clamp(max=-1e-30)))
+        g = (q / (1 + q))[:, None]
+        regret = torch.sigmoid(-(rest + (g - 1) * log_p)).sum(1).log()
+        return -regret / math.log(z.shape[1])

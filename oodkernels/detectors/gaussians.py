@@ -1,0 +1,174 @@
+"""Relative Mahalanobis distances, and Mahalanobis distances of normalised features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from oodkernels._checks import check_count
+from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.covariance import check_samples, check_shrinkage, whitening
+from oodkernels.detectors.head import floats
+from oodkernels.detectors.model import Model
+from oodkernels.detectors.statistics import ClassStatistics
+from oodkernels.ops import nearest_centroid
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["RMDS", "MahalanobisPlusPlus", "RMDSPlusPlus"]
+
+_CHUNK = 1 << 24  # numbers that are whitened at once
+
+
+class _Gaussians(OODDetector):
+    """Class means with one covariance, and one Gaussian of all; fitted in one pass, in float64."""
+
+    needs = frozenset({"features"})
+    trained_on = frozenset({"features", "labels"})
+    _tensors: ClassVar[Mapping[str, str]] = {"counts": "C", "means": "C d", "scatter": "d d"}
+    _unit: ClassVar[bool]
+    _relative: ClassVar[bool]
+    _maps: list[Tensor]
+
+    def __init__(
+        self,
+        shrinkage: float | None = None,
+        classes: int | None = None,
+        *,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(model)
+        where = type(self).__name__
+        self.shrinkage = check_shrinkage(where, shrinkage)
+        self.classes = None if classes is None else check_count(where, "classes", classes)
+        self._reset()
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """As of :class:`Mahalanobis`."""
+        self.statistics.all_reduce(group)
+        self._status, self.threshold = "pending", None
+        return self
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """Move what was fitted; the model is left where it is."""
+        self.statistics.to(device)
+        self._maps = [m.to(device) for m in self._maps]
+        return self
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.statistics = ClassStatistics(self.classes)
+        self._maps = []
+
+    def _read(self, features: Tensor) -> Tensor:
+        x = floats(features)
+        # A row of zeros has no direction: NaN, and so its score.
+        return x / x.norm(dim=1, keepdim=True) if self._unit else x
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        features = present(batch.features)
+        if self._unit:
+            features = normalize(features.double(), dim=1)
+        self.statistics.update(features, present(labels), where=where)
+
+    @torch.inference_mode(False)
+    def _finish(self, where: str) -> None:
+        own = self.statistics
+        check_samples(where, own)
+        self.num_classes, self.width = own.num_classes, own.width
+        within = own.covariance()
+        found = [whitening(where, within, own, self.shrinkage, stacklevel=6)[0]]
+        if self._relative:
+            away = own.means - self._mean
+            total = within + (away.T * own.counts.double()) @ away / own.count
+            found.append(whitening(where, total, own, self.shrinkage, stacklevel=6)[0])
+        self._maps = found
+
+    @property
+    def _mean(self) -> Tensor:
+        return self.statistics.counts.double() @ self.statistics.means / self.statistics.count
+
+    def _score(self, batch: Batch) -> Tensor:
+        return self._nearest(batch)[0]
+
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return self._nearest(batch)[1], None
+
+    def _nearest(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.once(self, lambda: self._compute(present(batch.features)))
+
+    def _compute(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        scores, labels = [], []
+        like = floats(features[:0])
+        maps = [m.to(like) for m in self._maps]
+        # Rounded first, so that means and samples are mapped by the very same numbers.
+        origin = self._mean.to(like)
+        means = self.statistics.means.to(like.device) - origin.double()
+        centroids = (means @ maps[0].double()).to(like)
+        for rows in features.split(max(1, _CHUNK // features.shape[1])):
+            x = self._read(rows) - origin
+            with torch.autocast(x.device.type, enabled=False):
+                label, distance = nearest_centroid(x @ maps[0], centroids)
+                if self._relative:
+                    distance = distance - (x @ maps[1]).square().sum(1)
+            scores.append(-distance)
+            labels.append(label)
+        return torch.cat(scores), torch.cat(labels)
+
+    def _state(self) -> dict[str, Tensor]:
+        state = self.statistics.state_dict()
+        return {**state, "counts": state["counts"].double()}
+
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._load_state(tensors)
+        parts = {name: vars(self).pop(name) for name in self._tensors}
+        self.statistics = ClassStatistics(self.classes)
+        self.statistics.load_state_dict({**parts, "counts": parts["counts"].long()})
+        self._finish("load")
+
+
+@register("rmds", "D", "Ren et al., arXiv 2106.09022")
+class RMDS(_Gaussians):
+    """Squared Mahalanobis distance to the nearest class mean less that to the mean of all, negated.
+
+    Ren, Fort, Liu et al., A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection,
+    arXiv 2106.09022: the classes share the covariance within them, the Gaussian of all has the
+    total covariance.
+
+    Args:
+        shrinkage: Of both covariances, as of :class:`Mahalanobis`.
+        classes: As of :class:`Mahalanobis`.
+        model: As for :class:`OODDetector`.
+    """
+
+    _unit, _relative = False, True
+
+
+@register("mahalanobis++", "D", "Mueller & Hein, ICML 2025")
+class MahalanobisPlusPlus(_Gaussians):
+    """Squared Mahalanobis distance to the nearest class mean of normalised features, negated.
+
+    Mueller & Hein, Mahalanobis++: Improving OOD Detection via Feature Normalization, ICML 2025:
+    features are divided by their Euclidean norm, in fitting and in scoring. Arguments as for
+    :class:`RMDS`.
+    """
+
+    _unit, _relative = True, False
+
+
+@register("rmds++", "D", "Mueller & Hein, ICML 2025")
+class RMDSPlusPlus(_Gaussians):
+    """:class:`RMDS` of normalised features.
+
+    Mueller & Hein, Mahalanobis++: Improving OOD Detection via Feature Normalization, ICML 2025.
+    Arguments as for :class:`RMDS`.
+    """
+
+    _unit, _relative = True, True

@@ -1,0 +1,426 @@
+"""Detectors that shape the features and then apply the head: the energy of what comes out.
+
+Rows are shaped and multiplied by the head a block at a time, so that the (N, C) logits of the
+shaped features never exist as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from oodkernels._checks import check_count, check_flag, check_number
+from oodkernels.detectors.activations import _Mean
+from oodkernels.detectors.base import register
+from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.head import (
+    HEAD,
+    Head,
+    HeadDetector,
+    Reservoir,
+    check_percentile,
+    floats,
+    kept,
+)
+from oodkernels.detectors.model import Model
+from oodkernels.detectors.statistics import check_finite
+from oodkernels.ops import logit_scores
+
+__all__ = ["ASHB", "ASHP", "ASHS", "DICE", "VRA", "OptFS", "ReAct"]
+
+_BLOCK = 1 << 20  # numbers of a block's features and logits: some megabytes
+_SAMPLE = 5000  # rows of which quantiles are taken
+
+
+class _Shaped(HeadDetector):
+    """Energy of head(shape(features))."""
+
+    needs = frozenset({"features"})
+
+    def _shape(self, features: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._linear(batch)
+
+    def _score(self, batch: Batch) -> Tensor:
+        features = present(batch.features)
+        weight, bias = self._weights(batch)
+        rows = max(1, _BLOCK // max(weight.shape))
+        energies = []
+        for block in features.split(rows):
+            x = floats(block)
+            with torch.autocast(x.device.type, enabled=False):
+                z = torch.addmm(bias, self._shape(x), weight.T)
+            # What shaping sets to zero may have been NaN.
+            energy = logit_scores(z).energy
+            energies.append(torch.where(x.isnan().any(1), torch.nan, energy))
+        return torch.cat(energies)
+
+
+class _Sampled(_Shaped):
+    """One whose shape follows from a sample of the training features."""
+
+    trained_on = frozenset({"features"})
+    _sample: Reservoir | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._sample = None
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        if self._sample is None:
+            if self._status == "fitted":
+                raise ValueError(
+                    f"{where}: {self.name} from a file has no sample of its training features to "
+                    f"add to: fit it again to all of them"
+                )
+            self._sample = Reservoir(_SAMPLE)
+        features = present(batch.features)
+        check_finite(where, features)
+        self.width = features.shape[1]
+        self._sample.add(features, *self._beside(batch))
+
+    def _beside(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Columns of the sample beside the features."""
+        return ()
+
+    def _finish(self, where: str) -> None:
+        rows = self._sample.rows() if self._sample else ()
+        if not rows or not len(rows[0]):
+            raise ValueError(f"{where}: there must be ID samples to fit to, got none")
+        self._learn_shape(*rows)
+
+    def _learn_shape(self, features: Tensor, *beside: Tensor) -> None:
+        raise NotImplementedError
+
+
+@register("react", "C", "Sun et al., NeurIPS 2021")
+class ReAct(_Sampled):
+    """Energy of the logits of features clipped from above.
+
+    Sun, Guo & Li, ReAct: Out-of-distribution Detection With Rectified Activations, NeurIPS 2021.
+    The limit is a percentile, linearly interpolated, of all activations of up to 5,000 samples of
+    those fitted to (a uniform sample of them where there are more).
+
+    Args:
+        percentile: In per cent; the authors have 90.
+        limit: The limit itself, as the authors have 1 for ImageNet and ResNet-50; nothing is fitted
+            then.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "clip": "one"}
+    clip: Tensor
+
+    def __init__(
+        self,
+        percentile: float = 90.0,
+        limit: float | None = None,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        self.percentile = check_percentile("ReAct", percentile)
+        self.limit = None if limit is None else check_number("ReAct", "limit", limit)
+        if self.limit is not None:
+            self.trained_on = frozenset()
+            self.clip = torch.tensor([self.limit], dtype=torch.float64)
+
+    def _learn_shape(self, features: Tensor, *beside: Tensor) -> None:
+        self.clip = _quantiles(features, [self.percentile])
+
+    def _shape(self, features: Tensor) -> Tensor:
+        return features.clamp(max=self.clip.to(features))
+
+
+@register("vra", "C", "Xu et al., NeurIPS 2023")
+class VRA(_Sampled):
+    """Energy of the logits of features that are zeroed below a limit and clipped above another.
+
+    Xu, Lian, Liu & Tao, VRA: Variational Rectified Activation for Out-of-distribution Detection,
+    NeurIPS 2023: features below a become 0, those above b become b. The limits are percentiles
+    of each feature (the authors' CIFAR setting), or of all, or given.
+
+    Args:
+        low: Percentile of a, in per cent; the authors have 60.
+        high: Percentile of b, in per cent, above ``low``; the authors have 95.
+        per_feature: Whether each feature has its own limits.
+        limits: (a, b) themselves, as the authors have (0.5, 1) for ImageNet and ResNet-50; nothing
+            is fitted then.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "range": "two m"}
+    range: Tensor
+
+    def __init__(
+        self,
+        low: float = 60.0,
+        high: float = 95.0,
+        per_feature: bool = True,
+        limits: Sequence[float] | None = None,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        self.low, self.high = (check_percentile("VRA", p) for p in (low, high))
+        self.per_feature = check_flag("VRA", "per_feature", per_feature)
+        if not self.low < self.high:
+            raise ValueError(f"VRA: low must be below high, got {low} and {high}")
+        self.limits = None
+        if limits is not None:
+            self.limits = [check_number("VRA", "limits", x) for x in limits]
+            if len(self.limits) != 2 or not self.limits[0] < self.limits[1]:
+                raise ValueError(f"VRA: limits must be two, ascending, got {self.limits}")
+            self.trained_on = frozenset()
+            self.range = torch.tensor(self.limits, dtype=torch.float64)[:, None]
+
+    def _learn_shape(self, features: Tensor, *beside: Tensor) -> None:
+        both = [self.low, self.high]
+        if self.per_feature:
+            self.range = torch.stack([_quantiles(f, both) for f in features.unbind(1)], 1)
+        else:
+            self.range = _quantiles(features, both)[:, None]
+
+    def _shape(self, features: Tensor) -> Tensor:
+        low, high = self.range.to(features)
+        return torch.where(features < low, 0, features.minimum(high))
+
+
+class _ASH(_Shaped):
+    """Features of which all but the largest are set to zero.
+
+    Djurisic, Bozanic, Ashok & Liu, Extremely Simple Activation Shaping for Out-of-Distribution
+    Detection, ICLR 2023. The largest are the d - round(d p / 100) largest of d, of equal ones those
+    of lower index.
+
+    Args:
+        percentile: p, in per cent; None for the authors' for ImageNet.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    _positive = "activations behind a ReLU"
+    _authors: ClassVar[float]
+
+    def __init__(
+        self,
+        percentile: float | None = None,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        percentile = self._authors if percentile is None else percentile
+        self.percentile = check_percentile(type(self).__name__, percentile)
+
+    def _largest(self, features: Tensor) -> Tensor:
+        """Which are kept, (N, d) bool."""
+        k = kept(features.shape[1], self.percentile)
+        least = features.topk(k).values[:, -1:]
+        above, equal = features > least, features == least
+        return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+
+
+@register("ash-p", "C", "Djurisic et al., ICLR 2023")
+class ASHP(_ASH):
+    """Energy of the logits of the largest features, the others set to zero.
+
+    Arguments as for :class:`ASHS`; the authors' percentile is 60 for ImageNet, 90 for CIFAR-10 and
+    80 for CIFAR-100.
+    """
+
+    _authors = 60.0
+
+    def _shape(self, features: Tensor) -> Tensor:
+        return torch.where(self._largest(features), features, 0)
+
+
+@register("ash-b", "C", "Djurisic et al., ICLR 2023")
+class ASHB(_ASH):
+    """Energy of the logits of the largest features, all set to one value that keeps the sum.
+
+    Arguments as for :class:`ASHS`; the authors' percentile is 65 for ImageNet, 95 for CIFAR-10 and
+    85 for CIFAR-100.
+    """
+
+    _authors = 65.0
+
+    def _shape(self, features: Tensor) -> Tensor:
+        k = kept(features.shape[1], self.percentile)
+        return torch.where(self._largest(features), features.sum(1, keepdim=True) / k, 0)
+
+
+@register("ash-s", "C", "Djurisic et al., ICLR 2023")
+class ASHS(_ASH):
+    """Energy of the logits of the largest features times exp(sum / their sum).
+
+    Djurisic, Bozanic, Ashok & Liu, Extremely Simple Activation Shaping for Out-of-Distribution
+    Detection, ICLR 2023. The largest are the d - round(d p / 100) largest of d, of equal ones those
+    of lower index.
+
+    Args:
+        percentile: p, in per cent; None for the authors' 90 for ImageNet. Theirs for CIFAR-10 is
+            95, for CIFAR-100 90.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    _authors = 90.0
+
+    def _shape(self, features: Tensor) -> Tensor:
+        top = torch.where(self._largest(features), features, 0)
+        return top * (features.sum(1, keepdim=True) / top.sum(1, keepdim=True)).exp()
+
+
+@register("dice", "C", "Sun & Li, ECCV 2022")
+class DICE(_Mean, _Shaped):
+    """Energy of the logits by the head's most contributing weights alone.
+
+    Sun & Li, DICE: Leveraging Sparsification for Out-of-Distribution Detection, ECCV 2022. A
+    weight's contribution is its product with the mean of its feature over the training data; those
+    at or below a percentile of all contributions are set to zero.
+
+    Args:
+        percentile: In per cent; the authors have 90 for CIFAR and 70 for ImageNet.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    needs = frozenset({"features"})
+
+    def __init__(
+        self,
+        percentile: float = 90.0,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        self.percentile = check_percentile("DICE", percentile)
+        self._sparse: tuple[object, Tensor] | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._sparse = None
+
+    def _finish(self, where: str) -> None:
+        super()._finish(where)
+        self._sparse = None
+
+    def _shape(self, features: Tensor) -> Tensor:
+        return features
+
+    def _weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        weight, bias = self._linear(batch)
+        key = (self.percentile, self.absent_of(batch), weight.dtype, weight.device)
+        if self._sparse is None or self._sparse[0] != key:
+            share = weight.double() * self.means[0].to(weight.device)
+            least = _quantiles(share, [self.percentile])
+            self._sparse = key, torch.where(share > least, weight, 0)
+        return self._sparse[1], bias
+
+
+@register("optfs", "C", "Zhao et al., ICLR 2024")
+class OptFS(_Sampled):
+    """Features weighted by how much features of their size speak for the class predicted.
+
+    Zhao, Xu, Gavves & others, Towards Optimal Feature-Shaping Methods for Out-of-Distribution
+    Detection, ICLR 2024: equal bins between the 0.1 and 99.9 per cent quantiles of the training
+    activations, theta_k proportional to the mean over training samples of the sum of w_pj h_j over
+    the features h_j in bin k, scaled to norm 1000; features outside the bins count as 0. Fitted to
+    up to 5,000 samples.
+
+    Args:
+        kind: ``"logit"``, w_p . (theta h) for the class p that is predicted, as the authors have
+            it, or ``"energy"`` of the shaped features' logits.
+        bins: Number of bins; the authors have 100.
+        head: As for :class:`HeadDetector`.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+    """
+
+    needs = frozenset({"features", "logits"})
+    trained_on = frozenset({"features", "logits"})
+    _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "ends": "two", "theta": "bins"}
+    ends: Tensor
+    theta: Tensor
+
+    def __init__(
+        self,
+        kind: Literal["logit", "energy"] = "logit",
+        bins: int = 100,
+        *,
+        head: Head | None = None,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(head, model, absent)
+        if kind not in ("logit", "energy"):
+            raise ValueError(f"OptFS: kind must be logit or energy, got {kind!r}")
+        self.kind, self.bins = kind, check_count("OptFS", "bins", bins)
+
+    def _beside(self, batch: Batch) -> tuple[Tensor, ...]:
+        label = batch.class_logits(self.absent).argmax(1)
+        absent = self.absent_of(batch)
+        return (label if absent is None else label + (label >= absent),)
+
+    def _learn_shape(self, features: Tensor, *beside: Tensor) -> None:
+        x = features.double()
+        self.ends = _quantiles(x, [0.1, 99.9])
+        share = x * self.weight.to(x)[beside[0].to(x.device)]
+        place, inside = self._place(x)
+        theta = x.new_zeros(self.bins)
+        theta.index_add_(0, place[inside], share[inside])
+        self.theta = theta * (1000 / theta.norm())
+
+    def _place(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Bin of each feature, and whether it is in one."""
+        low, high = self.ends.to(x)
+        edges = low + (high - low) * torch.arange(self.bins + 1).to(x) / self.bins
+        place = torch.searchsorted(edges, x.contiguous(), right=True) - 1
+        inside = (place >= 0) & (place < self.bins)
+        return place.clamp(0, self.bins - 1), inside
+
+    def _shape(self, features: Tensor) -> Tensor:
+        place, inside = self._place(features)
+        return torch.where(inside, self.theta.to(features)[place] * features, 0)
+
+    def _score(self, batch: Batch) -> Tensor:
+        if self.kind == "energy":
+            return super()._score(batch)
+        weight, _ = self._linear(batch)
+        x = floats(present(batch.features))
+        label = batch.class_logits(self.absent).argmax(1)
+        rows = max(1, _BLOCK // x.shape[1])
+        parts = zip(x.split(rows), label.split(rows), strict=True)
+        score = torch.cat([(self._shape(f) * weight[p]).sum(1) for f, p in parts])
+        return torch.where(x.isnan().any(1), torch.nan, score)
+
+
+def _quantiles(values: Tensor, percentiles: Sequence[float]) -> Tensor:
+    """Percentiles of all values, linearly interpolated as NumPy does it, float64."""
+    ordered = values.flatten().double().sort().values
+    place = torch.tensor(percentiles, dtype=torch.float64) / 100 * (len(ordered) - 1)
+    below = place.floor().long()
+    share = (place - below).to(ordered.device)
+    low = ordered[below.to(ordered.device)]
+    high = ordered[(below + 1).clamp(max=len(ordered) - 1).to(ordered.device)]
+    return torch.where(share < 0.5, low + (high - low) * share, high - (high - low) * (1 - share))
