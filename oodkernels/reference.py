@@ -102,7 +102,7 @@ def logit_scores(
 
 def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
     """The fields of ``ops.ROCMetricsResult`` in one vector, from counts at each distinct score."""
-    x, y = id_scores.double().flatten(), ood_scores.double().flatten()
+    x, y = (t.double().flatten().contiguous() for t in (id_scores, ood_scores))
     n, m = len(x), len(y)
     level = torch.cat([x, y]).unique()
     # How many scores at each level, from it upwards, and up to it.
