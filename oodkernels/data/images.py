@@ -213,7 +213,12 @@ class ImageFiles(Dataset[ImageSample]):
         """
         if self.class_names is None:
             raise ValueError(f"{where}: images must be in a folder per class to be matched by name")
-        ids = match_classes(self.class_names, class_names, where)
+        try:
+            ids = match_classes(self.class_names, class_names, where)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (a list of files takes OOD images whatever they are)"
+            ) from None
         labels = [label if label < 0 else ids[label] for label in self.labels]
         return ImageFiles(self.paths, labels, class_names, self.transform)
 

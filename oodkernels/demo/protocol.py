@@ -36,6 +36,7 @@ from oodkernels.evaluation import Evaluation, combine, evaluate
 from oodkernels.groups import Groups
 from oodkernels.nn.mos import MOSHead
 from oodkernels.training import (
+    OBJECTIVES,
     AbnormalityObjective,
     MOSObjective,
     Objective,
@@ -61,8 +62,6 @@ class Method:
         models: Names of its models in the table.
         what: What is learned, with its source.
         scores: Of the table, by name; detectors that are not fitted.
-        columns: Logits.
-        outliers: Outliers read for each training image; 0 for a method that sees none.
         options: Of the objective.
         recipe: What differs from :attr:`Settings.recipe`.
     """
@@ -70,8 +69,6 @@ class Method:
     models: tuple[str, ...]
     what: str
     scores: Mapping[str, Callable[..., OODDetector]] = field(default_factory=dict)
-    columns: int = NUM_CLASSES
-    outliers: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
@@ -123,29 +120,23 @@ METHODS = {
         ("OE",),
         "Outlier Exposure: uniform answers on outliers (Hendrycks et al., ICLR 2019)",
         _CLASSIC,
-        outliers=1,
     ),
     "energy": Method(
         ("energy-bounded",),
         "energies of digits and outliers are kept apart by margins (Liu et al., NeurIPS 2020)",
         _CLASSIC,
-        outliers=1,
         options=_MARGINS,
     ),
     "absent-class": Method(
         ("absent class",),
         "an eleventh class for outliers, as they come: what NTOM and DOS select better",
         _ABSENT,
-        NUM_CLASSES + 1,
-        outliers=1,
     ),
     "ntom": Method(
         ("NTOM",),
         "an eleventh class for the hardest outliers, those below a quantile left out; selected of "
         "all, each epoch (Chen et al., ECML 2021)",
         _ABSENT,
-        NUM_CLASSES + 1,
-        outliers=1,
         options={"per_sample": 1.0},
     ),
     "poem": Method(
@@ -153,7 +144,6 @@ METHODS = {
         "energies kept apart, with outliers near a boundary drawn by Thompson sampling; selected "
         "of all, each epoch (Ming et al., ICML 2022)",
         {"energy": Energy},
-        outliers=1,
         options=_MARGINS,
     ),
     "dos": Method(
@@ -161,11 +151,15 @@ METHODS = {
         "an eleventh class for diverse outliers: of six candidates a training image, the hardest "
         "of each cluster (Jiang et al., ICLR 2024)",
         _ABSENT,
-        NUM_CLASSES + 1,
-        outliers=6,
     ),
 }
 """The methods by their objective's name."""
+
+
+def outliers_per_image(name: str) -> int:
+    """Outliers read for each training image, 0 for a method that sees none."""
+    spec = OBJECTIVES[name]
+    return spec.per_sample if "outliers" in spec.needs else 0
 
 
 @dataclass(frozen=True)
@@ -311,15 +305,17 @@ class _Demo:
         head: Callable[[int], nn.Module] | None = None,
     ) -> SmallConvNet:
         method, settings = METHODS[name], self.settings
+        many = outliers_per_image(name)
+        columns = NUM_CLASSES + ("absent class" in OBJECTIVES[name].needs)
         with reproducible(settings.seed):
-            model = SmallConvNet(head or partial(zero_linear, columns=method.columns))
+            model = SmallConvNet(head or partial(zero_linear, columns=columns))
         recipe = replace(settings.recipe, seed=settings.seed, **method.recipe)
         trainer = Trainer(model, objective, recipe, on_epoch=partial(self.on_epoch, model_name))
         batch = partial(tensor_loader, shuffle=True, drop_last=True)
         size = settings.batch_size
         trainer.fit(
             batch(self.digits.train_images, self.digits.train_labels, batch_size=size),
-            batch(self.outliers, batch_size=method.outliers * size) if method.outliers else None,
+            batch(self.outliers, batch_size=many * size) if many else None,
         )
         return model
 

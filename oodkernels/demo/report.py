@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
-from oodkernels.demo.protocol import ID_SET, METHODS, DemoResult
+from oodkernels.demo.protocol import ID_SET, METHODS, DemoResult, outliers_per_image
 from oodkernels.evaluation import Array, Evaluation, report, software, write_texts
 from oodkernels.evaluation.tables import AVERAGE, Row, lines
 
@@ -85,7 +85,9 @@ def to_html(result: DemoResult) -> str:
 
 def kinds(evaluation: Evaluation) -> dict[str, list[str]]:
     """What was trained on -> names of the models, which are best compared with each other."""
-    outliers = {model for m in METHODS.values() if m.outliers for model in m.models}
+    outliers = {
+        model for name, m in METHODS.items() if outliers_per_image(name) for model in m.models
+    }
     found: dict[str, list[str]] = {}
     for model in dict.fromkeys(method.model for method in evaluation.methods):
         found.setdefault(_OUTLIERS if model in outliers else _ALONE, []).append(model)
@@ -103,7 +105,7 @@ def _differences(name: str) -> dict[str, Any]:
     method = METHODS[name]
     return {
         "models": list(method.models),
-        "outliers_per_image": method.outliers,
+        "outliers_per_image": outliers_per_image(name),
         "options": dict(method.options),
         "recipe": dict(method.recipe),
     }

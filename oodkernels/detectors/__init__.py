@@ -15,7 +15,7 @@ from oodkernels.detectors.activations import (
     GradNorm,
 )
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
-from oodkernels.detectors.bank import KNN
+from oodkernels.detectors.bank import KNN, MCM, NNGuide, Relation
 from oodkernels.detectors.base import (
     DETECTORS,
     NotFittedError,
@@ -41,6 +41,13 @@ from oodkernels.detectors.logits import (
     MOSLogOdds,
 )
 from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.probabilities import (
+    GEN,
+    KLMatching,
+    OpenMax,
+    TemperatureScaling,
+    WeightedEnergy,
+)
 from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReAct
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
@@ -54,8 +61,10 @@ __all__ = [
     "DICE",
     "FAMILIES",
     "FDBD",
+    "GEN",
     "KNN",
     "LTS",
+    "MCM",
     "MOS",
     "MSP",
     "NCI",
@@ -81,13 +90,16 @@ __all__ = [
     "GradNorm",
     "Head",
     "HeadDetector",
+    "KLMatching",
     "MOSLogOdds",
     "Mahalanobis",
     "MahalanobisPlusPlus",
     "MaxLogit",
     "Model",
+    "NNGuide",
     "NotFittedError",
     "OODDetector",
+    "OpenMax",
     "OptFS",
     "Option",
     "Outputs",
@@ -95,8 +107,11 @@ __all__ = [
     "PytorchOODDetector",
     "RMDSPlusPlus",
     "ReAct",
+    "Relation",
     "Residual",
+    "TemperatureScaling",
     "ViM",
+    "WeightedEnergy",
     "as_pytorch_ood",
     "extract",
     "register",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from oodkernels._checks import accumulate_type, check_count
+from oodkernels._checks import accumulate_type, check_count, check_int, check_real
 from oodkernels._optional import require
-from oodkernels.detectors.base import OODDetector, register
+from oodkernels.detectors.base import NotFittedError, OODDetector, register
 from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.head import Reservoir, floats
+from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
+from oodkernels.ops import LogitScores, logit_scores
 
-__all__ = ["KNN"]
+__all__ = ["KNN", "MCM", "NNGuide", "Relation"]
 
 _QUERIES, _BLOCK = 1024, 1 << 14  # rows of a matrix of similarities, and columns
 
@@ -138,6 +142,225 @@ class KNN(OODDetector):
     def _kth_by_faiss(self, z: Tensor) -> Tensor:
         _, rows = self._index.search(z.float().cpu().numpy(), self.k)
         return torch.from_numpy(rows[:, -1]).to(z.device)
+
+
+class _Bank(OODDetector):
+    """Normalised training features beside what the logits say of them."""
+
+    needs = frozenset({"features", "logits"})
+    trained_on = frozenset({"features", "logits"})
+    size: int | None
+    seed: int
+    bank: Tensor
+    _sample: Reservoir | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._sample = None
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        if self._sample is None:
+            if self._status == "fitted":
+                raise ValueError(
+                    f"{where}: {self.name} from a file cannot add to its sample: fit it again to "
+                    f"all training features"
+                )
+            self._sample = Reservoir(self.size or sys.maxsize, self.seed)
+        features = present(batch.features)
+        check_finite(where, features)
+        self.width = features.shape[1]
+        self._sample.add(_direction(features), self._beside(batch))
+
+    def _beside(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def _rows(self, where: str, least: int) -> tuple[Tensor, Tensor]:
+        rows = self._sample.rows() if self._sample else ()
+        if not rows or len(rows[0]) < least:
+            found = len(rows[0]) if rows else 0
+            raise ValueError(f"{where}: there must be at least {least} samples, got {found}")
+        return rows[0], rows[1]
+
+
+@register("nnguide", "E", "Park et al., ICCV 2023")
+class NNGuide(_Bank):
+    """Energy times the mean of the k largest similarities to training samples, each by its energy.
+
+    Park, Jung & Teoh, Nearest Neighbor Guidance for Out-of-Distribution Detection, ICCV 2023: with
+    u = h / |h| and E the energy, E(h) times the mean of the k largest E_i u . u_i over the bank.
+
+    Args:
+        k: How many; the authors have 10.
+        size: Training samples to keep, a uniform sample of them; the authors keep 1 per cent,
+            12,812 of ImageNet's. None for all.
+        seed: Of the sample.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+
+    Attributes:
+        bank: (n, d): E_i u_i.
+    """
+
+    _tensors: ClassVar[Mapping[str, str]] = {"bank": "n d"}
+
+    def __init__(
+        self,
+        k: int = 10,
+        size: int | None = 12_812,
+        seed: int = 0,
+        *,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(model, absent)
+        self.k = check_count("NNGuide", "k", k)
+        self.size = None if size is None else check_count("NNGuide", "size", size, self.k)
+        self.seed = check_int("NNGuide", "seed", seed)
+
+    def _beside(self, batch: Batch) -> Tensor:
+        return batch.logit_scores(absent=self.absent).energy
+
+    def _finish(self, where: str) -> None:
+        units, energy = self._rows(where, self.k)
+        self.bank = units * energy[:, None].to(units)
+
+    def _score(self, batch: Batch) -> Tensor:
+        units = _direction(present(batch.features))
+        bank = self.bank.to(units)
+        best = units.new_full((len(units), self.k), -torch.inf)
+        for i, near in _products(units, bank):
+            rows = slice(i, i + len(near))
+            best[rows] = torch.cat([best[rows], near], 1).topk(self.k).values
+        score = batch.logit_scores(absent=self.absent).energy.to(units) * best.mean(1)
+        return torch.where(units.isnan().any(1), torch.nan, score)
+
+
+@register("relation", "E", "Kim et al., NeurIPS 2023")
+class Relation(_Bank):
+    """Sum of the relations to training samples: similar features times similar predictions.
+
+    Kim, Yun & Song, Neural Relation Graph: A Unified Framework for Identifying Label Noise and
+    Outlier Data, NeurIPS 2023: with u = h / |h| and p = softmax(z), the sum over training samples
+    of r_i^t where r_i = max(0, u . u_i) (p . p_i) is above a threshold. It grows with their number.
+
+    Args:
+        power: t; the authors have 1.
+        cut: The threshold; the authors have 0.03.
+        size: Training samples to keep, a uniform sample of them; None for all, as the authors.
+        seed: Of the sample.
+        absent: As for :class:`MSP`.
+        model: As for :class:`OODDetector`.
+
+    Attributes:
+        bank: (n, d): u_i.
+        probabilities: (n, C): p_i.
+    """
+
+    _tensors: ClassVar[Mapping[str, str]] = {"bank": "n d", "probabilities": "n C"}
+    probabilities: Tensor
+
+    def __init__(
+        self,
+        power: float = 1.0,
+        cut: float = 0.03,
+        size: int | None = None,
+        seed: int = 0,
+        *,
+        absent: int | None = None,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(model, absent)
+        self.power, self.cut = (
+            check_real("Relation", name, value) for name, value in (("power", power), ("cut", cut))
+        )
+        if not self.power > 0 or not 0 <= self.cut < 1:
+            raise ValueError(
+                f"Relation: power must be positive and cut in [0, 1), got {power} and {cut}"
+            )
+        self.size = None if size is None else check_count("Relation", "size", size)
+        self.seed = check_int("Relation", "seed", seed)
+
+    def _beside(self, batch: Batch) -> Tensor:
+        return floats(batch.class_logits(self.absent)).softmax(1)
+
+    def _finish(self, where: str) -> None:
+        self.bank, self.probabilities = self._rows(where, 1)
+
+    def _score(self, batch: Batch) -> Tensor:
+        units = _direction(present(batch.features))
+        p = self._beside(batch).to(units)
+        bank, known = self.bank.to(units), self.probabilities.to(units)
+        score = units.new_zeros(len(units))
+        for (i, near), (_, alike) in zip(_products(units, bank), _products(p, known), strict=True):
+            relation = near.clamp(min=0) * alike
+            relation = torch.where(relation > self.cut, relation**self.power, 0)
+            score[i : i + len(near)] += relation.sum(1)
+        return torch.where(units.isnan().any(1) | p.isnan().any(1), torch.nan, score)
+
+
+@register("mcm", "E", "Ming et al., NeurIPS 2022")
+class MCM(OODDetector):
+    """Maximum softmax probability of the cosines to the classes' text embeddings.
+
+    Ming, Cai, Gu et al., Delving into Out-of-Distribution Detection with Vision-Language
+    Representations, NeurIPS 2022: max_c softmax(cos(h, t_c) / T)_c of image features h and the
+    text features t_c of "a photo of a <class>".
+
+    Args:
+        texts: (C, d) text embeddings, one a class, in any length; None only for a detector that a
+            file will fill.
+        temperature: T; the authors' 1, of plain cosines.
+        model: As for :class:`OODDetector`: it gives the image features.
+    """
+
+    needs = frozenset({"features"})
+    _tensors: ClassVar[Mapping[str, str]] = {"embeddings": "C d"}
+    embeddings: Tensor
+
+    def __init__(
+        self,
+        texts: Tensor | None = None,
+        temperature: float = 1.0,
+        *,
+        model: Model | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.temperature = check_temperature("MCM", temperature)
+        if texts is not None:
+            if not isinstance(texts, Tensor) or texts.dim() != 2 or not texts.is_floating_point():
+                shape = tuple(texts.shape) if isinstance(texts, Tensor) else type(texts).__name__
+                raise ValueError(f"MCM: texts must be floating-point (C, d), got {shape}")
+            self.embeddings = _direction(texts.detach())
+            self.num_classes, self.width = texts.shape
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"temperature": self.temperature}
+
+    def _ready(self, where: str) -> None:
+        if "embeddings" not in vars(self):
+            raise NotFittedError(f"{where}: texts must be given: MCM(texts=...)")
+        super()._ready(where)
+
+    def _cosines(self, batch: Batch) -> LogitScores:
+        def compute() -> LogitScores:
+            units = _direction(present(batch.features))
+            return logit_scores(units @ self.embeddings.to(units).T, self.temperature)
+
+        return batch.once(self, compute)
+
+    def _score(self, batch: Batch) -> Tensor:
+        return self._cosines(batch).msp
+
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        return self._cosines(batch).label, None
+
+
+def _products(rows: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of ``rows @ bank.T``, each with the number of its first row."""
+    for i in range(0, len(rows), _QUERIES):
+        for block in bank.split(_BLOCK):
+            with torch.autocast(rows.device.type, enabled=False):
+                yield i, rows[i : i + _QUERIES] @ block.T
 
 
 def _direction(features: Tensor) -> Tensor:

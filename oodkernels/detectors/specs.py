@@ -20,7 +20,7 @@ FAMILIES: Mapping[str, str] = {
 }
 """What the detectors of a family read, and share when they score together."""
 
-_GIVEN = ("head", "model")  # arguments that are no settings
+_GIVEN = ("head", "model", "texts")  # arguments that are no settings
 REQUIRED: Any = inspect.Parameter.empty
 
 

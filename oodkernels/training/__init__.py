@@ -2,6 +2,7 @@
 
 from oodkernels.training._batches import tensor_loader
 from oodkernels.training._random import reproducible
+from oodkernels.training.base import Context, Objective, ObjectiveSpec, register
 from oodkernels.training.checkpoint import load_checkpoint, load_weights
 from oodkernels.training.config import TrainConfig
 from oodkernels.training.mining import (
@@ -19,13 +20,10 @@ from oodkernels.training.objectives import (
     AbnormalityObjective,
     AbsentClassObjective,
     ConfidenceObjective,
-    Context,
     DOSObjective,
     EnergyBoundedObjective,
     MOSObjective,
     NTOMObjective,
-    Objective,
-    ObjectiveSpec,
     OutlierExposureObjective,
     OutlierObjective,
     POEMObjective,
@@ -33,7 +31,6 @@ from oodkernels.training.objectives import (
     SoftmaxObjective,
     SyntheticObjective,
     make_objective,
-    register,
 )
 from oodkernels.training.trainer import FitResult, Trainer
 

@@ -25,6 +25,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from oodkernels._checks import check_count
 from oodkernels._digest import digest
 from oodkernels.training._random import entropy, seeded
 
@@ -86,6 +87,7 @@ class Batches:
         self.loader, self.name, self.seed = loader, name, seed
         self.samples, self.parts = samples, parts
         self.first: str | None = None
+        self._order_digest: str | None = None
         self.iterable = isinstance(loader.dataset, IterableDataset)
         try:
             self._length: int | None = len(loader)
@@ -167,7 +169,9 @@ class Batches:
         """What another run has to have in common with this one to see the same batches."""
         if self.iterable:
             return {}
-        return {"order": digest(str(self.order(0))), "first batch": self.first}
+        if self._order_digest is None:  # once: another epoch's order is in use when it is asked for
+            self._order_digest = digest(str(self.order(0)))
+        return {"order": self._order_digest, "first batch": self.first}
 
     def read_first(self) -> None:
         """Take the digest of batch 0 without going on from it."""
@@ -305,9 +309,10 @@ def tensor_loader(
         drop_last: Whether a last batch that is not full is left out.
 
     Raises:
-        ValueError: No batch: fewer samples than one takes.
+        ValueError: No batch: fewer samples than one takes, or ``batch_size`` is no number of them.
     """
     dataset = TensorDataset(*tensors)
+    batch_size = check_count("tensor_loader", "batch_size", batch_size)
     if len(dataset) < (batch_size if drop_last else 1):
         raise ValueError(
             f"tensor_loader: tensors must fill a batch of {batch_size}, got {len(dataset)}"

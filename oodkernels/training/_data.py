@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from oodkernels.training._batches import Batches, Loader, LoaderBatch
+from oodkernels.training.base import Objective
 from oodkernels.training.config import TrainConfig
-from oodkernels.training.objectives import Objective, PoolObjective
+from oodkernels.training.objectives import PoolObjective
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -5,28 +5,30 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from oodkernels._files import locked, write_text
 from oodkernels._optional import require
 from oodkernels._progress import progress
 from oodkernels.training import _modes
 from oodkernels.training._batches import LoaderBatch
-from oodkernels.training._data import FitData, StepBatch
+from oodkernels.training._data import FitData
 from oodkernels.training._log import Log
 from oodkernels.training._plain import plain
 from oodkernels.training._random import global_seed, rng_state, seeded, set_rng_state
 from oodkernels.training._signals import Interruption, first_is_a_wish
+from oodkernels.training._stepper import MakeOptimizer, Stepper
+from oodkernels.training.base import Objective
 from oodkernels.training.checkpoint import PathLike, load_checkpoint, save_checkpoint
 from oodkernels.training.config import TrainConfig
-from oodkernels.training.objectives import Context, Objective, PoolObjective
+from oodkernels.training.objectives import PoolObjective
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -48,30 +50,15 @@ class Setup(Protocol):
     fabric: Fabric
     folder: Path | None
     ema: AveragedModel | None
-    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    make_optimizer: MakeOptimizer
     progress: bool
     tensorboard: bool
     loggers: list[Logger]
     on_epoch: Callable[[int], None]
 
 
-class _Step(nn.Module):
-    """Model and objective as one module, whose forward is a step's loss: what DDP has to wrap."""
-
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(
-        self, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective.step(self.model, x, y, outliers, context)
-
-
 class Fit:
-    """See the module."""
-
-    module: Any  # Fabric's, of model and objective, made when the run begins
+    """A run: what is read, the steps, and what is written."""
 
     def __init__(self, trainer: Setup, data: FitData) -> None:
         self.trainer, self.data, self.shares = trainer, data, data.shares
@@ -92,21 +79,11 @@ class Fit:
             with seeded((config.seed,)):  # the same on every process
                 self.objective.columns = None
                 self.objective.prepare(self.model, self.data.sample)
-            module = _Step(self.model, self.objective)
-            _modes.train(self.model)
-            self.objective.train()
-            self._check_single()
-            self.parameters = [p for p in module.parameters() if p.requires_grad]
-            if not self.parameters:
-                raise ValueError("Trainer.fit: the model must have a parameter to train, got none")
-            self.optimizer = trainer.make_optimizer(self.parameters)
-            self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
-            self.module, self.stepper = fabric.setup(module, self.optimizer)
-            trainer.ema = self.ema = (
-                None
-                if config.ema is None
-                else AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+            self.stepper = Stepper(
+                self.model, self.objective, config, fabric, self.shares, trainer.make_optimizer
             )
+            self.stepper.check_single(self.data)
+            trainer.ema = self.stepper.ema
             if checkpoint is not None:
                 self._restore(checkpoint)
             plain(self._state([]), "Trainer.fit: checkpoint")
@@ -116,7 +93,8 @@ class Fit:
             interruption = stack.enter_context(first_is_a_wish())
             self._loop(interruption, stack.enter_context(self._bar()))
             fabric.barrier()  # no process is to go on before the files are there
-        module.eval()
+        self.model.eval()
+        self.objective.eval()
 
     # The loop
 
@@ -139,7 +117,7 @@ class Fit:
                 # An iterable data set's workers got the Ctrl-C too.
                 self._save("last.pt")
                 raise KeyboardInterrupt(self._farewell()) from None
-            figures = self._train_step(epoch, batches)
+            figures = self.stepper.take(self.step, epoch, batches)
             self.step += 1
             show(self.step, figures["loss"])
             self.log.step(figures)
@@ -162,97 +140,13 @@ class Fit:
             if stop and self.step < self.shares.steps:
                 raise KeyboardInterrupt(self._farewell())
 
-    def _train_step(self, epoch: int, batches: Sequence[StepBatch]) -> dict[str, float]:
-        fabric = self.fabric
-        context = Context(self.step, self.shares.steps, epoch, fabric)
-        total = self._sum(torch.tensor(float(sum(b.counted for b in batches)))).item()
-        figures: dict[str, Tensor] = {}
-        undo = self._undo()
-        for i, batch in enumerate(batches):
-            with fabric.no_backward_sync(self.module, enabled=i + 1 < len(batches)):
-                loss, logs = self.module(batch.x, batch.y, batch.outliers, context)
-                share = batch.counted / total
-                # DDP takes the mean over processes.
-                fabric.backward(loss * (share * self.shares.world))
-            for name, value in {"loss": loss, **logs}.items():
-                value = value.detach().float() * share
-                figures[name] = figures[name] + value if name in figures else value
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        sums = self._sum(torch.stack(list(figures.values()))).tolist()
-        values = dict(zip(figures, sums, strict=True)) | {"grad_norm": norm.item()}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                undo()
-                self.stepper.zero_grad()
-                what = "loss" if name == "loss" else "norm of the gradient"
-                samples = [batch.samples for batch in batches]
-                raise FloatingPointError(
-                    f"Trainer.fit: the {what} is {values[name]} at step {self.step} (epoch "
-                    f"{epoch}), training samples {_shorten(samples)}; the weights are "
-                    "those before the step. A smaller lr, a warm-up or clip_norm may help"
-                )
-        if self.config.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
-        self.lr = float(self.optimizer.param_groups[0]["lr"])
-        self.stepper.step()
-        self.stepper.zero_grad()
-        self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        return values
-
-    def _undo(self) -> Callable[[], None]:
-        """What takes back all that a step changes before its loss is known: BatchNorm's means."""
-        kept = [
-            (module, name, buffer, buffer.clone())
-            for part in (self.model, self.objective)
-            for module in part.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        of_objective = self.objective.undo()
-
-        def back() -> None:
-            with torch.no_grad():
-                for module, name, buffer, value in kept:
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
-            of_objective()
-
-        return back
-
-    def _check_single(self) -> None:
-        """Refuse a batch of one sample that the model cannot be trained on, before it comes."""
-        train = self.data.train
-        if train.iterable or self.data.outliers is not None:
-            return
-        sizes = [len(b) if isinstance(b, (list, tuple)) else 1 for b in train.order(0)]
-        if 1 not in sizes or not any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-            for m in self.model.modules()
-        ):
-            return
-        undo = self._undo()
-        try:
-            with torch.no_grad(), seeded((self.config.seed,)), self.fabric.autocast():
-                self.model.to(self.fabric.device)(self.data.sample()[:1])
-        except ValueError as error:
-            raise ValueError(
-                "Trainer.fit: training batches must have more than one sample for the model's "
-                f"BatchNorm, got one of one: another batch size, or drop_last=True, leaves none "
-                f"over ({error})"
-            ) from None
-        finally:
-            undo()
-
     def _check_chance(self) -> None:
         """Say when an epoch has taught nothing."""
         chance = self.objective.chance()
         if chance is None or len(self.recent) < _RECENT // 2:
             return
         loss = sum(self.recent) / len(self.recent)
-        if loss > 0.98 * chance:
+        if loss > 0.98 * chance and self.fabric.is_global_zero:
             warnings.warn(
                 f"Trainer.fit: after an epoch the loss is {loss:.4g}, no less than the "
                 f"{chance:.4g} of guessing among {self.objective.num_classes} classes: a larger "
@@ -269,7 +163,8 @@ class Fit:
             return {}
         if source.per_epoch is None:
             raise ValueError("Trainer.fit: the validation loader must have a length")
-        model = self.model if self.ema is None else self.ema.module
+        ema = self.stepper.ema
+        model = self.model if ema is None else ema.module
         sums = torch.zeros(3, dtype=torch.float64)
         own = range(source.per_epoch)
         numbers = own if source.iterable else own[self.shares.rank :: self.shares.world]
@@ -281,7 +176,7 @@ class Fit:
                     loss, labels = self.objective.validate(model, x, y)
                 right = (labels == y).sum().item()
                 sums += torch.tensor([loss.item() * len(y), right, len(y)], dtype=sums.dtype)
-        loss_sum, right_sum, n = self._sum(sums).tolist()
+        loss_sum, right_sum, n = self.stepper.sum(sums).tolist()
         return {"val_loss": loss_sum / n, "val_accuracy": right_sum / n}
 
     def _is_best(self, figures: Mapping[str, float]) -> bool:
@@ -295,7 +190,7 @@ class Fit:
         return True
 
     def _write_row(self, epoch: int, validation: dict[str, float]) -> None:
-        before = {"step": self.step, "epoch": epoch, "lr": self.lr}
+        before = {"step": self.step, "epoch": epoch, "lr": self.stepper.lr}
         own = {name: float(value) for name, value in self.objective.figures().items()}
         with self._writing("log"):
             row = self.log.add(before, {**own, **validation})
@@ -320,11 +215,7 @@ class Fit:
             "recent": list(self.recent),
             "log": self.log.state_dict(),
             "rng": rng,
-            "model": self.model.state_dict(),
-            "objective_state": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            **self.stepper.state_dict(),
         }
 
     def _save(self, name: str) -> None:
@@ -391,15 +282,7 @@ class Fit:
         self.step, self.best = checkpoint["step"], checkpoint["best"]
         self.recent.extend(checkpoint["recent"])
         self.objective.columns = checkpoint["columns"]
-        try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.objective.load_state_dict(checkpoint["objective_state"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-            if self.ema is not None:
-                self.ema.load_state_dict(checkpoint["ema"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"Trainer.fit: the checkpoint is of another model: {error}") from error
+        self.stepper.load_state_dict(checkpoint)
         groups = self.objective.fixed_groups
         if (None if groups is None else groups.to_json()) != checkpoint["groups"]:
             raise ValueError(
@@ -439,28 +322,10 @@ class Fit:
     def _path(self, name: str) -> Path | None:
         return None if self.trainer.folder is None else self.trainer.folder / name
 
-    def _factor(self, step: int) -> float:
-        """Of the learning rate, in a step."""
-        c = self.config
-        if step < c.warmup:
-            return (step + 1) / c.warmup
-        if c.schedule == "step":
-            return float(c.gamma ** sum(step >= m * self.shares.steps for m in c.milestones))
-        if c.schedule == "constant":
-            return 1.0
-        share = (step - c.warmup) / max(self.shares.steps - c.warmup, 1)
-        return (1 + math.cos(math.pi * min(share, 1.0))) / 2
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """Over the processes."""
-        if self.shares.world == 1:
-            return values
-        found = self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="sum")
-        assert isinstance(found, Tensor)
-        return found
-
     def _any(self, flag: bool) -> bool:
-        return bool(self._sum(torch.tensor(float(flag))) > 0) if self.shares.world > 1 else flag
+        return (
+            bool(self.stepper.sum(torch.tensor(float(flag))) > 0) if self.shares.world > 1 else flag
+        )
 
     def _tensorboard(self) -> list[Logger]:
         if not (self.trainer.tensorboard and self.fabric.is_global_zero):
@@ -495,14 +360,3 @@ def _os_error(error: BaseException) -> OSError | None:
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return found
-
-
-def _shorten(samples: Sequence[Any], most: int = 10) -> str:
-    found: list[Any] = []
-    for batch in samples:
-        if batch is not None:
-            found += batch if isinstance(batch, (list, tuple)) else [batch]
-    if not found:
-        return "of an iterable data set"
-    text = ", ".join(str(i) for i in found[:most])
-    return text + (f" and {len(found) - most} more" if len(found) > most else "")

@@ -19,9 +19,10 @@ from oodkernels._optional import require
 from oodkernels.training._batches import Loader
 from oodkernels.training._data import FitData
 from oodkernels.training._fit import Fit
+from oodkernels.training.base import Objective
 from oodkernels.training.checkpoint import PathLike
 from oodkernels.training.config import TrainConfig
-from oodkernels.training.objectives import Objective, make_objective
+from oodkernels.training.objectives import make_objective
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from processes import python
 
-from oodkernels.data import FORMATS, open_arrays, open_samples, save_arrays
+from oodkernels.data import FORMATS, ROLES, open_arrays, open_samples, save_arrays
 from oodkernels.data.arrays import MAX_ROW_BYTES
 from oodkernels.data.formats import csv as csv_format
 from oodkernels.data.formats.csv import cell_value, text_cell
@@ -381,3 +382,13 @@ def test_strides_of_tensors(tmp_path: Path) -> None:
 def test_names_of_files_do_not_matter(tmp_path: Path, name: str) -> None:
     save_arrays(tmp_path / name, {"scores": torch.tensor([1.5, 2])})
     assert open_samples(tmp_path / name).read("scores").tolist() == [1.5, 2]
+
+
+def test_the_page_about_files_has_what_is_registered() -> None:
+    page = (Path(__file__).parents[2] / "docs/files.md").read_text(encoding="utf-8")
+    for suffix, form in FORMATS.items():
+        needs = f" {form.package}" if form.package else ""
+        assert f"| `{suffix}` | {form.holds} |{needs} |\n" in page
+    for role, names in ROLES.items():
+        shown = ", ".join(f"`{name}`" for name in names)
+        assert re.search(rf"\| {role} \| \(N.*\) \| {shown} \|\n", page)

@@ -116,7 +116,8 @@ def test_numpy_numbers_come_back_from_every_file(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["momentum"] == (
         pytest.approx(0.9)
     )
-    assert trainer.fit(loader(), val_loader=loader(), resume=True).steps == 14
+    size: Any = np.int64(16)
+    assert trainer.fit(loader(batch_size=size), val_loader=loader(), resume=True).steps == 14
     options = {"k": np.int64(4), "beta": np.float32(0.5)}
     dos = Trainer(
         make_model("dos"), config=config(objective="dos", options=options), folder=tmp_path / "dos"

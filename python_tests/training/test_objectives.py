@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,15 @@ def test_what_is_registered_is_what_is_made(name: str) -> None:
         assert f"        {option}: " in (inspect.getdoc(spec.make) or "").replace(
             "\n    ", "\n        "
         )
+
+
+def test_the_documentation_has_the_registry() -> None:
+    root = Path(__file__).parents[2]
+    if not (root / "docs").exists():
+        pytest.skip("needs the source tree")
+    namespace = runpy.run_path(str(root / "scripts" / "objectives_table.py"))
+    text = namespace["PAGE"].read_text(encoding="utf-8")
+    assert text == namespace["page"](text), "run scripts/objectives_table.py"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
