@@ -369,7 +369,8 @@ class OODDetector:
             known = DETECTORS if cls is OODDetector else {cls.name: cls}
             if content["detector"] not in known:
                 name = str(content["detector"])[:80]
-                raise ValueError(f"detector must be one of {sorted(known)}, got {name!r}")
+                names = "DETECTORS" if cls is OODDetector else sorted(known)
+                raise ValueError(f"detector must be one of {names}, got {name!r}")
             kind: type[Any] = known[content["detector"]]
             for name, wanted in (("num_classes", num_classes), ("width", width)):
                 if wanted is not None and content[name] not in (None, wanted):
@@ -389,7 +390,7 @@ class OODDetector:
         except KeyError as error:
             raise ValueError(f"{where}: {error} is missing") from None
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {' '.join(str(error).split())[:400]}") from error
+            raise ValueError(f"{where}: {' '.join(str(error).split())[:2000]}") from error
         return detector
 
     def __repr__(self) -> str:
