@@ -122,19 +122,21 @@ def _plain(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def pairs(option: str, values: Sequence[str], stem: bool = False) -> dict[str, str]:
+def pairs(
+    option: str, values: Sequence[str], name_of: Callable[[Path], str] | None = None
+) -> dict[str, str]:
     """NAME=VALUE options as a dict.
 
     Args:
         option: Its name, for messages.
         values: As given.
-        stem: Whether a value without a name is a path that gives one.
+        name_of: Of a path, for values without a name; None where all must have one.
     """
     found: dict[str, str] = {}
     for text in values:
         name, is_pair, value = text.partition("=")
-        if not is_pair and stem:
-            name, value = Path(text).stem, text
+        if not is_pair and name_of is not None:
+            name, value = name_of(Path(text)), text
         elif not is_pair:
             raise typer.BadParameter(f"must be NAME=VALUE, got {text!r}", param_hint=f"'{option}'")
         if not name or not value or name in found:

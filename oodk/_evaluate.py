@@ -21,7 +21,7 @@ from oodk._common import (
     write_config,
 )
 from oodk._inputs import DATA, Inputs, watching, with_inputs
-from oodk._output import print_json, print_path, print_results
+from oodk._output import print_json, print_path, print_results, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +131,7 @@ def evaluate(
     from oodkernels.evaluation import combine
     from oodkernels.evaluation import evaluate as run
 
-    sets = pairs("--ood", ood, stem=True)
+    sets = pairs("--ood", ood, lambda path: path.stem)
     if out is not None:
         require_writable(out)
     if name is not None and len(inputs.models) > 1:
@@ -139,7 +139,7 @@ def evaluate(
             "is for one; name heads by --head NAME=PATH", param_hint="'--name'"
         )
     inside = inputs.open("--id", id_data, labels)
-    outside = {key: inputs.open("--ood", path) for key, path in sets.items()}
+    outside = {printable(key): inputs.open("--ood", path) for key, path in sets.items()}
     curve = None if sweep is None else _read_sweep(sweep)
     parts = []
     for label, model in inputs.models.items():

@@ -101,7 +101,7 @@ class Inputs:
         if self.model is not None:
             return {self.model: self.images.network}
         found: dict[str, nn.Module | None] = {}
-        for name, path in pairs("--head", self.head or (), stem=True).items():
+        for name, path in pairs("--head", self.head or (), _head_name).items():
             with step("read", path):
                 found[name] = Head.load(path)
         return found or {"model": None}
@@ -124,7 +124,11 @@ class Inputs:
     def groups_of(self, model: nn.Module | None, samples: Any) -> Groups | None:
         """Those asked for, or else those of the head, the model or the file."""
         if self.groups is not None:
-            return read_groups(self.groups)
+            groups = read_groups(self.groups)
+            known = getattr(samples, "model_classes", None)
+            if model is not None:
+                known = getattr(model, "class_names", None)
+            return groups if None in (known, groups.class_names) else groups.matched(known)
         return getattr(samples if model is None else model, "groups", None)
 
     def open(self, option: str, path: str, labels: Path | None = None) -> Samples | Any:
@@ -181,6 +185,11 @@ class Inputs:
                 data = self.open("--train", self.train)
                 fit_detectors("--train", unfitted.values(), data, model)
         return found
+
+
+def _head_name(path: Path) -> str:
+    """``oodk train`` calls all of them head.safetensors; their folders tell them apart."""
+    return path.stem if path.stem != "head" else path.absolute().parent.name
 
 
 def with_inputs(command: Callable[..., None]) -> Callable[..., None]:

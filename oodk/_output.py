@@ -53,27 +53,27 @@ def print_table(
         box=box.SIMPLE_HEAD if any(headings) else None,
         show_header=any(headings),
         pad_edge=False,
-        padding=(0, 2, 0, 0) if not numbers else (0, 1, 0, 0),
+        padding=(0, 1 if numbers else 2, 0, 0),
     )
+    rows = [[printable(c) if isinstance(c, str) else c for c in row] for row in rows]
     for i, heading in enumerate(headings):
+        longest = max((len(row[i]) for row in rows), default=0)
         number = i >= len(headings) - numbers
         table.add_column(
             heading,
             justify="right" if number else "left",
             no_wrap=number,
             overflow="fold",
+            min_width=min(longest, 12),
         )
     for i, row in enumerate(rows):
         if lines and i and str(row[0]):
             table.add_section()
-        table.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
+        table.add_row(*row)
     console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = max(
-            80, Measurement.get(console, console.options.update(width=1 << 20), table).maximum
-        )
-    else:
-        console.width = max(console.width, Measurement.get(console, console.options, table).minimum)
+    needed = Measurement.get(console, console.options.update(width=1 << 20), table)
+    least = needed.minimum if console.is_terminal else needed.maximum
+    console.width = max(console.width, least)
     console.print(table)
 
 

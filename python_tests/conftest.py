@@ -1,3 +1,9 @@
+import os
+
+# Thousands of tiny calls cost several times less without waking other threads for each. Tests of
+# threads set their number themselves; processes that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -58,7 +58,7 @@ def use_built(tree: Path) -> None:
 
 def lint(tree: Path) -> None:
     if importlib.util.find_spec("ruff") is not None:
-        run(tree, "-m", "ruff", "check", ".")
+        run(tree, "-m", "ruff", "check", "--fix", ".")
         run(tree, "-m", "ruff", "format", "--check", ".")
 
 

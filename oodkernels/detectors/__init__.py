@@ -41,6 +41,13 @@ from oodkernels.detectors.logits import (
     MOSLogOdds,
 )
 from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.probabilities import (
+    GEN,
+    KLMatching,
+    OpenMax,
+    TemperatureScaling,
+    WeightedEnergy,
+)
 from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReAct
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
@@ -54,6 +61,7 @@ __all__ = [
     "DICE",
     "FAMILIES",
     "FDBD",
+    "GEN",
     "KNN",
     "LTS",
     "MCM",
@@ -82,6 +90,7 @@ __all__ = [
     "GradNorm",
     "Head",
     "HeadDetector",
+    "KLMatching",
     "MOSLogOdds",
     "Mahalanobis",
     "MahalanobisPlusPlus",
@@ -90,6 +99,7 @@ __all__ = [
     "NNGuide",
     "NotFittedError",
     "OODDetector",
+    "OpenMax",
     "OptFS",
     "Option",
     "Outputs",
@@ -99,7 +109,9 @@ __all__ = [
     "ReAct",
     "Relation",
     "Residual",
+    "TemperatureScaling",
     "ViM",
+    "WeightedEnergy",
     "as_pytorch_ood",
     "extract",
     "register",

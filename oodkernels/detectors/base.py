@@ -389,7 +389,7 @@ class OODDetector:
         except KeyError as error:
             raise ValueError(f"{where}: {error} is missing") from None
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {' '.join(str(error).split())[:400]}") from error
+            raise ValueError(f"{where}: {' '.join(str(error).split())[:2000]}") from error
         return detector
 
     def __repr__(self) -> str:

@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
     axes: Mapping[str, int] = {}
     """Axis of the features in ``layers``, for those of which the module tells."""
     absent: int | None = None
-    """Column of the logits that stands for no class: the model's ``absent``, if it is a number."""
+    """Column of the logits that stands for no class: the model's ``absent_column``, if any."""
 
 
 class FeatureModel(nn.Module):
@@ -154,9 +154,7 @@ def extract(
         axis = known_axis(source) if axis is None else axis
         found = positions_mean(where, what, found, axis)
     axes = {name: axis for name in named if (axis := known_axis(named[name])) is not None}
-    absent = outputs.absent
-    if absent is None and isinstance(said := getattr(model, "absent", None), int):
-        absent = None if isinstance(said, bool) else said
+    absent = getattr(model, "absent_column", None) if outputs.absent is None else outputs.absent
     layers = {name: seen[name] for name in named}
     return outputs._replace(features=found, layers=layers, axes=axes, absent=absent)
 

@@ -114,7 +114,7 @@ def evaluate(
     if groups is None:
         groups = getattr(id_loader if model is None else model, "groups", None)
     chosen = None if detectors is None else as_detectors(detectors, groups, model)
-    id_data, why = _comparable(id_loader, model)
+    id_data, why = _comparable(id_loader, model, groups)
     sets = {ID: id_data, **{printable(name): data for name, data in ood_loaders.items()}}
     found = _Tally(groups, memory, list(sets)[1:], why)
     for batch in score_sets("evaluate", sets, chosen, model=model, groups=groups):
@@ -123,12 +123,19 @@ def evaluate(
     return found.result(model_name, convention)
 
 
-def _comparable(data: Any, model: Model | None) -> tuple[Any, str | None]:
+def _comparable(data: Any, model: Model | None, groups: Groups | None) -> tuple[Any, str | None]:
     """ID data with labels that count the model's classes, or why labels cannot be compared."""
     names = getattr(data, "class_names", None)
     known = getattr(data if model is None else model, "model_classes", None)
     if model is not None and known is None:
         known = getattr(model, "class_names", None)
+    if groups is not None and groups.class_names is not None:
+        if known is not None and tuple(known) != groups.class_names:
+            raise ValueError(
+                "evaluate: groups must count classes as the model does: give "
+                "groups.matched(names) of the model's class names"
+            )
+        known = groups.class_names
     if names is None or (known is not None and tuple(names) == tuple(known)):
         return data, None
     if known is not None and set(names) <= set(known):

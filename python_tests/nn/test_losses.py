@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import python
 from torch import Tensor, nn
 
 import oodkernels as oodk
@@ -415,23 +414,6 @@ def test_one_read_as_an_op() -> None:
     op = torch.ops.oodk._outlier_loss.default
     torch.library.opcheck(op, (logits, target, 0.3, False, True))
     torch.library.opcheck(op, (logits[:, ::2], target.clamp(max=9), 0.3, True, False))
-
-
-@pytest.mark.parametrize("capability", ["baseline", "avx2"])
-def test_one_read_on_each_instruction_set(capability: str) -> None:
-    if capability not in oodk.build_info()["cpu_capabilities"]:
-        pytest.skip(f"this processor has no {capability}")
-    tests = (
-        "-m",
-        "pytest",
-        "nn/test_losses.py",
-        "-q",
-        "-k",
-        "one_read_is_the_reference or read_of",
-    )
-    result = python(*tests, OODK_CPU_CAPABILITY=capability)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout
 
 
 # --- pytorch-ood ----------------------------------------------------------------------------------

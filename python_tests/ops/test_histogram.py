@@ -70,19 +70,6 @@ def test_atoms(dtype):
     assert counts[0, 65536 << 2 : -4].sum() >= 100
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(capability, monkeypatch):
-    from oodkernels import _C
-
-    if capability not in _C.available_cpu_capabilities():
-        pytest.skip(f"this processor has no {capability}")
-    monkeypatch.setenv("OODK_CPU_CAPABILITY", capability)
-    for dtype in DTYPES:
-        x, counts = scores(4099, dtype), counts_for(1)
-        roc_histogram_(counts, plain_table(1), x, 0)
-        same(counts, x, plain_table(1), 0)
-
-
 def test_any_number_of_threads():
     x = scores(1_700_000)
     rows = torch.arange(len(x)) % 3 == 0

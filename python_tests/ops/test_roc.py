@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from oodkernels import build_info, reference
+from oodkernels import reference
 from oodkernels.ops import ROCMetricsResult, roc_metrics
 from oodkernels.ops.keys import scores_of_keys
 from oodkernels.ops.roc import exact_ceil, roc_counts, sort_keys
@@ -357,31 +357,6 @@ def test_not_differentiable() -> None:
         assert not figure.requires_grad
         with pytest.raises(RuntimeError, match="does not require grad"):
             figure.backward()
-
-
-SUMMARY = """
-import torch
-from oodkernels import build_info
-from oodkernels.ops.roc import roc_counts, sort_keys
-print(build_info()["cpu_capability"])
-g = torch.Generator().manual_seed(0)
-for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-    x = (torch.randn(70_001, generator=g) + 1).to(dtype)
-    y = torch.randn(50_000, generator=g).to(dtype)
-    keys = sort_keys(x), sort_keys(y)
-    assert torch.equal(keys[0], keys[0].sort().values)
-    counts, areas = roc_counts(*keys)
-    print(*counts, *(round(a, 12) for a in areas))
-"""
-
-
-def test_every_instruction_set() -> None:
-    results = {}
-    for capability in build_info()["cpu_capabilities"]:
-        done = python("-c", SUMMARY, OODK_CPU_CAPABILITY=capability)
-        assert done.stdout.splitlines()[0] == capability, done.stderr
-        results[capability] = done.stdout.removeprefix(capability)
-    assert len(set(results.values())) == 1
 
 
 MEMORY = """
