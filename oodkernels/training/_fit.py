@@ -58,7 +58,7 @@ class Setup(Protocol):
 
 
 class Fit:
-    """See the module."""
+    """A run: what is read, the steps, and what is written."""
 
     def __init__(self, trainer: Setup, data: FitData) -> None:
         self.trainer, self.data, self.shares = trainer, data, data.shares
@@ -146,7 +146,7 @@ class Fit:
         if chance is None or len(self.recent) < _RECENT // 2:
             return
         loss = sum(self.recent) / len(self.recent)
-        if loss > 0.98 * chance:
+        if loss > 0.98 * chance and self.fabric.is_global_zero:
             warnings.warn(
                 f"Trainer.fit: after an epoch the loss is {loss:.4g}, no less than the "
                 f"{chance:.4g} of guessing among {self.objective.num_classes} classes: a larger "

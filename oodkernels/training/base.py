@@ -211,7 +211,8 @@ class ObjectiveSpec:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments by name, with their defaults."""
-        return {p.name: p.default for p in inspect.signature(self.make).parameters.values()}
+        _, *parameters = inspect.signature(self.make.__init__).parameters.values()
+        return {p.name: p.default for p in parameters}
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {}
