@@ -5,12 +5,14 @@ fetch a second one (gigabytes), so torch becomes a build requirement only where 
 """
 
 import importlib.util
+import json
 import os
 import site
 import sysconfig
 from pathlib import Path
 
 import scikit_build_core.build as _backend
+import scikit_build_core.cmake as _cmake
 from scikit_build_core.build import *  # noqa: F403
 
 _HEADER = Path("include", "torch", "csrc", "stable", "library.h")
@@ -49,10 +51,25 @@ def get_requires_for_build_editable(config_settings=None):  # noqa: D103
     return _requirements(_backend.get_requires_for_build_editable, config_settings)
 
 
+def _keep_objects():
+    """Let a build folder keep what is compiled, however often pip's environment moves.
+
+    scikit-build-core empties a folder that was made from another environment, as each of pip's
+    isolated ones is. Nothing compiled depends on the environment (cmake/Pybind11.cmake), only what
+    CMake has cached does.
+    """
+    for info in Path("build").glob("*/.skbuild-info.json"):
+        known = json.loads(info.read_text() or "{}")
+        if known.get("source_dir") == os.fspath(Path.cwd()):
+            info.with_name("CMakeCache.txt").unlink(missing_ok=True)
+            info.write_text(json.dumps({**known, "skbuild_path": os.fspath(_cmake.DIR)}))
+
+
 def _build(hook, *args):
     directory = _torch_directory()
     if directory:
         os.environ.setdefault("OODK_TORCH_DIR", str(directory))
+    _keep_objects()
     return hook(*args)
 
 

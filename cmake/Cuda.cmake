@@ -1,17 +1,12 @@
-# oodkernels._cuda, for Turing to Blackwell as far as this nvcc knows them. Binaries run on later
-# minor versions of their architecture (sm_80 on 86 and 89); PTX of the newest serves what follows.
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND DEFINED ENV{CUDAARCHS})
+# oodkernels._cuda
+if(DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(_why "CMAKE_CUDA_ARCHITECTURES")
+elseif(DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
-endif()
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE _known)
-  foreach(_arch 75 80 90 100 120)
-    if(_known MATCHES "compute_${_arch}")
-      list(APPEND CMAKE_CUDA_ARCHITECTURES ${_arch}-real)
-      set(_newest ${_arch})
-    endif()
-  endforeach()
-  list(APPEND CMAKE_CUDA_ARCHITECTURES ${_newest}-virtual)
+  set(_why "CUDAARCHS")
+else()
+  include(cmake/Architectures.cmake)
+  oodk_default_architectures(${CMAKE_CUDA_COMPILER} CMAKE_CUDA_ARCHITECTURES _why)
 endif()
 
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
@@ -19,9 +14,9 @@ enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 message(STATUS "oodkernels: CUDA ${CMAKE_CUDA_COMPILER_VERSION} found: building _cuda for "
-  "${CMAKE_CUDA_ARCHITECTURES}")
+  "${CMAKE_CUDA_ARCHITECTURES} (${_why}; CUDAARCHS=90-real chooses another, ';' between several)")
 
-pybind11_add_module(_cuda MODULE NO_EXTRAS
+oodk_add_module(_cuda
   csrc/cuda/module.cpp
   csrc/errors.cpp
   csrc/cuda/mos.cu

@@ -209,6 +209,9 @@ def kmeans_points(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     x = _accumulated(x)
     valid = x.isfinite().all(-1) & (normalize | x.square().sum(-1).isfinite())
     if normalize:
+        largest = torch.where(valid, x.abs().amax(-1), 1)
+        tiny = (largest > 0) & (largest < math.sqrt(torch.finfo(x.dtype).tiny))  # squares are lost
+        x = x / torch.where(tiny, largest, 1)[..., None]
         norm = torch.where(valid, x.norm(dim=-1), 1)
         x = x / torch.where(norm == 0, 1, norm)[..., None]
     return x, valid
@@ -280,20 +283,23 @@ def lloyd(
 ) -> tuple[Tensor, Tensor, float, int]:
     """Lloyd's iteration on finite points (N, d), from centroids (k, d), NaN where unused.
 
-    Stops as scikit-learn does: when no label changes, when the squared shifts of the centroids sum
-    to at most tol times the mean variance of a feature, or after max_iter iterations.
+    Stops as scikit-learn does: when no label changes, or all are those of an iteration before, when
+    the squared shifts of the centroids sum to at most tol times the mean variance of a feature, or
+    after max_iter iterations.
     """
     k = len(centroids)
     d2 = _squared_distances(points, centroids)
     labels = d2.argmin(-1)
     limit = tol * float(points.var(0, correction=0).mean()) if len(points) else 0.0
     n_iter = 0
-    before = None
+    seen: set[bytes] = set()
     while n_iter < max_iter and len(points):
         n_iter += 1
-        if before is not None and torch.equal(labels, before):
+        # Labels that come again, at once or, with ties, after a few others, do not get better.
+        state = labels.cpu().numpy().tobytes()
+        if state in seen:
             break
-        before = labels
+        seen.add(state)
         # Empty clusters take the farthest points, from clusters that keep one.
         member = labels.clone()
         distance = d2.gather(1, labels[:, None])[:, 0]

@@ -320,6 +320,15 @@ def special_points(device: str, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def duplicates(seed: int) -> tuple[Tensor, Tensor, bool]:
+    """Rounded points, many of them equal, float64; rows to start from; whether to normalise."""
+    random = torch.Generator().manual_seed(seed)
+    n, d, k = torch.randint(2**20, (3,), generator=random).tolist()
+    n, d, k = 20 + n % 180, 1 + d % 3, 2 + k % 28
+    x = torch.randn(n, d, generator=random, dtype=torch.float64).mul(1.5).round() / (1 + seed % 3)
+    return x, torch.randint(0, n, (1, k), generator=random), bool(seed % 2)
+
+
 def clusterings(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int]]:
     """Points and k: tails that no vector width divides, degenerate sizes, batches."""
     for n, d, k in ((61, 9, 5), (50, 2, 3), (150, 33, 12), (20, 130, 1), (1, 3, 1)):

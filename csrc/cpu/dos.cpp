@@ -114,9 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dos_select(const Tensor& features, co
   const KmeansPointers to(out);
   Tensor indices = p.new_output({n_select}, ScalarType::Long);
   int64_t* selected = indices.mutable_data_ptr<int64_t>();
-  for_problems(p, true, [&](int64_t b, const auto& points) {
+  Interrupt interrupt;
+  for_problems(p, true, [&](int64_t b, auto& points) {
     using T = value_t<decltype(points)>;
-    const Work work{k, n_init, args.trials, max_iter};
+    const Work work{k, n_init, args.trials, max_iter, interrupt};
     const auto gram = gram_of(points, work);
     std::vector<int64_t> rows(n_init * k);
     seed_clusters(points, gram.get(), work, seed, rows.data());

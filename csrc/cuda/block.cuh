@@ -47,13 +47,14 @@ __device__ inline V warp_inclusive_scan(V value) {
 }
 
 // To be called by all threads of a block, as everything below. Sum of their values, in all of them.
-__device__ inline double block_sum(double value) {
-  __shared__ double sums[kWarp];
+template <typename V>
+__device__ inline V block_sum(V value) {
+  __shared__ V sums[kWarp];
   value = warp_sum(value);
   if (lane_id() == 0)
     sums[warp_id()] = value;
   __syncthreads();
-  double sum = 0;
+  V sum = 0;
   for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
     sum += sums[w];
   __syncthreads();

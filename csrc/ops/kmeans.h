@@ -3,7 +3,9 @@
 // A problem is N points of d features. Points that hold NaN or inf, or whose squared norm overflows,
 // are left out: label -1. With `normalize` a point is divided by its Euclidean norm as it is read; a
 // zero point stays zero. Every tie goes to the lowest index. A cluster without any point is unused:
-// its centroid is NaN, and nothing is nearest to it.
+// its centroid is NaN, and nothing is nearest to it. Points that are not normalised are clustered
+// relative to a center where they lie far from 0 (common/frame.h). Labels and distances returned are
+// those of nearest_centroid, whose center depends on the centroids alone.
 #pragma once
 
 #include "stable.h"

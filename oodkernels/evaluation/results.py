@@ -149,6 +149,7 @@ class Evaluation:
         facts = {
             "evaluation": self,
             "ood_sets": tables.ood_sets(self.rows)[:-1],
+            "sizes": {row.ood_set: row.n_ood for row in self.rows},
             "table": tables.lines(self.rows),
             "average": AVERAGE,
             "metric_names": tables.METRIC_NAMES,

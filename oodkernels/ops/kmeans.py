@@ -14,7 +14,9 @@ as such and accumulated in float32.
 
 Nearest means the largest x.c - |c|^2 / 2 in float32 (float64 for float64 points): the label is that
 of exact arithmetic wherever the two least squared distances differ by more than
-``2 (d + 2) u (|x| + |c|)^2``, c the longer of the two centroids, u = 2^-24 (2^-53).
+``2 (d + 2) u (|x| + |c|)^2``, c the longer of the two centroids, u = 2^-24 (2^-53). Where points
+that are not normalised lie far from 0, both are taken relative to a center: the mean of the points,
+or of the centroids for the labels that are returned, which :func:`nearest_centroid` gives, too.
 """
 
 from __future__ import annotations
@@ -94,9 +96,9 @@ def kmeans_lloyd(
 
     Each iteration labels the points, lets every empty cluster take the point farthest from its
     centroid (of clusters that keep one), and moves the centroids to their means. It stops, as
-    scikit-learn's does, when no label changes, when the squared shifts of the centroids sum to at
-    most ``tol`` times the variance of a feature averaged over the features, or after ``max_iter``
-    iterations.
+    scikit-learn's does, when no label changes (or all are those of an iteration before, as equal
+    points can have it), when the squared shifts of the centroids sum to at most ``tol`` times the
+    variance of a feature averaged over the features, or after ``max_iter`` iterations.
 
     Args:
         x: (..., N, d), float64, float32, bfloat16 or float16; any strides.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulator import DTYPES, INDEX, Emulator, needs_compiler
-from op_db import cluster_samples, points_of, special_points
+from op_db import cluster_samples, duplicates, points_of, special_points
 from torch import Tensor
 
 from oodkernels import cluster_argmax, reference
@@ -283,6 +283,45 @@ def test_seeding_and_clustering_in_one_call(emulator: Emulator, way: dict[str, A
     same(fit(emulator, x, init, **way), fit(emulator, x, (5, 3, 9), **way))
 
 
+@pytest.mark.parametrize("way", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [f64, f32], ids=lambda d: str(d)[6:])
+def test_where_numbers_are_short_of_room(
+    emulator: Emulator, way: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Far from 0, and next to the largest number: clusters are those of the points near 1."""
+    near = points_of(70, 6, k=6, device="cpu", dtype=f64)
+    largest = near.norm(dim=1).max()
+    far = (near + (1e4 if dtype == f32 else 1e11)).to(dtype)
+    huge = (near / largest * (0.99 * torch.finfo(dtype).max) ** 0.5).to(dtype)
+    for x, unit in ((far, 1.0), (huge, float(huge.double().norm(dim=1).max() / largest))):
+        exact = (x.double() - x.double().mean(0) * (unit == 1)) / unit
+        arguments: tuple[Any, ...] = (6, 2, 0, 0, False)
+        init = seeds(emulator, x, *arguments, **way)
+        assert all(len(set(rows)) == 6 for rows in init.tolist())
+        assert torch.equal(init, kmeans_init(x, *arguments))
+        found = fit(emulator, x, init, 5, 1e-4, False, **way)
+        close(found, kmeans_lloyd(x, init, 5, 1e-4, False))
+        expected = kmeans_lloyd(exact, init, 5, 1e-4, False)
+        assert torch.equal(found[1], expected[1])
+        assert float(found[2]) == pytest.approx(float(expected[2]) * unit**2, rel=1e-3)
+        labels, distance = nearest(emulator, x, found[0], normalize=False)
+        assert torch.equal(labels, found[1])
+        assert float(distance.double().sum()) == pytest.approx(float(found[2]), rel=1e-9)
+        again = fit(emulator, x, found[0], 1, 0.0, False, **way)
+        assert float(again[2]) == pytest.approx(float(found[2]), rel=1e-2)
+
+
+def test_duplicates_do_not_go_round(emulator: Emulator) -> None:
+    longest = 0
+    for seed in (555, 3, 12):
+        x, init, normalize = duplicates(seed)
+        x = x.float()
+        for way in (SMALL, LARGE):
+            found = fit(emulator, x, init, 200, 0.0, normalize, **way, orders=1)
+            longest = max(longest, int(found[3]))
+    assert longest < 60
+
+
 # --- nearest centroid -----------------------------------------------------------------------------
 
 
@@ -327,6 +366,11 @@ def test_extreme_norms(emulator: Emulator, dtype: torch.dtype) -> None:
     huge = torch.full((3, 4), 1e300 if dtype == f64 else 1e30, dtype=dtype)  # squares overflow
     assert nearest(emulator, huge, huge, normalize=False)[0].tolist() == [-1] * 3
     assert nearest(emulator, huge, huge / huge, normalize=True)[0].tolist() == [0] * 3
+    tiny = x * (1e-312 if dtype == f64 else 3e-41)  # the inverse of its norm is not a number
+    distance = nearest(emulator, tiny, torch.nn.functional.normalize(x[:5]), normalize=True)[1]
+    unit = torch.nn.functional.normalize(tiny.double() / tiny.double().abs().amax(1, keepdim=True))
+    chosen = torch.cdist(unit, torch.nn.functional.normalize(x[:5].double())).square().amin(1)
+    torch.testing.assert_close(distance.double(), chosen, rtol=1e-4, atol=1e-6)
 
 
 # --- selection ------------------------------------------------------------------------------------

@@ -34,13 +34,16 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def make_batch(kind, i, n=1_200_000, batch=150_000, prevalence=0.5):
+    """Scores and is_ood, the i-th of a stream of n."""
+    g = generator(1000 + i)
+    is_ood = torch.rand(batch, generator=g) < prevalence
+    return STREAMS[kind](torch.randn(batch, generator=g), is_ood.float(), i * batch / n), is_ood
+
+
 def make_stream(kind, n=1_200_000, batch=150_000, prevalence=0.5):
     """Batches (scores, is_ood)."""
-    for i in range(n // batch):
-        g = generator(1000 + i)
-        is_ood = torch.rand(batch, generator=g) < prevalence
-        x, t = torch.randn(batch, generator=g), i * batch / n
-        yield STREAMS[kind](x, is_ood.float(), t), is_ood
+    return (make_batch(kind, i, n, batch, prevalence) for i in range(n // batch))
 
 
 VALUES = torch.randn(300, generator=generator(5))
@@ -759,26 +762,25 @@ def test_gradients_do_not_hold_on():
     assert not metric.pending_scores[0].requires_grad
 
 
+def share(rank, world):
+    """Figures, counts and names of what ranks count together, and what this one has counted."""
+    half, single = OODMetrics(), OODMetrics()
+    for i in range(rank, 8, world):
+        for metric, kind in ((half, "bfloat16"), (single, "drift")):
+            metric.update(*make_batch(kind, i), name=f"set {i % 3}")
+    # What ranks have seen differs, names and their order included, and one has seen less.
+    results = half.compute(), single.compute()
+    with single._synced():
+        return results, prefix_counts(all_cells(single)), single._state().set_names()
+
+
 def worker(rank, world, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", rank=rank, world_size=world, init_method=f"file://{path}/init-{world}"
     )
     try:
-        half, single = OODMetrics(), OODMetrics()
-        for i in range(8):
-            if i % world == rank:
-                for metric, kind in ((half, "bfloat16"), (single, "drift")):
-                    scores, is_ood = list(make_stream(kind))[i]
-                    metric.update(scores, is_ood, name=f"set {i % 3}")
-        # What ranks have seen differs, names and their order included, and one has seen less.
-        results = half.compute(), single.compute()
-        single.sync()
-        counts = prefix_counts(all_cells(single))
-        names = single._state().set_names()
-        single.unsync()
-        n_own = single.counts.sum() if single.counts.numel() else 0
-        torch.save((results, counts, names, n_own), f"{path}/{world}-{rank}.pt")
+        torch.save(share(rank, world), f"{path}/{world}-{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -786,12 +788,11 @@ def worker(rank, world, path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_distributed(tmp_path):
     """2 and 4 processes count the same integers as one."""
-    for world in (1, 2, 4):
-        torch.multiprocessing.spawn(worker, (world, str(tmp_path)), nprocs=world)
-    (half, single), counts, names, _ = torch.load(tmp_path / "1-0.pt", weights_only=False)
+    (half, single), counts, names = share(0, 1)
     for world in (2, 4):
+        torch.multiprocessing.spawn(worker, (world, str(tmp_path)), nprocs=world)
         for rank in range(world):
-            (half_n, single_n), counts_n, names_n, _ = torch.load(
+            (half_n, single_n), counts_n, names_n = torch.load(
                 tmp_path / f"{world}-{rank}.pt", weights_only=False
             )
             assert half_n == half

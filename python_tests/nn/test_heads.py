@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -109,11 +110,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a safetensors file"):
         Head.load(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="must be the file of a head"):
+    with pytest.raises(ValueError, match=r"format must be 'oodkernels.head', got 'None'"):
         Head.load(path)
-    save_file({"a": torch.zeros(1)}, path, {"oodkernels.head": '{"version": 2}'})
+    head = {"format": "oodkernels.head", "version": 2, "groups": None}
+    save_file({"a": torch.zeros(1)}, path, {"oodkernels": json.dumps(head)})
     with pytest.raises(ValueError, match="version must be 1, got 2"):
         Head.load(path)
-    save_file({"a": torch.zeros(1)}, path, {"oodkernels.head": '{"version": 1, "groups": null}'})
+    save_file({"a": torch.zeros(1)}, path, {"oodkernels": json.dumps({**head, "version": 1})})
     with pytest.raises(ValueError, match=r"linear\.weight"):
         Head.load(path)

@@ -12,8 +12,10 @@ Tensor kmeans_init(
     const Tensor& x, int64_t k, int64_t n_init, int64_t n_trials, int64_t seed, bool normalize) {
   const InitArgs args = init_args(x, k, n_init, n_trials);
   int64_t* rows = args.rows.mutable_data_ptr<int64_t>();
-  for_problems(args.problems, normalize, [&](int64_t b, const auto& points) {
-    const Work work{k, n_init, args.trials, 0};
+  Interrupt interrupt;
+  for_problems(args.problems, normalize, [&](int64_t b, auto& points) {
+    const Work work{k, n_init, args.trials, 0, interrupt};
+    points.place(points.own_frame());
     seed_clusters(points, gram_of(points, work).get(), work, seed, rows + b * n_init * k);
   });
   return args.rows;
@@ -25,13 +27,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& x, const Tensor&
   const KmeansOutput out = new_kmeans_output(p, start.k);
   const KmeansPointers to(out);
   const void* from = start.tensor.const_data_ptr();
-  for_problems(p, normalize, [&](int64_t b, const auto& points) {
+  Interrupt interrupt;
+  for_problems(p, normalize, [&](int64_t b, auto& points) {
     using T = value_t<decltype(points)>;
-    const Work work{start.k, start.restarts, 0, max_iter};
+    const Work work{start.k, start.restarts, 0, max_iter, interrupt};
+    points.place(points.own_frame());
     const auto* rows = start.rows ? (const int64_t*)from + b * start.restarts * start.k : nullptr;
     const auto* centroids = start.rows ? nullptr : (const T*)from + b * start.k * p.d;
     to.write(b, points,
-        lloyd<T>(points, gram_of(points, work).get(), work, rows, centroids,
+        clustered<T>(points, gram_of(points, work).get(), work, rows, centroids,
             {max_iter, tol, renormalize}));
   });
   return {out.centroids, out.labels, out.inertia, out.n_iter};
@@ -47,13 +51,11 @@ std::tuple<Tensor, Tensor> nearest_centroid(
   void* to = distance.mutable_data_ptr();
   const void* from = args.centroids.const_data_ptr();
   const Problems p{args.x, args.batch, args.n, args.d, {}};
-  for_problems(p, normalize, [&](int64_t b, const auto& points) {
+  for_problems(p, normalize, [&](int64_t b, auto& points) {
     using T = value_t<decltype(points)>;
-    const PaddedRows<T> c((const T*)from + b * args.k * args.d, args.k, args.d);
-    std::vector<int32_t> found(points.size());
-    const Buffer<T> squared(points.size());
-    points.assign(Packed<T>(c.rows, c.stride, args.k, args.d), found.data());
-    points.distances(found.data(), c.rows, c.stride, squared);
+    const Nearest<T> nearest(points, (const T*)from + b * args.k * args.d, args.d, args.k);
+    const std::vector<int32_t>& found = nearest.label();
+    const Buffer<T> squared = nearest.distances();
     T* distance_b = (T*)to + b * args.n;
     int64_t* label_b = label + b * args.n;
     std::fill_n(label_b, args.n, int64_t(-1));

@@ -23,10 +23,22 @@ OODK_INLINE const S* row_of(const PointRows& p, int64_t i) {
   return (const S*)p.x + (p.ids ? p.ids[i] : i) * p.stride;
 }
 
+// Row i's values from what is in memory, in two steps where its scale is more than a number holds.
 template <typename T>
-OODK_INLINE T scale_of(const PointRows& p, int64_t i) {
-  return p.scale ? ((const T*)p.scale)[i] : T(1);
-}
+struct Placed {
+  T boost, scale;
+  const T* center;
+
+  OODK_INLINE Placed(const PointRows& p, int64_t i) : center((const T*)p.center) {
+    const T found = p.scale ? ((const T*)p.scale)[i] : T(1);
+    boost = found < 0 ? kBoost<T> : T(1);
+    scale = found < 0 ? -found : found;
+  }
+  template <typename V>
+  OODK_INLINE V operator()(V x, V from_center) const {
+    return x * boost * scale - from_center;
+  }
+};
 
 template <typename S>
 OODK_INLINE vec<acc_t<S>> load_upto(const S* from, int64_t n) {
@@ -79,11 +91,15 @@ void scales(const PointRows& p, int64_t begin, int64_t end, bool normalize, T* s
         for (int64_t j = 0; j < p.d; ++j)
           norm2 += (long double)widen(x[j]) * widen(x[j]);
       }
-      constexpr T most = std::numeric_limits<T>::max(); // of the inverse of a subnormal norm
-      const long double inverse = normalize && norm2 > 0 ? 1 / std::sqrt(norm2) : 1;
-      scale[i] = !std::isfinite(norm2) ? std::numeric_limits<T>::quiet_NaN()
-          : inverse < most             ? T(inverse)
-                                       : most;
+      constexpr T most = std::numeric_limits<T>::max();
+      if (!std::isfinite(norm2))
+        scale[i] = std::numeric_limits<T>::quiet_NaN();
+      else if (!normalize)
+        scale[i] = T(norm2);
+      else {
+        const long double inverse = norm2 > 0 ? 1 / std::sqrt(norm2) : 1;
+        scale[i] = inverse < most ? T(inverse) : -T(inverse / kBoost<T>);
+      }
     }
   });
 }
@@ -94,12 +110,13 @@ void load_rows(const PointRows& p, int64_t begin, int64_t end, T* rows, int64_t 
     using S = decltype(s);
     for (int64_t i = begin; i < end; ++i, rows += stride) {
       const S* x = row_of<S>(p, i);
-      const T scale = scale_of<T>(p, i);
+      const Placed<T> placed(p, i);
+      const T* center = placed.center;
       int64_t j = 0;
       for (; j + lanes<T> <= p.d; j += lanes<T>)
-        store(rows + j, load(x + j) * scale);
+        store(rows + j, placed(load(x + j), center ? load(center + j) : vec<T>{}));
       for (; j < p.d; ++j)
-        rows[j] = widen(x[j]) * scale;
+        rows[j] = placed(widen(x[j]), center ? center[j] : T(0));
       for (; j < stride; ++j)
         rows[j] = 0;
     }
@@ -258,7 +275,11 @@ OODK_INLINE void sum_columns(
   constexpr int64_t run = 64;
   const int64_t width = p.d - column;
   double total[V * L] = {};
-  vec<T> part[V] = {};
+  vec<T> part[V] = {}, center[V] = {};
+  if (p.center)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      center[v] = load_upto((const T*)p.center + column + v * L, width - v * L);
   for (int64_t first = 0; first < count; first += run) {
     const int64_t last = count - first < run ? count : first + run;
 #pragma GCC unroll 8
@@ -266,13 +287,13 @@ OODK_INLINE void sum_columns(
       part[v] = vec<T>{};
     for (int64_t m = first; m < last; ++m) {
       const S* x = row_of<S>(p, members[m]) + column;
-      const T scale = scale_of<T>(p, members[m]);
+      const Placed<T> placed(p, members[m]);
       if constexpr (V == 1)
-        part[0] += load_upto(x, width) * scale;
+        part[0] += placed(load_upto(x, width), center[0]);
       else
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v)
-          part[v] += load(x + v * L) * scale;
+          part[v] += placed(load(x + v * L), center[v]);
     }
     if (count > run)
 #pragma GCC unroll 8
@@ -318,17 +339,23 @@ void distances(const PointRows& p, int64_t begin, int64_t end, const int32_t* la
       }
       const S* x = row_of<S>(p, i);
       const T* c = centroids + label[i] * stride;
-      const T scale = scale_of<T>(p, i);
+      const Placed<T> placed(p, i);
+      const T* center = placed.center;
+      const auto center_at = [&](int64_t j) {
+        return center ? load_upto(center + j, p.d - j) : vec<T>{};
+      };
       vec<T> sum[4] = {};
       int64_t j = 0;
       for (; j + 4 * L <= p.d; j += 4 * L)
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
-          const vec<T> difference = load(x + j + v * L) * scale - load(c + j + v * L);
+          const int64_t at = j + v * L;
+          const vec<T> difference = placed(load(x + at), center_at(at)) - load(c + at);
           sum[v] += difference * difference;
         }
       for (; j < p.d; j += L) {
-        const vec<T> difference = load_upto(x + j, p.d - j) * scale - load_upto(c + j, p.d - j);
+        const vec<T> difference =
+            placed(load_upto(x + j, p.d - j), center_at(j)) - load_upto(c + j, p.d - j);
         sum[0] += difference * difference;
       }
       distance[i] = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));

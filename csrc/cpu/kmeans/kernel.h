@@ -4,17 +4,19 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/frame.h"
 #include "cpu/capability.h"
 
 namespace oodk {
 
-// Row i of a problem: the d values at x + ids[i] * stride, times scale[i].
+// Row i of a problem: the d values at x + ids[i] * stride, times scale[i], less center.
 struct PointRows {
   const void* x;
   DType dtype;
   int64_t d, stride;
   const void* scale = nullptr; // T (n,), null for 1
   const int32_t* ids = nullptr; // (n,), null for 0..n-1
+  const void* center = nullptr; // T (d,), null for 0
 };
 
 // T is double for float64 points, else float.
@@ -29,7 +31,7 @@ struct KmeansKernels {
   // Sums of d2 are kept for blocks of this many points.
   static constexpr int64_t kBlock = 64;
 
-  // 1 (or 1 / |x|, with normalize; 1 for a zero row), NaN where the row is to be left out.
+  // |x|^2 (or 1 / |x|, with normalize; 1 for a zero row), NaN where the row is to be left out.
   void (*scales)(const PointRows&, int64_t begin, int64_t end, bool normalize, T* scale);
   // Rows [begin, end), `stride` apart; values past the d-th are 0.
   void (*load)(const PointRows&, int64_t begin, int64_t end, T* rows, int64_t stride);

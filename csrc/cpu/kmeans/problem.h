@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <numeric>
 #include <type_traits>
 
 #include "cpu/kmeans/solver.h"
@@ -18,11 +19,12 @@ using value_t = decltype(value_of(std::declval<const Set&>()));
 template <typename F>
 void for_problems(const Problems& p, bool normalize, const F& f) {
   const auto solve = [&](int64_t begin, int64_t end) {
+    const auto one = [&](int64_t b, auto zero) {
+      PointSet<decltype(zero)> points(p.problem(b), p.x.dtype, p.n, p.d, p.x.stride, normalize);
+      f(b, points);
+    };
     for (int64_t b = begin; b < end; ++b)
-      if (p.x.dtype == DType::f64)
-        f(b, PointSet<double>(p.problem(b), p.x.dtype, p.n, p.d, p.x.stride, normalize));
-      else
-        f(b, PointSet<float>(p.problem(b), p.x.dtype, p.n, p.d, p.x.stride, normalize));
+      p.x.dtype == DType::f64 ? one(b, double{}) : one(b, float{});
   };
   if (p.batch >= int64_t(torch::stable::get_num_threads()))
     parallel_for(0, p.batch, 1, solve);
@@ -36,16 +38,66 @@ std::unique_ptr<Gram<T>> gram_of(const PointSet<T>& x, const Work& work) {
   return gram_pays(x, work) ? std::make_unique<Gram<T>>(x) : nullptr;
 }
 
-// Contiguous rows (n, d), with the kernels' stride.
+// The nearest of the centroids (k, d), `stride` apart, to each point, and what nearest_centroid makes
+// of them: it reads the centroids alone to say where, lest a row's result depend on other rows.
 template <typename T>
-struct PaddedRows {
-  PaddedRows(const T* from, int64_t n, int64_t d) : stride(row_stride<T>(d)), rows(n * stride) {
-    const PointRows source{from, sizeof(T) == 8 ? DType::f64 : DType::f32, d, d};
-    kmeans_kernels<T>().load(source, 0, n, rows, stride);
+class Nearest {
+ public:
+  Nearest(PointSet<T>& x, const T* centroids, int64_t stride, int64_t k)
+      : x_(x), stride_(row_stride<T>(x.dim())), scaled_(k * stride_), label_(x.size()) {
+    const int64_t d = x.dim();
+    if (!x.normalized())
+      x.place(PointSet<T>(centroids, dtype_of<T>, k, d, stride, false).own_frame());
+    const Buffer<T> placed(k * stride_);
+    std::fill_n(scaled_.get(), k * stride_, T(0));
+    for (int64_t c = 0; c < k; ++c) {
+      const T unit = x.frame().unit;
+      std::transform(centroids + c * stride, centroids + c * stride + d, scaled_ + c * stride_,
+          [=](T value) { return value * unit; });
+      std::copy_n(centroids + c * stride, d, placed + c * stride_);
+      x.frame().enter(placed + c * stride_, d);
+      std::fill(placed + c * stride_ + d, placed + (c + 1) * stride_, T(0));
+    }
+    x.assign(Packed<T>(placed, stride_, k, d), label_.data());
   }
-  int64_t stride;
-  Buffer<T> rows;
+  const std::vector<int32_t>& label() const {
+    return label_;
+  }
+  Buffer<T> distances() const {
+    Buffer<T> distance(x_.size());
+    x_.distances_from_origin(label_.data(), scaled_, stride_, distance);
+    const T unit = x_.frame().unit;
+    for (int64_t i = 0; i < x_.size() && unit != 1; ++i)
+      distance[i] = distance[i] / unit / unit;
+    return distance;
+  }
+
+ private:
+  PointSet<T>& x_;
+  int64_t stride_;
+  Buffer<T> scaled_; // (k, stride), by the unit alone
+  std::vector<int32_t> label_;
 };
+
+// K-means from rows (restarts, k) or centroids (k, d): its centroids where the points came from, and
+// the labels that nearest_centroid has for them.
+template <typename T>
+Fit<T> clustered(PointSet<T>& x, const Gram<T>* gram, const Work& work, const int64_t* rows,
+    const T* centroids, const LloydOptions& options) {
+  Fit<T> fit = lloyd<T>(x, gram, work, rows, centroids, options);
+  if (x.normalized())
+    return fit;
+  const bool moved = !x.frame().identity();
+  for (int64_t c = 0; c < fit.k; ++c)
+    x.frame().leave(fit.centroids + c * fit.stride, x.dim());
+  const Nearest<T> nearest(x, fit.centroids, fit.stride, fit.k);
+  if (moved || !x.frame().identity()) {
+    const Buffer<T> distance = nearest.distances();
+    fit.label = nearest.label();
+    fit.inertia = std::accumulate(distance.get(), distance.get() + x.size(), 0.0);
+  }
+  return fit;
+}
 
 struct KmeansPointers {
   explicit KmeansPointers(const KmeansOutput& out)

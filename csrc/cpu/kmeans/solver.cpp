@@ -1,6 +1,7 @@
 #include "cpu/kmeans/solver.h"
 
 #include <numeric>
+#include <unordered_set>
 
 namespace oodk {
 namespace {
@@ -51,18 +52,19 @@ void for_clusters(const Members& members, double work_per_member, const F& f) {
 template <typename T>
 class Lloyd {
  public:
-  Lloyd(const PointSet<T>& x, const Gram<T>* gram, int64_t k, const LloydOptions& options)
+  Lloyd(const PointSet<T>& x, const Gram<T>* gram, const Work& work, const LloydOptions& options)
       : x_(x),
         gram_(gram),
-        k_(k),
+        k_(work.k),
         stride_(row_stride<T>(x.dim())),
+        interrupt_(work.interrupt),
         options_(options),
-        members_(k),
-        centroids_(k * stride_),
+        members_(k_),
+        centroids_(k_ * stride_),
         label_(x.size()) {
     if (gram) {
-      sums_ = Buffer<T>(k * gram->stride);
-      factor_.resize(k);
+      sums_ = Buffer<T>(k_ * gram->stride);
+      factor_.resize(k_);
     }
   }
 
@@ -82,6 +84,7 @@ class Lloyd {
   Fit<T> from_centroids(const T* centroids) {
     for (int64_t c = 0; c < k_; ++c) {
       std::copy_n(centroids + c * x_.dim(), x_.dim(), centroids_ + c * stride_);
+      x_.frame().enter(centroids_ + c * stride_, x_.dim());
       std::fill(centroids_ + c * stride_ + x_.dim(), centroids_ + (c + 1) * stride_, T(0));
     }
     return run();
@@ -89,16 +92,17 @@ class Lloyd {
 
  private:
   Fit<T> run() {
-    std::vector<int32_t> before;
+    // Labels that come again, at once or after a few others, are as good as they get: an iteration
+    // that gains anything changes them for good. Ties of equal points go round and round else.
+    std::unordered_set<uint64_t> seen;
     bool settled = false; // label_ is right for the centroids
     int64_t i = 0;
-    while (i < options_.max_iter && x_.size() && !settled) {
+    while (i < options_.max_iter && x_.size() && !interrupt_.poll()) {
       ++i;
       assign();
-      settled = label_ == before;
+      settled = !seen.insert(hash_of(label_)).second;
       if (settled)
         break;
-      before = label_;
       const bool first = !known_;
       if (move_to(refilled(), first) <= options_.tol)
         break;
@@ -107,6 +111,15 @@ class Lloyd {
       assign();
     const double inertia = x_.inertia(label_.data(), centroids_, stride_);
     return {k_, stride_, std::move(centroids_), std::move(label_), inertia, i};
+  }
+
+  static uint64_t hash_of(const std::vector<int32_t>& label) {
+    uint64_t hash = 0;
+    for (int32_t c : label) {
+      hash = (hash ^ uint64_t(uint32_t(c))) * 0x9E3779B97F4A7C15u;
+      hash ^= hash >> 32;
+    }
+    return hash;
   }
 
   void assign() {
@@ -166,7 +179,7 @@ class Lloyd {
     const int64_t d = x_.dim();
     std::vector<double> shift(k_);
     const PointRows products =
-        gram_ ? PointRows{gram_->values.get(), x_dtype(), gram_->n, gram_->stride} : PointRows{};
+        gram_ ? PointRows{gram_->values.get(), dtype_of<T>, gram_->n, gram_->stride} : PointRows{};
     for_clusters(members, 4.0 * d + (gram_ ? gram_->n : 0), [&](int64_t c) {
       if (!all && members.same(c, members_))
         return;
@@ -205,13 +218,10 @@ class Lloyd {
     return norm2 > 0 ? std::sqrt(norm2) : T(1);
   }
 
-  static DType x_dtype() {
-    return sizeof(T) == 8 ? DType::f64 : DType::f32;
-  }
-
   const PointSet<T>& x_;
   const Gram<T>* gram_;
   int64_t k_, stride_;
+  Interrupt& interrupt_;
   LloydOptions options_;
   Members members_; // whose means the centroids are, where known_
   bool known_ = false;
@@ -337,7 +347,7 @@ void seed_by_gram(const PointSet<T>& x, const Gram<T>& gram, int64_t steps, cons
   parallel(restarts, double(n) * k * trials, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       Seeding<T> run(n, norm2, r, uint64_t(seed));
-      for (int64_t t = 0; t < steps; ++t) {
+      for (int64_t t = 0; t < steps && !work.interrupt.poll(); ++t) {
         const auto candidate = run.candidates(t, trials);
         std::vector<double> potential(candidate.size());
         if (candidate.size() > 1)
@@ -375,7 +385,7 @@ void seed_by_products(const PointSet<T>& x, int64_t steps, const Work& work, int
   const int64_t dots_stride = chunks * chunk;
   const Buffer<T> candidate_rows(round_up(most, kernels.tile) * stride), packed(columns * d);
   const Buffer<T> one_row(kernels.tile * stride);
-  for (int64_t t = 0; t < steps; ++t) {
+  for (int64_t t = 0; t < steps && !work.interrupt.poll(); ++t) {
     std::vector<int32_t> candidate;
     std::vector<int64_t> first{0}; // of each run
     for (auto& run : runs) {
@@ -504,12 +514,13 @@ void seed_clusters(
     return seed_by_gram(x, *gram, steps, work, seed, rows);
   constexpr int64_t together = 8; // restarts
   for (int64_t r = 0; r < work.restarts; r += together)
-    seed_by_products(x, steps, {k, std::min(together, work.restarts - r), work.trials, 0}, r, seed,
+    seed_by_products(x, steps,
+        {k, std::min(together, work.restarts - r), work.trials, 0, work.interrupt}, r, seed,
         rows + r * k);
 }
 
 template <typename T>
-Fit<T> lloyd(const PointSet<T>& x, const Gram<T>* gram, const Work& work, const int64_t* rows,
+Fit<T> lloyd(PointSet<T>& x, const Gram<T>* gram, const Work& work, const int64_t* rows,
     const T* centroids, LloydOptions options) {
   if (options.tol > 0)
     options.tol *= x.mean_variance();
@@ -517,7 +528,7 @@ Fit<T> lloyd(const PointSet<T>& x, const Gram<T>* gram, const Work& work, const 
   const auto worse = [](const Fit<T>& a, const Fit<T>& b) { return b.inertia < a.inertia; };
   const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin, best = begin; r < end; ++r) {
-      Lloyd<T> run(x, gram, work.k, options);
+      Lloyd<T> run(x, gram, work, options);
       fits[r] = rows ? run.from_rows(rows + r * work.k) : run.from_centroids(centroids);
       if (r > best) { // of each thread's restarts one keeps its memory
         const bool better = worse(fits[best], fits[r]);
@@ -546,7 +557,7 @@ Fit<T> lloyd(const PointSet<T>& x, const Gram<T>* gram, const Work& work, const 
   template void seed_clusters<T>(                                                    \
       const PointSet<T>&, const Gram<T>*, const Work&, int64_t seed, int64_t* rows); \
   template Fit<T> lloyd<T>(                                                          \
-      const PointSet<T>&, const Gram<T>*, const Work&, const int64_t*, const T*, LloydOptions);
+      PointSet<T>&, const Gram<T>*, const Work&, const int64_t*, const T*, LloydOptions);
 OODK_INSTANTIATE(float)
 OODK_INSTANTIATE(double)
 

@@ -21,10 +21,12 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "common/seeding.h"
+#include "cpu/interrupt.h"
 #include "cpu/kmeans/kernel.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
@@ -73,6 +75,29 @@ struct Packed {
   Buffer<T> columns, bias;
 };
 
+template <typename T>
+constexpr DType dtype_of = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+// Where a problem is solved: at x * unit - center. Far from 0 the products of points drown their
+// distances, and near the largest number they overflow.
+template <typename T>
+struct Frame {
+  T unit = 1; // a power of two
+  std::vector<T> center; // (d,), or empty for 0
+
+  bool identity() const {
+    return unit == 1 && center.empty();
+  }
+  void enter(T* row, int64_t d) const {
+    for (int64_t j = 0; j < d; ++j)
+      row[j] = row[j] * unit - (center.empty() ? T(0) : center[j]);
+  }
+  void leave(T* row, int64_t d) const {
+    for (int64_t j = 0; j < d; ++j)
+      row[j] = (row[j] + (center.empty() ? T(0) : center[j])) / unit;
+  }
+};
+
 // The valid rows of a problem, normalised where asked for. They are copied where they fit the
 // caches, else converted piece by piece whenever they are read.
 template <typename T>
@@ -85,6 +110,7 @@ class PointSet {
     });
     if (normalize)
       source_.scale = scale_.get();
+    normalized_ = normalize;
     const auto left_out = [](T scale) { return scale != scale; };
     size_ = std::count_if(scale_.get(), scale_.get() + n, std::not_fn(left_out));
     if (size_ < n) {
@@ -94,12 +120,17 @@ class PointSet {
       std::remove_if(scale_.get(), scale_.get() + n, left_out);
       source_.ids = ids_.data();
     }
+    if (!normalize) {
+      largest_ = size_ ? *std::max_element(scale_.get(), scale_.get() + size_) : T(0);
+      source_.scale = nullptr;
+    }
     copy();
   }
   // Some of the rows of another set, which must outlive this one.
   PointSet(const PointSet& other, const std::vector<int32_t>& positions)
       : kernels_(other.kernels_),
         source_(other.source_),
+        frame_(other.frame_),
         all_(other.all_),
         size_(int64_t(positions.size())),
         scale_(size_) {
@@ -113,6 +144,39 @@ class PointSet {
     copy();
   }
   PointSet(const PointSet&) = delete;
+
+  // The frame that suits these rows, which are as they came. Normalised rows stay where they are.
+  Frame<T> own_frame() {
+    if (normalized_ || size_ == 0)
+      return {};
+    Frame<T> frame;
+    frame.unit = frame_unit(largest_);
+    if (frame.unit != 1)
+      place(frame);
+    const Moments& m = moments();
+    double norm2 = 0;
+    for (double mean : m.mean)
+      norm2 += mean * mean;
+    if (is_far(norm2, m.variance))
+      frame.center.assign(m.mean.begin(), m.mean.end());
+    return frame;
+  }
+  void place(Frame<T> frame) {
+    if (normalized_ || (frame.identity() && frame_.identity()))
+      return;
+    frame_ = std::move(frame);
+    moments_.reset();
+    std::fill_n(scale_.get(), size_, frame_.unit);
+    source_.scale = frame_.unit == 1 ? nullptr : scale_.get();
+    source_.center = frame_.center.empty() ? nullptr : frame_.center.data();
+    copy();
+  }
+  bool normalized() const {
+    return normalized_;
+  }
+  const Frame<T>& frame() const {
+    return frame_;
+  }
 
   int64_t size() const {
     return size_;
@@ -189,6 +253,15 @@ class PointSet {
       kernels_.distances(points(), begin, end, label, centroids, c_stride, distance);
     });
   }
+  // The same from centroids that are not centered: of values as they came, to the last digit.
+  void distances_from_origin(
+      const int32_t* label, const T* centroids, int64_t c_stride, T* distance) const {
+    PointRows rows = source_;
+    rows.center = nullptr;
+    parallel(size_, 2.0 * dim(), [&](int64_t begin, int64_t end) {
+      kernels_.distances(rows, begin, end, label, centroids, c_stride, distance);
+    });
+  }
   // Sum of squared distances.
   double inertia(const int32_t* label, const T* centroids, int64_t c_stride) const {
     const Buffer<T> distance(size_);
@@ -199,20 +272,58 @@ class PointSet {
     return sum;
   }
   // Variance of a feature, averaged over the features: the unit of scikit-learn's tol.
-  double mean_variance() const {
-    if (size_ == 0)
-      return 0;
-    const Buffer<T> mean(stride());
-    std::vector<int32_t> everything(size_), label(size_, 0);
-    for (int64_t i = 0; i < size_; ++i)
-      everything[i] = int32_t(i);
-    kernels_.sum_rows(points(), everything.data(), size_, mean);
-    for (int64_t j = 0; j < dim(); ++j)
-      mean[j] /= T(size_);
-    return inertia(label.data(), mean, 0) / (double(size_) * dim());
+  double mean_variance() {
+    return moments().variance / double(dim());
   }
 
  private:
+  struct Moments {
+    std::vector<double> mean; // (d,)
+    double variance; // mean squared distance from it
+  };
+  const Moments& moments() {
+    if (!moments_) {
+      moments_.emplace(Moments{std::vector<double>(dim()), 0});
+      std::vector<double>& mean = moments_->mean;
+      mean = sum_over_rows(dim(), [](const T* row, int64_t d, double* sum) {
+        for (int64_t j = 0; j < d; ++j)
+          sum[j] += row[j];
+      });
+      for (double& sum : mean)
+        sum /= double(std::max<int64_t>(size_, 1));
+      moments_->variance = sum_over_rows(1,
+                               [&](const T* row, int64_t d, double* sum) {
+                                 for (int64_t j = 0; j < d; ++j)
+                                   sum[0] += (row[j] - mean[j]) * (row[j] - mean[j]);
+                               })[0] /
+          double(std::max<int64_t>(size_, 1));
+    }
+    return *moments_;
+  }
+  // Sum of what add(row, d, sum) adds to `width` sums, in the same order on any number of threads.
+  template <typename F>
+  std::vector<double> sum_over_rows(int64_t width, const F& add) const {
+    const int64_t parts = std::clamp<int64_t>(size_ / 1024, 1, 64), stride = this->stride();
+    std::vector<double> sums(parts * width);
+    parallel(parts, 2.0 * dim() * double(size_) / double(parts), [&](int64_t first, int64_t last) {
+      const Buffer<T> scratch(kernels_.tile * stride);
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t end = (p + 1) * size_ / parts;
+        for (int64_t i = p * size_ / parts; i < end; i += kernels_.tile) {
+          const int64_t stop = std::min(end, i + kernels_.tile);
+          kernels_.load(points(), i, stop, scratch, stride);
+          for (int64_t r = i; r < stop; ++r)
+            add(scratch + (r - i) * stride, dim(), &sums[p * width]);
+        }
+      }
+    });
+    for (int64_t p = 1; p < parts; ++p)
+      for (int64_t j = 0; j < width; ++j)
+        sums[j] += sums[p * width + j];
+    sums.resize(width);
+    return sums;
+  }
+
   void copy() {
     constexpr int64_t limit = 64 << 20; // bytes
     const int64_t padded = round_up(size_, kernels_.tile);
@@ -223,12 +334,16 @@ class PointSet {
       kernels_.load(source_, begin, end, copy_ + begin * stride(), stride());
     });
     std::fill(copy_ + size_ * stride(), copy_ + padded * stride(), T(0));
-    dense_ = {copy_.get(), sizeof(T) == 8 ? DType::f64 : DType::f32, dim(), stride()};
+    dense_ = {copy_.get(), dtype_of<T>, dim(), stride()};
     copied_ = true;
   }
 
   const KmeansKernels<T>& kernels_;
   PointRows source_, dense_;
+  Frame<T> frame_;
+  std::optional<Moments> moments_;
+  T largest_ = 0; // squared norm, of rows that are not normalised
+  bool normalized_ = true;
   int64_t all_, size_ = 0;
   Buffer<T> scale_, copy_;
   std::vector<int32_t> ids_;
@@ -266,6 +381,7 @@ struct LloydOptions {
 // for none), and at most so many iterations of Lloyd's.
 struct Work {
   int64_t k, restarts, trials, iterations;
+  Interrupt& interrupt;
 };
 
 template <typename T>
@@ -279,7 +395,7 @@ void seed_clusters(
 
 // The best restart by inertia, from rows of the problem (restarts, k) or centroids (k, d).
 template <typename T>
-Fit<T> lloyd(const PointSet<T>& x, const Gram<T>* gram, const Work& work, const int64_t* rows,
+Fit<T> lloyd(PointSet<T>& x, const Gram<T>* gram, const Work& work, const int64_t* rows,
     const T* centroids, LloydOptions options);
 
 } // namespace oodk

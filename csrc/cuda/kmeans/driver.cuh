@@ -84,6 +84,77 @@ void launch_assign(const KmeansLaunches& on, const Points<S>& x, const Points<ac
   });
 }
 
+// Where problems are solved: (problems,) units and (problems, d) centers; null for 1 and 0, where
+// points are normalised.
+template <typename T>
+struct Frames {
+  T *unit = nullptr, *center = nullptr;
+  double* deviations = nullptr; // (problems, groups of 32 features), see sum_deviations()
+};
+
+// The frames that suit points with ids and count, whose `scale` holds their squared norms and will
+// hold their units; x gets the centers.
+template <typename S, typename T = acc_t<S>>
+Frames<T> frame(const KmeansLaunches& on, Points<S>& x, int64_t problems, T* scale) {
+  const int64_t groups = whole_blocks(x.d, kWarp);
+  const Frames<T> frames{on.scratch.array<T>(problems), on.scratch.array<T>(problems * x.d),
+      on.scratch.array<double>(problems * groups)};
+  double* const means = on.scratch.array<double>(problems * x.d);
+  on.run(choose_units<T>, problems, on.threads, 0, scale, x.rows, nullptr, frames.unit);
+  on.run(sum_deviations<S>, problems * groups, on.threads, 0, x, means, frames.deviations);
+  on.run(choose_centers<T>, problems, on.threads, 0, means, frames.deviations, x.count, x.d,
+      frames.center);
+  x.center = frames.center;
+  return frames;
+}
+
+// Centroids (problems, k, d) as nearest_centroid holds points against them: in a frame that they
+// alone decide, lest a row's result depend on other rows.
+template <typename T>
+struct Placed {
+  const T* centroids; // (problems, k, d)
+  T *rows, *bias; // (problems, k, d), (problems, k)
+  int k, d;
+  Frames<T> frames;
+
+  Placed(
+      const KmeansLaunches& on, const T* centroids, int64_t problems, int k, int d, bool normalize)
+      : centroids(centroids),
+        rows(on.scratch.array<T>(problems * k * d)),
+        bias(on.scratch.array<T>(problems * k)),
+        k(k),
+        d(d) {
+    if (!normalize) {
+      T* const scale = on.scratch.array<T>(problems * k);
+      int* const ids = on.scratch.array<int>(problems * k);
+      int* const count = on.scratch.array<int>(problems);
+      Points<T> x{centroids, k, d, d, k, scale, ids, count};
+      on.run(scale_rows<T>, on.blocks(1, problems * k), kPointThreads, 0, x, problems * k, false,
+          scale);
+      on.run(list_valid_rows<T>, problems, on.threads, 0, scale, k, ids, count, nullptr);
+      frames = frame(on, x, problems, scale);
+    }
+    on.run(place_rows<T>, whole_blocks(problems * k, kPointThreads / kWarp), kPointThreads, 0,
+        centroids, problems * k, k, d, frames.unit, frames.center, rows, bias);
+  }
+
+  // Of the problems from `first` on, whose points' `scale` is as scale_rows() left it or any unit.
+  template <typename S>
+  void label(const KmeansLaunches& on, Points<S> x, int64_t first, int64_t problems, T* scale,
+      int* found, int64_t* labels, T* distance) const {
+    const T* const unit = frames.unit ? frames.unit + first : nullptr;
+    if (unit) {
+      on.run(choose_units<T>, problems, on.threads, 0, scale, x.rows, unit, nullptr);
+      x.center = frames.center + first * d;
+    }
+    launch_assign<S>(
+        on, x, {rows + first * k * d, k, d, d, k}, bias + first * k, problems, 1, nullptr, found);
+    x.center = nullptr; // distances are of values as they came, to the last digit
+    on.run(write_nearest<S>, whole_blocks(problems * x.capacity, kPointThreads / kWarp),
+        kPointThreads, 0, x, problems, centroids + first * k * d, k, unit, found, labels, distance);
+  }
+};
+
 // Some problems, prepared for clustering.
 template <typename S>
 class Clustering {
@@ -92,8 +163,8 @@ class Clustering {
  public:
   // Rows left out get the label -1, where `labels` is given.
   Clustering(const KmeansLaunches& on, const KmeansInput& in, int64_t* labels)
-      : on_(on), batch_(in.batch) {
-    T* const scale = on.scratch.array<T>(batch_ * in.n);
+      : on_(on), batch_(in.batch), normalize_(in.normalize) {
+    T* const scale = scale_ = on.scratch.array<T>(batch_ * in.n);
     int* const ids = on.scratch.array<int>(batch_ * in.n);
     int* const count = on.scratch.array<int>(batch_);
     const int n = int(in.n);
@@ -101,13 +172,15 @@ class Clustering {
     on.run(scale_rows<S>, on.blocks(1, batch_ * n), kPointThreads, 0, x_, batch_ * n, in.normalize,
         scale);
     on.run(list_valid_rows<T>, batch_, on.threads, 0, scale, n, ids, count, labels);
+    if (!normalize_)
+      frames_ = frame(on, x_, batch_, scale);
     pitch_ = whole_blocks(n, kPerUnit<T>) * kPerUnit<T>;
   }
 
   static int64_t bytes(const KmeansLaunches& on, const KmeansInput& in, const KmeansOptions& o) {
     const int64_t n = in.n, runs = o.restarts;
     const int64_t pieces = std::max<int64_t>(n, o.k) / kPiece + 1 + o.k;
-    int64_t values = runs * (pieces * in.d + 4 * n + o.k * in.d);
+    int64_t values = runs * (pieces * in.d + 4 * n + 3 * o.k * in.d) + 8 * in.d;
     if (n <= on.small)
       values += runs * (pieces + o.k) * n;
     if (uses_gram(on, n, o))
@@ -173,18 +246,27 @@ class Clustering {
     const bool small = n <= on_.small;
     const int threads = small ? std::min(on_.threads, kFitThreads) : on_.threads;
     Lloyd<S> l{x_, k, o.restarts, o.max_iter, threads, o.tol, o.renormalize};
-    if (o.tol > 0) {
+    if (o.tol > 0 && normalize_) {
       const int64_t groups = whole_blocks(d, kWarp);
-      double* const deviations = scratch.array<double>(batch_ * groups);
-      on_.run(sum_deviations<S>, batch_ * groups, on_.threads, 0, x_, deviations);
-      l.deviations = deviations;
+      frames_.deviations = scratch.array<double>(batch_ * groups);
+      on_.run(sum_deviations<S>, batch_ * groups, on_.threads, 0, x_,
+          scratch.array<double>(batch_ * d), frames_.deviations);
+    }
+    l.deviations = frames_.deviations;
+    if (start_centroids) {
+      T* const placed = scratch.array<T>(runs * k * d);
+      on_.run(place_rows<T>, whole_blocks(runs * k, kPointThreads / kWarp), kPointThreads, 0,
+          start_centroids, runs * k, k, d, frames_.unit, frames_.center, placed,
+          scratch.array<T>(runs * k));
+      start_centroids = placed;
     }
     l.rows = rows;
     l.start_centroids = start_centroids;
     l.centroids = scratch.array<T>(runs * k * d);
     l.bias = scratch.array<T>(runs * k);
     l.partial = scratch.array<T>(runs * l.most_pieces() * d);
-    for (int** labels_of : {&l.label, &l.before, &l.member, &l.member_before})
+    l.seen = scratch.array<unsigned long long>(runs * kSeen);
+    for (int** labels_of : {&l.label, &l.member, &l.member_before})
       *labels_of = scratch.array<int>(runs * n);
     l.members = {k, scratch.array<int>(runs * l.most_members()), scratch.array<int>(runs * (k + 1)),
         scratch.array<int>(runs * (k + 1)), scratch.array<int>(runs * k)};
@@ -207,14 +289,12 @@ class Clustering {
       iterate(l, runs);
     }
 
-    T* const bias = scratch.array<T>(batch_ * k);
     const int copiers = on_.blocks(batch_, whole_blocks(int64_t(k) * d, 8 * kWarp));
-    on_.run(take_best<S>, batch_ * copiers, kPointThreads, 0, l, centroids, bias, n_iter, copiers);
-    int* const found = scratch.array<int>(batch_ * n);
+    on_.run(take_best<S>, batch_ * copiers, kPointThreads, 0, l, frames_.unit, frames_.center,
+        centroids, n_iter, copiers);
     T* const distance = scratch.array<T>(batch_ * n);
-    launch_assign<S>(on_, x_, {centroids, k, d, d, k}, bias, batch_, 1, nullptr, found);
-    on_.run(write_nearest<S>, whole_blocks(batch_ * n, kPointThreads / kWarp), kPointThreads, 0, x_,
-        batch_, centroids, k, found, labels, distance);
+    const Placed<T> placed(on_, centroids, batch_, k, d, normalize_);
+    placed.label(on_, x_, 0, batch_, scale_, scratch.array<int>(batch_ * n), labels, distance);
     on_.run(sum_nearest<S>, batch_, on_.threads, 0, x_, distance, inertia);
   }
 
@@ -259,7 +339,10 @@ class Clustering {
 
   const KmeansLaunches& on_;
   int64_t batch_, pitch_ = 0;
+  bool normalize_;
   Points<S> x_{};
+  T* scale_ = nullptr; // of x_, to be written
+  Frames<T> frames_;
   T* products_ = nullptr;
 };
 
@@ -319,9 +402,7 @@ inline void nearest_centroid(const KmeansLaunches& on, const KmeansInput& in, co
     using S = decltype(s);
     using T = acc_t<S>;
     const int d = int(in.d);
-    T* const bias = on.scratch.array<T>(in.batch * k);
-    on.run(find_biases<T>, whole_blocks(in.batch * k, kPointThreads / kWarp), kPointThreads, 0,
-        (const T*)centroids, in.batch * k, d, bias);
+    const Placed<T> placed(on, (const T*)centroids, in.batch, k, d, in.normalize);
     const int64_t together = in.n <= most ? in.batch : 1; // problems
     const int64_t points = std::min(in.n, most);
     T* const scale = on.scratch.array<T>(together * points);
@@ -330,12 +411,9 @@ inline void nearest_centroid(const KmeansLaunches& on, const KmeansInput& in, co
       for (int64_t first = 0; first < in.n; first += points) {
         const int64_t n = std::min(points, in.n - first), at = b * in.n + first;
         const Points<S> x{(const S*)in.x + at * in.stride, n, in.stride, d, int(n), scale};
-        const T* const c = (const T*)centroids + b * k * d;
         on.run(scale_rows<S>, on.blocks(1, together * n), kPointThreads, 0, x, together * n,
             in.normalize, scale);
-        launch_assign<S>(on, x, {c, k, d, d, k}, bias + b * k, together, 1, nullptr, found);
-        on.run(write_nearest<S>, whole_blocks(together * n, kPointThreads / kWarp), kPointThreads,
-            0, x, together, c, k, found, labels + at, (T*)distance + at);
+        placed.label(on, x, b, together, scale, found, labels + at, (T*)distance + at);
       }
   });
   on.scratch.release();

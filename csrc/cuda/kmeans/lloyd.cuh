@@ -38,7 +38,10 @@ __device__ inline void sum_pieces(const Points<S>& x, int width, const Members& 
     const int count = min(kPiece, members.start[c + 1] - begin);
     const int own_row = lane_id() < count ? x.row(members.order[begin + lane_id()]) : 0;
     const T own_scale = lane_id() < count ? x.factor(own_row) : T(0);
-    T sum[V] = {};
+    T sum[V] = {}, center[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      center[v] = x.center_at(column + v * kWarp);
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
       const S* const row = x.data(__shfl_sync(kAllLanes, own_row, i)) + column;
@@ -46,7 +49,7 @@ __device__ inline void sum_pieces(const Points<S>& x, int width, const Members& 
 #pragma unroll
       for (int v = 0; v < V; ++v)
         if (column + v * kWarp < width)
-          sum[v] += widen(row[v * kWarp]) * scale;
+          sum[v] += x.value(row[v * kWarp], scale, center[v]);
     }
 #pragma unroll
     for (int v = 0; v < V; ++v)
@@ -69,6 +72,14 @@ __device__ inline T total_of(
   return T(sum);
 }
 
+constexpr int kSeen = 64; // iterations after which equal labels are noticed; mostly it is a few
+
+__device__ inline unsigned long long scrambled(unsigned long long x) { // of SplitMix64
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBull;
+  return x ^ x >> 31;
+}
+
 // All runs' state, or with at() one's.
 template <typename S>
 struct Lloyd {
@@ -83,8 +94,10 @@ struct Lloyd {
   const T* start_centroids = nullptr; // (runs, k, d)
   T *centroids = nullptr, *bias = nullptr; // (runs, k, d), (runs, k)
   T* partial = nullptr; // (runs, most_pieces(), d)
-  int *label = nullptr, *before = nullptr; // (runs, n), of this iteration and the last
-  int *member = nullptr, *member_before = nullptr; // the same, after empty clusters took theirs
+  int* label = nullptr; // (runs, n)
+  unsigned long long* seen = nullptr; // (runs, kSeen): hashes of the labels of iterations before
+  int *member = nullptr, *member_before = nullptr; // (runs, n): labels, of this iteration and the
+  // last, after empty clusters took theirs
   Members members{}; // (runs, max(n, k)), (runs, k + 1) twice, (runs, k)
   int *histogram = nullptr, *left = nullptr; // see block.cuh; (runs, k): members that are left
   T* distance = nullptr; // (runs, n)
@@ -116,7 +129,7 @@ struct Lloyd {
     f.bias += run * k;
     f.partial += run * most_pieces() * x.d;
     f.label += run * n;
-    f.before += run * n;
+    f.seen += run * kSeen;
     f.member += run * n;
     f.member_before += run * n;
     f.members.order += run * most_members();
@@ -301,15 +314,21 @@ struct Lloyd {
     for (int c = int(threadIdx.x); c < k; c += int(blockDim.x))
       members.dirty[c] = i == 0;
     const Histogram table{histogram, k};
-    bool changed = i == 0;
+    // Labels that come again are as good as they get, see cpu/kmeans/solver.cpp.
+    unsigned long long hash = 0;
     count_members(n, table, [&](int p) {
       const int c = label[p];
-      changed |= i > 0 && c != before[p];
-      before[p] = member[p] = c;
-      return c;
+      hash += scrambled((unsigned long long)p << 32 | unsigned(c));
+      return member[p] = c;
     });
-    if (!__syncthreads_or(changed))
+    hash = block_sum(hash);
+    bool again = false;
+    for (int s = int(threadIdx.x); s < min(i, kSeen); s += int(blockDim.x))
+      again |= seen[s] == hash;
+    if (__syncthreads_or(again))
       return end(i + 1);
+    if (threadIdx.x == 0)
+      seen[i % kSeen] = hash;
     if (place_clusters()) {
       refill();
       count_members(n, table, [&](int p) { return member[p]; });
@@ -483,10 +502,11 @@ __global__ void __launch_bounds__(kBlockThreads) end_runs(Lloyd<S> all) {
 
 // --- results -------------------------------------------------------------------------------------
 
-// Of each problem the run of least inertia, the first of equals. `blocks` blocks a problem.
+// Of each problem the run of least inertia, the first of equals, back where the points came from.
+// `blocks` blocks a problem.
 template <typename S>
-__global__ void __launch_bounds__(kPointThreads)
-    take_best(Lloyd<S> all, acc_t<S>* centroids, acc_t<S>* bias, int64_t* n_iter, int blocks) {
+__global__ void __launch_bounds__(kPointThreads) take_best(Lloyd<S> all, const acc_t<S>* unit,
+    const acc_t<S>* center, acc_t<S>* centroids, int64_t* n_iter, int blocks) {
   const int64_t b = blockIdx.x / blocks;
   const int part = int(blockIdx.x) % blocks;
   int64_t best = b * all.restarts;
@@ -497,18 +517,19 @@ __global__ void __launch_bounds__(kPointThreads)
   const int64_t first = int64_t(part) * blockDim.x + threadIdx.x;
   const int64_t step = int64_t(blocks) * blockDim.x;
   for (int64_t e = first; e < size; e += step)
-    centroids[b * size + e] = all.centroids[best * size + e];
-  for (int64_t c = first; c < all.k; c += step)
-    bias[b * all.k + c] = all.bias[best * all.k + c];
+    centroids[b * size + e] = unit
+        ? (all.centroids[best * size + e] + center[b * all.x.d + e % all.x.d]) / unit[b]
+        : all.centroids[best * size + e];
   if (first == 0)
     n_iter[b] = all.status[best].iterations;
 }
 
-// A warp a point: label and squared distance by row, (problems, x.rows); found and those of x are
-// by point. -1 and NaN where there is none.
+// A warp a point: label and squared distance by row, (problems, x.rows), where they came from; found
+// and those of x are by point. -1 and NaN where there is none.
 template <typename S>
-__global__ void __launch_bounds__(kPointThreads) write_nearest(Points<S> x, int64_t problems,
-    const acc_t<S>* centroids, int k, const int* found, int64_t* label, acc_t<S>* distance) {
+__global__ void __launch_bounds__(kPointThreads)
+    write_nearest(Points<S> x, int64_t problems, const acc_t<S>* centroids, int k,
+        const acc_t<S>* unit, const int* found, int64_t* label, acc_t<S>* distance) {
   const int64_t item = int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp_id();
   if (item >= problems * x.capacity)
     return;
@@ -518,13 +539,13 @@ __global__ void __launch_bounds__(kPointThreads) write_nearest(Points<S> x, int6
   if (i >= points.size())
     return;
   const int row = points.row(i);
-  const acc_t<S> scale = points.factor(row);
+  const acc_t<S> scale = points.factor(row), own = unit ? unit[b] : acc_t<S>(1);
   const int c = scale == scale ? found[item] : -1;
   const acc_t<S> squared =
-      c < 0 ? kNaN<acc_t<S>> : squared_distance(points, i, centroids + (b * k + c) * x.d);
+      c < 0 ? kNaN<acc_t<S>> : squared_distance(points, i, centroids + (b * k + c) * x.d, own);
   if (lane_id() == 0) {
     label[b * x.rows + row] = c;
-    distance[b * x.rows + row] = squared;
+    distance[b * x.rows + row] = squared / own / own;
   }
 }
 

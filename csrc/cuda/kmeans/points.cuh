@@ -13,6 +13,7 @@
 // conflict.
 #pragma once
 
+#include "common/frame.h"
 #include "common/seeding.h"
 #include "cuda/block.cuh"
 #include "cuda/launches.cuh"
@@ -27,9 +28,10 @@ struct Points {
   const S* x; // (problems, rows) rows of d values, `stride` values apart
   int64_t rows, stride;
   int d, capacity; // most points of a problem
-  const T* scale = nullptr; // (problems, rows): what a row is multiplied with; null for 1
+  const T* scale = nullptr; // (problems, rows): what a row is multiplied with, see value(); null: 1
   const int* ids = nullptr; // (problems, capacity): rows of the points; null for 0, 1, 2 ...
   const int* count = nullptr; // (problems,); null for capacity
+  const T* center = nullptr; // (problems, d): what is subtracted then; null for 0
 
   __device__ Points at(int64_t b) const {
     Points p = *this;
@@ -37,6 +39,7 @@ struct Points {
     p.scale = scale ? scale + b * rows : nullptr;
     p.ids = ids ? ids + b * capacity : nullptr;
     p.count = count ? count + b : nullptr;
+    p.center = center ? center + b * d : nullptr;
     return p;
   }
   __device__ int size() const {
@@ -51,6 +54,13 @@ struct Points {
   __device__ T factor(int row) const {
     return scale ? scale[row] : T(1);
   }
+  __device__ T center_at(int j) const {
+    return center && j < d ? center[j] : T(0);
+  }
+  // Of a value in memory: a factor below 0 is more than a number holds (common/frame.h).
+  static __device__ T value(S x, T factor, T center) {
+    return (factor < 0 ? widen(x) * kBoost<T> * -factor : widen(x) * factor) - center;
+  }
 };
 
 // --- preparation ---------------------------------------------------------------------------------
@@ -62,7 +72,7 @@ __device__ inline double root(double x) {
   return sqrt(x);
 }
 
-// 1, or 1 / |x| with `normalize` (1 for a zero row); NaN for a row that is left out.
+// |x|^2, or 1 / |x| with `normalize` (1 for a zero row); NaN for a row that is left out.
 template <typename S>
 __device__ inline acc_t<S> scale_of(const S* x, int d, bool normalize) {
   using T = acc_t<S>;
@@ -93,7 +103,10 @@ __device__ inline acc_t<S> scale_of(const S* x, int d, bool normalize) {
   const double limit = normalize ? std::numeric_limits<double>::max() : most;
   if (!(norm2 <= limit))
     return kNaN<T>;
-  return normalize && norm2 > 0 ? T(min(1 / sqrt(norm2) / unit, most)) : T(1);
+  if (!normalize)
+    return T(norm2);
+  const double inverse = norm2 > 0 ? 1 / sqrt(norm2) : 1;
+  return inverse / unit <= most ? T(inverse / unit) : -T(inverse / (unit * kBoost<double>));
 }
 
 // A warp a row of all problems.
@@ -155,12 +168,14 @@ __global__ void sample_points(
     count[blockIdx.x] = wanted;
 }
 
-// A block for each 32 features of a problem: sum of squared differences from the means.
+// A block for each 32 features of a problem: the means (problems, d) and the sum of squared
+// differences from them.
 template <typename S>
-__global__ void sum_deviations(Points<S> x, double* sums) {
+__global__ void sum_deviations(Points<S> x, double* means, double* sums) {
   __shared__ double part[kWarp][kWarp + 1];
   const int groups = (x.d + kWarp - 1) / kWarp, warps = int(blockDim.x) / kWarp;
-  const Points<S> points = x.at(blockIdx.x / groups);
+  const int64_t b = blockIdx.x / groups;
+  const Points<S> points = x.at(b);
   const int n = points.size(), j = int(blockIdx.x) % groups * kWarp + lane_id();
   double mean = 0, sum = 0;
   for (int round = 0; round < 2; ++round) {
@@ -169,7 +184,9 @@ __global__ void sum_deviations(Points<S> x, double* sums) {
 #pragma unroll 4
       for (int i = warp_id(); i < n; i += warps) {
         const int row = points.row(i);
-        const double value = double(widen(points.data(row)[j]) * points.factor(row)) - mean;
+        const double value =
+            double(points.value(points.data(row)[j], points.factor(row), points.center_at(j))) -
+            mean;
         own += round ? value * value : value;
       }
     part[warp_id()][lane_id()] = own;
@@ -177,12 +194,59 @@ __global__ void sum_deviations(Points<S> x, double* sums) {
     sum = 0;
     for (int w = 0; w < warps; ++w)
       sum += part[w][lane_id()];
-    mean = n ? sum / n : 0;
+    if (round == 0)
+      mean = n ? sum / n : 0;
     __syncthreads();
   }
+  if (warp_id() == 0 && j < x.d)
+    means[b * x.d + j] = mean;
   sum = warp_sum(sum);
   if (threadIdx.x == 0)
     sums[blockIdx.x] = sum;
+}
+
+// A block a problem: the unit, as `given` or as the squared norms (problems, n) of its rows ask for,
+// which becomes the scale of each; NaN, for a row that is left out, stays.
+template <typename T>
+__global__ void choose_units(T* scale, int64_t n, const T* given, T* unit) {
+  const int64_t b = blockIdx.x;
+  scale += b * n;
+  T largest = 0;
+  for (int64_t i = threadIdx.x; i < n && !given; i += blockDim.x)
+    largest = larger(largest, scale[i]);
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2)
+    largest = larger(largest, __shfl_xor_sync(kAllLanes, largest, step));
+  __shared__ T of_warp[kWarp];
+  if (lane_id() == 0)
+    of_warp[warp_id()] = largest;
+  __syncthreads();
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
+    largest = larger(largest, of_warp[w]);
+  const T own = given ? given[b] : frame_unit(largest);
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+    scale[i] = scale[i] == scale[i] ? own : scale[i];
+  if (unit && threadIdx.x == 0)
+    unit[b] = own;
+}
+
+// A block a problem: its center (problems, d), 0 or its mean, from sum_deviations().
+template <typename T>
+__global__ void choose_centers(
+    const double* means, const double* deviations, const int* count, int d, T* center) {
+  const int64_t b = blockIdx.x;
+  const int groups = (d + kWarp - 1) / kWarp;
+  means += b * d;
+  double norm2 = 0, variance = 0;
+  for (int j = int(threadIdx.x); j < d; j += int(blockDim.x))
+    norm2 += means[j] * means[j];
+  for (int g = int(threadIdx.x); g < groups; g += int(blockDim.x))
+    variance += deviations[b * groups + g];
+  norm2 = block_sum(norm2);
+  variance = block_sum(variance);
+  const bool far = count[b] > 0 && is_far(norm2, variance / count[b]);
+  for (int j = int(threadIdx.x); j < d; j += int(blockDim.x))
+    center[b * d + j] = far ? T(means[j]) : T(0);
 }
 
 // norm2 (problems, capacity), a thread a point: the bits of the point's product with itself.
@@ -199,7 +263,8 @@ __global__ void __launch_bounds__(kPointThreads)
   const int row = points.row(i);
   acc_t<S> sum = 0;
   for (int j = 0; j < x.d; ++j) {
-    const acc_t<S> value = widen(points.data(row)[j]) * points.factor(row);
+    const acc_t<S> value =
+        points.value(points.data(row)[j], points.factor(row), points.center_at(j));
     sum += value * value;
   }
   norm2[t] = sum;
@@ -212,16 +277,22 @@ __device__ inline T bias_of(T norm2) {
   return norm2 <= std::numeric_limits<T>::max() ? -norm2 / 2 : -kInf<T>;
 }
 
-// A warp a centroid (count, d).
+// placed = centroids, both (problems, k, d), where problems with these units and centers (null for 1
+// and 0) are solved; bias (problems, k). A warp a centroid.
 template <typename T>
-__global__ void __launch_bounds__(kPointThreads)
-    find_biases(const T* centroids, int64_t count, int d, T* bias) {
+__global__ void __launch_bounds__(kPointThreads) place_rows(const T* centroids, int64_t count,
+    int k, int d, const T* unit, const T* center, T* placed, T* bias) {
   const int64_t c = int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp_id();
   if (c >= count)
     return;
+  const int64_t b = c / k;
+  const T own = unit ? unit[b] : T(1);
   T norm2 = 0;
-  for (int j = lane_id(); j < d; j += kWarp)
-    norm2 += centroids[c * d + j] * centroids[c * d + j];
+  for (int j = lane_id(); j < d; j += kWarp) {
+    const T value = centroids[c * d + j] * own - (center ? center[b * d + j] : T(0));
+    placed[c * d + j] = value;
+    norm2 += value * value;
+  }
   norm2 = warp_sum(norm2);
   if (lane_id() == 0)
     bias[c] = bias_of(norm2);
@@ -291,11 +362,12 @@ struct Tile {
   }
   template <int Count, int Pitch, typename S>
   static __device__ void put(
-      const S (&from)[Count / kStep], const T (&scale)[Count], T (&slab)[kDepth][Pitch]) {
+      const S (&from)[Count / kStep], T center, const T (&scale)[Count], T (&slab)[kDepth][Pitch]) {
 #pragma unroll
     for (int i = 0; i < Count / kStep; ++i) {
       const int r = int(threadIdx.x) / kDepth + i * kStep;
-      slab[int(threadIdx.x) % kDepth][r] = widen(from[i]) * scale[r];
+      slab[int(threadIdx.x) % kDepth][r] =
+          scale[r] != 0 ? Points<S>::value(from[i], scale[r], center) : T(0); // 0: no row
     }
   }
   template <int Count>
@@ -311,13 +383,16 @@ struct Tile {
   __device__ void multiply(T (&sum)[M][N]) {
     A next_a[kRows / kStep];
     B next_b[kColumns / kStep];
+    T center_a, center_b; // of the feature that this thread brings
     const auto fetch_both = [&](int first) {
       fetch(a, first, shared.row_a, next_a);
       fetch(b, first, shared.row_b, next_b);
+      center_a = a.center_at(first + int(threadIdx.x) % kDepth);
+      center_b = b.center_at(first + int(threadIdx.x) % kDepth);
     };
     const auto put_both = [&](int buffer) {
-      put(next_a, shared.scale_a, shared.a[buffer]);
-      put(next_b, shared.scale_b, shared.b[buffer]);
+      put(next_a, center_a, shared.scale_a, shared.a[buffer]);
+      put(next_b, center_b, shared.scale_b, shared.b[buffer]);
     };
     fetch_both(0);
     put_both(0);
@@ -456,9 +531,10 @@ __global__ void __launch_bounds__(kTileThreads, M * N * sizeof(acc_t<S>) < 256 ?
   }
 }
 
-// Squared distance of point i to a centroid, in all lanes of a warp: from differences.
+// Squared distance of point i to a centroid times `unit`, in all lanes of a warp: from differences.
 template <typename S>
-__device__ inline acc_t<S> squared_distance(const Points<S>& x, int i, const acc_t<S>* centroid) {
+__device__ inline acc_t<S> squared_distance(
+    const Points<S>& x, int i, const acc_t<S>* centroid, acc_t<S> unit = 1) {
   using T = acc_t<S>;
   const int row = x.row(i);
   const S* const from = x.data(row);
@@ -466,7 +542,7 @@ __device__ inline acc_t<S> squared_distance(const Points<S>& x, int i, const acc
   T sum = 0;
 #pragma unroll 4
   for (int j = lane_id(); j < x.d; j += kWarp) {
-    const T difference = widen(from[j]) * scale - centroid[j];
+    const T difference = x.value(from[j], scale, x.center_at(j)) - centroid[j] * unit;
     sum += difference * difference;
   }
   return warp_sum(sum);
