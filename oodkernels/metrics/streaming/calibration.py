@@ -52,7 +52,7 @@ class CalibrationError(Metric):  # type: ignore[misc, unused-ignore]
     refused: Tensor
 
     def __init__(self, *, bins: int = 15, **kwargs: Any) -> None:
-        """Without answers.
+        """Start without answers.
 
         Args:
             bins: M >= 1.
