@@ -35,7 +35,7 @@ class ODIN(OODDetector):
         std: What x was divided by when it was normalised, a number or one for each channel of
             (N, channels, ...). The step is divided by it.
         absent: Column of the logits that stands for no class and is left out; None for the model's
-            ``absent``, if it has one.
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`; differentiable in x.
 
     Raises:
