@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oodkernels._checks import check_int
 from oodkernels._files import read_json, write_text
-from oodkernels._wordnet import WORDNET_GROUPS, super_classes
+from oodkernels._wordnet import WORDNET_GROUPS, cut, super_classes
 from oodkernels.cluster import kmeans
 
 Ints: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
@@ -371,22 +371,32 @@ class Groups:
         return cls(order[group])
 
     @classmethod
-    def from_wordnet(cls, wnids: Sequence[str], wordnet: PathLike | None = None) -> Groups:
+    def from_wordnet(
+        cls, wnids: Sequence[str], wordnet: PathLike | None = None, k: int | None = None
+    ) -> Groups:
         """Groups by WordNet super-class (MOS, taxonomy): see :data:`WORDNET_GROUPS`.
 
         A class belongs to the super-class found in the closure of its hypernyms, to "natural
         object" if that and "geological formation" are both there, to "misc" if none is. Groups
         stand in the order of :data:`WORDNET_GROUPS`; those without a class are left out.
 
+        With ``k``, groups are instead as many subtrees of the hierarchy, cut off the largest group
+        one after the other: for classes of which most would be in one group, or in "misc".
+
         Args:
             wnids: WordNet 3.0 id of each class id, such as "n01440764", as ImageNet has them.
             wordnet: directory with WordNet 3.0's file ``data.noun``. By default ``$WNSEARCHDIR``,
                 or else where systems keep it (Debian: package wordnet-base).
+            k: Number of groups; None for the super-classes.
 
         Raises:
-            ValueError: an id is malformed or not in the database, or that is not WordNet 3.0.
+            ValueError: an id is malformed or not in the database, or that is not WordNet 3.0; or
+                ``k`` is not 1 to the number of classes.
             FileNotFoundError: there is no ``data.noun``.
         """
+        if k is not None:
+            labels = cut("Groups.from_wordnet", wnids, k, wordnet)
+            return cls.from_labels(labels, list(dict.fromkeys(labels)), class_names=wnids)
         labels = super_classes("Groups.from_wordnet", wnids, wordnet)
         names = [name for name in WORDNET_GROUPS if name in labels]
         return cls.from_labels(labels, names, class_names=wnids)

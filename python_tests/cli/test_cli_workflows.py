@@ -43,7 +43,8 @@ def data(tmp_path: Path) -> dict[str, Path]:
 
 
 def result(*arguments: object) -> Any:
-    found = oodk(*arguments, "--json", "--quiet")
+    quiet = () if arguments[0] == "group" else ("--quiet",)
+    found = oodk(*arguments, "--json", *quiet)
     assert found.exit_code == 0, found.output
     return json.loads(found.stdout)
 
@@ -298,3 +299,25 @@ def test_groups_go_with_the_model(here: Path) -> None:
     extracted = result("eval", "--id", "features", "--ood", "features")
     assert {row["score"] for row in extracted["results"]} == {"mos", "mos-log-odds"}
     assert extracted["results"][0]["id_accuracy"] == record["results"][0]["id_accuracy"]
+
+
+# --- groups -----------------------------------------------------------------------------------
+
+
+def test_taxonomy_says_what_is_in_misc_and_cuts_the_hierarchy(tmp_path: Path) -> None:
+    from test_groups import SYNSETS, _synset
+
+    (tmp_path / "data.noun").write_text("".join(_synset(n, *rest) for n, rest in SYNSETS.items()))
+    wnids = tmp_path / "wnids.txt"
+    wnids.write_text("\n".join(f"n{n:08d}" for n in (101, 102, 103, 104, 105, 106)))
+    given = ("group", "taxonomy", wnids, "--wordnet", tmp_path, "--out", tmp_path / "groups.json")
+    found = oodk(*given)
+    assert found.exit_code == 0, found.output
+    assert "16.7 % of the classes are in misc, with none of the names; -k cuts" in plain(found)
+    assert result(*given[:-2], "--out", tmp_path / "g.json")["misc"] == pytest.approx(1 / 6)
+    assert result(*given, "-k", 2)["sizes"] == {"canine": 3, "entity": 3}
+    assert Groups.load(tmp_path / "groups.json").names == ("canine", "entity")
+    (tmp_path / "t.csv").write_text("name,group\na,x\nb,y\n")
+    found = oodk("group", "taxonomy", tmp_path / "t.csv", "-k", 2)
+    assert found.exit_code == 2
+    assert "not for a table" in plain(found)

@@ -51,7 +51,7 @@ class CalibrationError(SyncedMetric):
     refused: Tensor
 
     def __init__(self, *, bins: int = 15, **kwargs: Any) -> None:
-        """Without answers.
+        """Start without answers.
 
         Args:
             bins: M >= 1.

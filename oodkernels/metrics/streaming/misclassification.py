@@ -73,7 +73,7 @@ class MisclassificationMetrics(StreamMetric):
         threshold: Threshold | float | None = None,
         **kwargs: Any,
     ) -> None:
-        """Without answers.
+        """Start without answers.
 
         Args:
             exact: Keep all confidences, in memory that grows with the stream.
