@@ -95,7 +95,7 @@ class Inputs:
 
     @cached_property
     def models(self) -> dict[str, nn.Module | None]:
-        """By name what samples are sent through; one that is None where files have all."""
+        """Models by name, what samples are sent through; one that is None where files have all."""
         from oodkernels.nn.heads import Head
 
         if self.model is not None:
