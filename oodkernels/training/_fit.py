@@ -70,7 +70,7 @@ class Fit:
         self.log = Log(self._path("log.csv"), self.fabric.is_global_zero)
 
     def run(self, resume: bool | PathLike) -> None:
-        """Train."""
+        """Train the model."""
         trainer, fabric, config = self.trainer, self.fabric, self.config
         with ExitStack() as stack:
             checkpoint = self._open(resume, stack)

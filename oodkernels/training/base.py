@@ -38,7 +38,7 @@ class Context:
         self.step, self.steps, self.epoch, self.fabric = step, steps, epoch, fabric
 
     def mean(self, value: Tensor) -> Tensor:
-        """Over processes."""
+        """Average over processes."""
         if self.fabric.world_size == 1:
             return value
         mean = self.fabric.all_reduce(value.clone(), reduce_op="mean")

@@ -225,7 +225,7 @@ class OutlierObjective(Objective):
         return {f"mining_{name}": value for name, value in summary.items() if name != "step"}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Of the miner."""
+        """Give the miner's state."""
         return {"miner": None if self.miner is None else self.miner.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -333,7 +333,7 @@ class PoolObjective(OutlierObjective):
         return self._figures
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Of the miner, and what it selected."""
+        """Give the miner's state, and what it selected."""
         recent = list(self._recent)
         return super().get_extra_state() | {"recent": recent, "figures": self._figures}
 
@@ -709,7 +709,7 @@ class SyntheticObjective(Objective):
         return _chance(self.loss, self.columns, [0, -1])
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Of the two optimisers."""
+        """Give the state of the two optimisers."""
         return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
