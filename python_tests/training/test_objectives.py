@@ -244,9 +244,9 @@ def test_a_model_without_an_absent_column_is_refused(name: str) -> None:
 
 def test_a_head_that_says_otherwise_is_refused() -> None:
     """Its file would call the absent class a class, or a class absent."""
-    with pytest.raises(ValueError, match="absent_column must be the last column .* got None"):
+    with pytest.raises(ValueError, match=r"absent_column must be the last column .* got None"):
         Trainer(Head(16, CLASSES + 1), "dos", config()).fit(loader(), outlier_loader())
-    with pytest.raises(ValueError, match="absent_column must be None for .* 'softmax', got 4"):
+    with pytest.raises(ValueError, match=r"absent_column must be None for .* 'softmax', got 4"):
         Trainer(Head(16, CLASSES + 1, absent=True), "softmax", config()).fit(loader())
 
 
@@ -431,6 +431,7 @@ def test_a_loss_that_stays_at_that_of_guessing_is_said(name: str) -> None:
         16,
         6 if name == "mos" else CLASSES + (name == "absent-class"),
         GROUPS if name == "mos" else None,
+        absent=name == "absent-class",
     )
     objective = MOSObjective(GROUPS) if name == "mos" else make_objective(name)
     train = tensor_loader(x / 1000, y, batch_size=16, shuffle=True)
