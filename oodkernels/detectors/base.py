@@ -621,7 +621,7 @@ def _completed(
     batch: Batch,
     wanted: frozenset[str] | None = None,
 ) -> list[Batch]:
-    """For each detector a checked batch that has what it needs; a model runs once at most."""
+    """Give each detector a checked batch that has what it needs; a model runs once at most."""
     ran: dict[int, Batch] = {}
     own = []
     for detector in detectors:

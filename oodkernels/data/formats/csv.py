@@ -42,7 +42,7 @@ _FORMULA = re.compile(r"'*[=@+\-\t\r]")
 
 
 class _Column(NamedTuple):
-    """Of the sample: the type of its numbers, None for text, and its first cell of another kind."""
+    """Column of the sample: type of its numbers, None for text; its first cell of another kind."""
 
     dtype: torch.dtype | None
     odd: tuple[int, str] | None
