@@ -14,8 +14,11 @@ than either. Scores are higher = more in-distribution (ID).
   Journal of Statistics 1979, over all pairs of detectors on all sets, so that a best detector that
   was found on the same data may be compared with the others.
 
-Both are asymptotic: near their nominal coverage from some tens of scores a side on. Samples are
-taken to be independent.
+- *Samples that are not independent*, such as those of one class, one scene or one patient: given
+  their classes, variances come from sums over classes (Obuchowski, Nonparametric analysis of
+  clustered ROC curve data, Biometrics 1997), and speak of classes drawn anew.
+
+All are asymptotic: near their nominal coverage from some tens of samples, or classes, a side on.
 """
 
 from __future__ import annotations
@@ -29,12 +32,18 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from oodkernels._checks import check_confidence, check_no_nan, check_number, check_tpr
+from oodkernels._checks import (
+    check_confidence,
+    check_integers,
+    check_no_nan,
+    check_number,
+    check_tpr,
+)
 from oodkernels.metrics.intervals import Interval, delong
-from oodkernels.metrics.ood import Scores, as_tensor, fpr_name, in_one_line, text_table
+from oodkernels.metrics.ood import Scores, as_tensor, fpr_name, from_array, in_one_line, text_table
 from oodkernels.ops.roc import exact_ceil
 
 __all__ = [
@@ -46,6 +55,7 @@ __all__ = [
 ]
 
 Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
 Figure: TypeAlias = Literal["auroc", "fpr"]
 
 _FEWEST_REJECTED = 5
@@ -59,19 +69,22 @@ class PairedResult:
     Attributes:
         auroc: AUROC of a and of b.
         auroc_difference: Theirs.
-        auroc_standard_error: Of the difference, by DeLong et al.; NaN where a side has one score.
+        auroc_standard_error: Of the difference, see this module's head; NaN where a side has one
+            sample, or one class.
         auroc_interval: Of the population's difference.
         auroc_p: Two-sided p-value of no difference.
         fpr: FPR at the TPR of a and of b.
         fpr_difference: Theirs.
         fpr_standard_error: Of the difference, see this module's head; NaN where fewer than five ID
-            scores lie below a threshold.
+            scores lie below a threshold, or a side has one sample or class.
         fpr_interval: Of the population's difference; (-1, 1) where the standard error is NaN.
         fpr_p: Two-sided p-value of no difference; 1 where the standard error is NaN.
         tpr: The TPR asked for.
         confidence: Of the intervals.
         n_id: Number of ID samples.
         n_ood: Number of OOD samples.
+        id_units: Number of ID samples, or of their classes where these are given.
+        ood_units: Number of OOD samples, or of their classes where these are given.
     """
 
     auroc: tuple[float, float]
@@ -88,6 +101,8 @@ class PairedResult:
     confidence: float
     n_id: int
     n_ood: int
+    id_units: int
+    ood_units: int
 
 
 @dataclass(frozen=True)
@@ -163,6 +178,8 @@ def paired_test(
     *,
     tpr: float = 0.95,
     confidence: float = 0.95,
+    id_classes: ArrayLike | Tensor | None = None,
+    ood_classes: ArrayLike | Tensor | None = None,
 ) -> PairedResult:
     """Whether one detector is better than another, from their scores of the same samples.
 
@@ -172,14 +189,17 @@ def paired_test(
         ood_scores: Of detectors a and b: scores of the same OOD samples in the same order.
         tpr: 0 < tpr <= 1 of the FPR, read as the decimal it prints as.
         confidence: Of the intervals, in (0, 1).
+        id_classes: Integers, one for each ID sample: samples of one class are not independent, as
+            this module's head has it. None if all samples are.
+        ood_classes: Likewise of the OOD samples.
 
     Returns:
         A :class:`PairedResult`. Exact up to the normal approximation, in O(n log n).
 
     Raises:
-        ValueError: Scores are empty or hold NaN, are not one for each sample, or ``tpr`` or
-            ``confidence`` is out of range.
-        TypeError: Scores are not numbers.
+        ValueError: Scores are empty or hold NaN, scores or classes are not one for each sample, or
+            ``tpr`` or ``confidence`` is out of range.
+        TypeError: Scores are not numbers, or classes not integers.
     """
     where = "paired_test"
     tpr, confidence = check_tpr(where, tpr), check_confidence(where, confidence)
@@ -193,7 +213,11 @@ def paired_test(
     _same_samples(where, ("id_scores[1]", inside[1]), ("id_scores[0]", inside[0]))
     _same_samples(where, ("ood_scores[1]", outside[1]), ("ood_scores[0]", outside[0]))
     a, b = (_Ranked(x, y, tpr) for x, y in zip(inside, outside, strict=True))
-    return _paired(a, b, tpr, confidence)
+    classes = (
+        _units(where, "id_classes", id_classes, a.n),
+        _units(where, "ood_classes", ood_classes, a.m),
+    )
+    return _paired(a, b, classes, tpr, confidence)
 
 
 def compare_detectors(
@@ -202,6 +226,8 @@ def compare_detectors(
     *,
     tpr: float = 0.95,
     confidence: float = 0.95,
+    id_classes: ArrayLike | Tensor | None = None,
+    ood_classes: Mapping[str, ArrayLike | Tensor] | None = None,
 ) -> ComparisonResult:
     """All pairs of detectors on all OOD sets, with p-values corrected for their number.
 
@@ -210,14 +236,16 @@ def compare_detectors(
         ood_scores: OOD set -> detector -> scores of the set's samples in the same order.
         tpr: As for :func:`paired_test`.
         confidence: Of the intervals; its rest is the level of the corrected tests.
+        id_classes: As for :func:`paired_test`.
+        ood_classes: OOD set -> classes of its samples; sets that are not there have none.
 
     Returns:
         A :class:`ComparisonResult`.
 
     Raises:
-        ValueError: There are fewer than two detectors or no set, a set has other detectors, or as
-            :func:`paired_test`.
-        TypeError: Scores are not numbers.
+        ValueError: There are fewer than two detectors or no set, a set has other detectors, classes
+            are of a set that is not there, or as :func:`paired_test`.
+        TypeError: As :func:`paired_test`.
 
     Example:
         >>> print(compare_detectors({"msp": a, "energy": b}, {"near": {"msp": c, "energy": d}}))
@@ -235,6 +263,13 @@ def compare_detectors(
         _same_samples(
             where, (f"id_scores[{d!r}]", inside[d]), (f"id_scores[{names[0]!r}]", inside[names[0]])
         )
+    ood_classes = ood_classes or {}
+    if unknown := ood_classes.keys() - ood_scores.keys():
+        raise ValueError(
+            f"{where}: ood_classes must be of sets in ood_scores, {list(ood_scores)}, got "
+            f"{sorted(unknown)}"
+        )
+    id_units = _units(where, "id_classes", id_classes, len(inside[names[0]]))
     pairs = {}
     for set_name, scores in ood_scores.items():
         if scores.keys() != id_scores.keys():
@@ -247,9 +282,11 @@ def compare_detectors(
         first = f"{prefix}[{names[0]!r}]", outside[names[0]]
         for d in names:
             _same_samples(where, (f"{prefix}[{d!r}]", outside[d]), first)
+        given, n_ood = ood_classes.get(set_name), len(first[1])
+        classes = id_units, _units(where, f"ood_classes[{set_name!r}]", given, n_ood)
         ranked = {d: _Ranked(inside[d], outside[d], tpr) for d in names}
         for a, b in combinations(names, 2):
-            pairs[set_name, a, b] = _paired(ranked[a], ranked[b], tpr, confidence)
+            pairs[set_name, a, b] = _paired(ranked[a], ranked[b], classes, tpr, confidence)
     return ComparisonResult(
         names,
         tuple(ood_scores),
@@ -319,18 +356,25 @@ class _Ranked:
         self.slope = (ends[1][1] - ends[0][1]) / m * n / gained if gained else 0.0
 
 
-def _paired(a: _Ranked, b: _Ranked, tpr: float, confidence: float) -> PairedResult:
+def _paired(
+    a: _Ranked, b: _Ranked, classes: tuple[Ints | None, Ints | None], tpr: float, confidence: float
+) -> PairedResult:
     n, m = a.n, a.m
-    squares = [_sum_of_squares(x - y) for x, y in ((a.by_id, b.by_id), (a.by_ood, b.by_ood))]
-    auroc, auroc_error = delong(a.wins - b.wins, n, m, *squares)
+    id_units, ood_units = (
+        size if of is None else int(of.max()) + 1 for of, size in zip(classes, (n, m), strict=True)
+    )
+    placed = a.by_id - b.by_id, a.by_ood - b.by_ood
+    auroc, auroc_error = delong(a.wins - b.wins, n, m, *map(_sum_of_squares, placed))
+    if any(of is not None for of in classes):
+        auroc_error = _error((placed[0] / (2 * m), placed[1] / (2 * n)), classes)
     discordant = a.ood_kept.astype(np.int8) - b.ood_kept
     fpr = int(discordant.sum(dtype=np.int64)) / m
     fpr_error = math.nan
-    if min(a.rejected, b.rejected) >= _FEWEST_REJECTED and m > 1:
+    if min(a.rejected, b.rejected) >= _FEWEST_REJECTED:
         moved = a.slope * a.id_kept - b.slope * b.id_kept
-        fpr_error = math.sqrt(discordant.var(ddof=1) / m + moved.var(ddof=1) / n)
-    auroc_interval, auroc_p = _verdict(auroc, auroc_error, min(n, m), confidence)
-    fpr_interval, fpr_p = _verdict(fpr, fpr_error, min(n, m), confidence)
+        fpr_error = _error((moved, discordant.astype(np.float64)), classes)
+    auroc_interval, auroc_p = _verdict(auroc, auroc_error, min(id_units, ood_units), confidence)
+    fpr_interval, fpr_p = _verdict(fpr, fpr_error, min(id_units, ood_units), confidence)
     return PairedResult(
         auroc=(a.wins / (2 * n * m), b.wins / (2 * n * m)),
         auroc_difference=auroc,
@@ -346,7 +390,23 @@ def _paired(a: _Ranked, b: _Ranked, tpr: float, confidence: float) -> PairedResu
         confidence=confidence,
         n_id=n,
         n_ood=m,
+        id_units=id_units,
+        ood_units=ood_units,
     )
+
+
+def _error(sides: tuple[Floats, Floats], classes: tuple[Ints | None, Ints | None]) -> float:
+    """Standard error of a sum of means, one a side, of what each sample adds to it."""
+    variance = 0.0
+    for values, of in zip(sides, classes, strict=True):
+        centred = values - values.mean()
+        if of is not None:
+            centred = np.bincount(of, centred)
+        k = len(centred)
+        if k < 2:
+            return math.nan
+        variance += k / (k - 1) * float(centred @ centred) / len(values) ** 2
+    return math.sqrt(variance)
 
 
 def _verdict(
@@ -375,7 +435,7 @@ def _sum_of_squares(values: Ints) -> int:
 
 
 def _checked(where: str, name: str, scores: Scores) -> Tensor:
-    """As float64, which holds every type: flat, neither empty nor NaN."""
+    """Bring to float64, which holds every type: flat, neither empty nor NaN."""
     x = as_tensor(where, name, scores)
     if x.dim() < 1:
         raise ValueError(f"{where}: {name} must have at least one dimension, got a scalar")
@@ -392,3 +452,17 @@ def _same_samples(where: str, scores: tuple[str, Tensor], first: tuple[str, Tens
             f"{where}: {scores[0]} must be of the samples of {first[0]}, {len(first[1])}, got "
             f"{len(scores[1])}"
         )
+
+
+def _units(where: str, name: str, classes: ArrayLike | Tensor | None, n: int) -> Ints | None:
+    """Classes as numbers from 0 on, each in use."""
+    if classes is None:
+        return None
+    labels = classes if isinstance(classes, Tensor) else from_array(where, name, classes)
+    check_integers(where, name, labels)
+    if labels.numel() != n:
+        raise ValueError(
+            f"{where}: {name} must be one for each of {n} samples, got {labels.numel()}"
+        )
+    found: Ints = np.unique(labels.reshape(-1).cpu().numpy(), return_inverse=True)[1].reshape(-1)
+    return found

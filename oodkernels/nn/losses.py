@@ -182,7 +182,7 @@ def confidence_loss(
 def _confidence_terms(
     logits: Tensor, confidence_logits: Tensor, target: Tensor, hints: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """-log p'_y and -log c of every sample, 0 for OOD."""
+    """Terms -log p'_y and -log c of every sample, 0 for OOD."""
     each = outlier_cross_entropy(logits, target).loss
     check_floating("confidence_loss", "confidence_logits", confidence_logits)
     if confidence_logits.shape not in (target.shape, (*target.shape, 1)):

@@ -126,7 +126,7 @@ class TrainConfig:
         return cls(**values)
 
     def to_toml(self) -> str:
-        """As a TOML file."""
+        """Write it as a TOML file."""
         text: str = require("tomli_w", "train", "TrainConfig.to_toml").dumps(self.to_dict())
         return text
 

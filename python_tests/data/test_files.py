@@ -78,6 +78,20 @@ def test_names_of_any_length_can_be_replaced(tmp_path: Path) -> None:
     assert (tmp_path / ("n" * 240)).read_text() == "x"
 
 
+def test_a_link_stays_one_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "x")
+    write_text(tmp_path / "link", "y")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "y"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match=f"is no file, and cannot be replaced: .*{name}"):
+            write_text(tmp_path / name, "x")
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "file", "pipe", "folder"}
+
+
 def test_a_folder_is_one_writers(tmp_path: Path) -> None:
     with locked(tmp_path, "Trainer"):
         holder = rf"process {os.getpid()} on {socket.gethostname()} since 20\d\d-"

@@ -173,6 +173,96 @@ def test_millions_of_scores_do_not_overflow():
     assert result.auroc_standard_error == pytest.approx(error, rel=1e-9)
 
 
+# --- samples that are not independent -------------------------------------------------------------
+
+
+def clustered(rng, id_classes=60, ood_classes=50, each=12, shifts=(1.5, 1.3)):
+    """Scores of two detectors, each of which finds some classes harder than the other does."""
+    ids, oods = [], []
+    for shift in shifts:
+        for side, classes, mean in ((ids, id_classes, shift), (oods, ood_classes, 0)):
+            effect = np.repeat(rng.normal(size=classes), each)
+            side.append(mean + 0.7 * effect + 0.7 * rng.normal(size=classes * each))
+    labels = (np.repeat(np.arange(c), each) for c in (id_classes, ood_classes))
+    return tuple(ids), tuple(oods), dict(zip(("id_classes", "ood_classes"), labels, strict=True))
+
+
+def test_classes_of_one_sample_change_nothing():
+    ids, oods = correlated(np.random.default_rng(8), 300, 200)
+    expected = paired_test(ids, oods)
+    classes = {"id_classes": np.arange(300)[::-1], "ood_classes": torch.arange(200) * 7 - 5}
+    result = paired_test(ids, oods, **classes)
+    assert (result.id_units, result.ood_units) == (300, 200)
+    for name in ("auroc", "fpr"):
+        for part in ("difference", "standard_error", "p", "interval"):
+            found, wanted = (getattr(r, f"{name}_{part}") for r in (result, expected))
+            assert found == pytest.approx(wanted, rel=1e-9)
+
+
+def test_errors_of_classes_are_those_of_drawing_classes_anew():
+    rng = np.random.default_rng(9)
+    ids, oods, classes = clustered(rng)
+    result = paired_test(ids, oods, **classes)
+    assert (result.id_units, result.ood_units) == (60, 50)
+    differences = []
+    for _ in range(400):
+        drawn = [rng.integers(0, k, k)[:, None] * 12 + np.arange(12) for k in (60, 50)]
+        i, j = (d.reshape(-1) for d in drawn)
+        again = paired_test([x[i] for x in ids], [y[j] for y in oods])
+        differences.append((again.auroc_difference, again.fpr_difference))
+    auroc, fpr = np.std(differences, axis=0, ddof=1)
+    assert result.auroc_standard_error == pytest.approx(auroc, rel=0.12)
+    assert result.fpr_standard_error == pytest.approx(fpr, rel=0.25)
+    assert result.auroc_standard_error > 2 * paired_test(ids, oods).auroc_standard_error
+
+
+def test_intervals_of_classes_cover():
+    """Where those that take samples for independent do not."""
+    rng = np.random.default_rng(10)
+    sigma = math.sqrt(2 * 2 * 0.49)
+    normal = stats.norm()
+    truth = normal.cdf(1.5 / sigma) - normal.cdf(1.3 / sigma)
+    hits = np.zeros(2)
+    for _ in range(300):
+        ids, oods, classes = clustered(rng)
+        for i, options in enumerate((classes, {})):
+            low, high = paired_test(ids, oods, confidence=0.9, **options).auroc_interval
+            hits[i] += low <= truth <= high
+    covered = hits / 300
+    assert abs(covered[0] - 0.9) < 4 * math.sqrt(0.09 / 300)
+    assert covered[1] < 0.7
+
+
+def test_classes_of_sets():
+    ids, oods, classes = clustered(np.random.default_rng(11))
+    names = ("a", "b")
+    sets = {"s": dict(zip(names, oods, strict=True)), "t": dict(zip(names, oods, strict=True))}
+    result = compare_detectors(
+        dict(zip(names, ids, strict=True)),
+        sets,
+        id_classes=classes["id_classes"].tolist(),
+        ood_classes={"t": classes["ood_classes"]},
+    )
+    assert result.pairs["t", "a", "b"] == paired_test(ids, oods, **classes)
+    alone = paired_test(ids, oods, id_classes=classes["id_classes"])
+    assert result.pairs["s", "a", "b"] == alone
+    with pytest.raises(
+        ValueError, match=r"ood_classes must be of sets in .*\['s', 't'\], got \['u'"
+    ):
+        compare_detectors(dict(zip(names, ids, strict=True)), sets, ood_classes={"u": [0]})
+
+
+def test_classes_are_checked():
+    ids, oods, classes = clustered(np.random.default_rng(12))
+    single = paired_test(ids, oods, id_classes=np.zeros(720, int))
+    assert math.isnan(single.auroc_standard_error)
+    assert math.isnan(single.fpr_standard_error)
+    with pytest.raises(TypeError, match=r"id_classes must be integers, got torch.float64"):
+        paired_test(ids, oods, id_classes=np.zeros(720))
+    with pytest.raises(ValueError, match=r"ood_classes must be one for each of 600 .* 720"):
+        paired_test(ids, oods, ood_classes=classes["id_classes"])
+
+
 # --- many comparisons -----------------------------------------------------------------------------
 
 

@@ -34,13 +34,16 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def make_batch(kind, i, n=1_200_000, batch=150_000, prevalence=0.5):
+    """Scores and is_ood, the i-th of a stream of n."""
+    g = generator(1000 + i)
+    is_ood = torch.rand(batch, generator=g) < prevalence
+    return STREAMS[kind](torch.randn(batch, generator=g), is_ood.float(), i * batch / n), is_ood
+
+
 def make_stream(kind, n=1_200_000, batch=150_000, prevalence=0.5):
     """Batches (scores, is_ood)."""
-    for i in range(n // batch):
-        g = generator(1000 + i)
-        is_ood = torch.rand(batch, generator=g) < prevalence
-        x, t = torch.randn(batch, generator=g), i * batch / n
-        yield STREAMS[kind](x, is_ood.float(), t), is_ood
+    return (make_batch(kind, i, n, batch, prevalence) for i in range(n // batch))
 
 
 VALUES = torch.randn(300, generator=generator(5))
@@ -759,26 +762,25 @@ def test_gradients_do_not_hold_on():
     assert not metric.pending_scores[0].requires_grad
 
 
+def share(rank, world):
+    """Figures, counts and names of what ranks count together, and what this one has counted."""
+    half, single = OODMetrics(), OODMetrics()
+    for i in range(rank, 8, world):
+        for metric, kind in ((half, "bfloat16"), (single, "drift")):
+            metric.update(*make_batch(kind, i), name=f"set {i % 3}")
+    # What ranks have seen differs, names and their order included, and one has seen less.
+    results = half.compute(), single.compute()
+    with single._synced():
+        return results, prefix_counts(all_cells(single)), single._state().set_names()
+
+
 def worker(rank, world, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", rank=rank, world_size=world, init_method=f"file://{path}/init-{world}"
     )
     try:
-        half, single = OODMetrics(), OODMetrics()
-        for i in range(8):
-            if i % world == rank:
-                for metric, kind in ((half, "bfloat16"), (single, "drift")):
-                    scores, is_ood = list(make_stream(kind))[i]
-                    metric.update(scores, is_ood, name=f"set {i % 3}")
-        # What ranks have seen differs, names and their order included, and one has seen less.
-        results = half.compute(), single.compute()
-        single.sync()
-        counts = prefix_counts(all_cells(single))
-        names = single._state().set_names()
-        single.unsync()
-        n_own = single.counts.sum() if single.counts.numel() else 0
-        torch.save((results, counts, names, n_own), f"{path}/{world}-{rank}.pt")
+        torch.save(share(rank, world), f"{path}/{world}-{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -786,12 +788,11 @@ def worker(rank, world, path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_distributed(tmp_path):
     """2 and 4 processes count the same integers as one."""
-    for world in (1, 2, 4):
-        torch.multiprocessing.spawn(worker, (world, str(tmp_path)), nprocs=world)
-    (half, single), counts, names, _ = torch.load(tmp_path / "1-0.pt", weights_only=False)
+    (half, single), counts, names = share(0, 1)
     for world in (2, 4):
+        torch.multiprocessing.spawn(worker, (world, str(tmp_path)), nprocs=world)
         for rank in range(world):
-            (half_n, single_n), counts_n, names_n, _ = torch.load(
+            (half_n, single_n), counts_n, names_n = torch.load(
                 tmp_path / f"{world}-{rank}.pt", weights_only=False
             )
             assert half_n == half
@@ -803,6 +804,53 @@ def test_distributed(tmp_path):
                     assert single_n[name][f"{figure}_lower"] <= single[name][f"{figure}_upper"]
                     assert single_n[name][f"{figure}_upper"] >= single[name][f"{figure}_lower"]
                 assert width(single_n[name], "auroc") < 1e-4
+
+
+def alone(**options):
+    """A metric that syncs with no one but itself."""
+    return OODMetrics(
+        distributed_available_fn=lambda: True, dist_sync_fn=lambda x, group: [x], **options
+    )
+
+
+def test_what_is_raised_while_synced_leaves_a_metric_as_it_was():
+    metric = alone()
+    metric.update([1.0, 2.0], False)
+    for refused in (metric.compute, metric.levels, metric.plot):
+        with pytest.raises(ValueError, match="there are no OOD scores yet"):
+            refused()
+        assert not metric._is_synced
+    metric.update([0.0], True)
+    assert metric.compute()["auroc"] == 1
+    other = OODMetrics()
+    other.update_id([3.0])
+    other.update_ood("ood", [0.0])
+    buffer = io.BytesIO()
+    torch.save(other.metric_state, buffer)
+    theirs = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+    before = state_of(metric)
+    metric._computed, metric.dist_sync_fn = None, lambda x, group: [x, theirs]
+    with pytest.raises(ValueError, match="OOD sets must have names when one is called 'ood'"):
+        metric.compute()
+    assert all(same(v, before[k]) for k, v in metric.metric_state.items())
+    metric.dist_sync_fn = lambda x, group: [x]
+    assert metric.compute()["n_id"] == 2
+
+
+def test_states_of_other_settings_are_refused():
+    exact, bounded = OODMetrics(exact=True), OODMetrics()
+    for metric in (exact, bounded):
+        metric.update([1.0, 0.0], [1, -1])
+        metric.persistent(True)
+    for one, other in ((exact, bounded), (bounded, exact)):
+        for take in (
+            lambda: one.merge_state(dict(other.metric_state)),  # noqa: B023
+            lambda: one.load_state_dict(other.state_dict()),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="an exact metric merges with exact ones only"):
+                take()
+    with pytest.raises(ValueError, match="a state must be an OODMetrics or a dict of its states"):
+        bounded.merge_state({"counts": torch.zeros(3)})
 
 
 def test_inside_lightning(tmp_path):
