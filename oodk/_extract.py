@@ -27,7 +27,7 @@ from oodk._output import print_path
 
 
 class DType(str, Enum):
-    """Of the output."""
+    """Type of the output."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -126,6 +126,7 @@ def extract(
     from oodkernels._files import file_digest
     from oodkernels._progress import progress
     from oodkernels.data import (
+        EXTRACT_FORMATS,
         ExtractionPlan,
         ImageFiles,
         Shards,
@@ -136,8 +137,11 @@ def extract(
         read_class_names,
     )
 
-    if dtype is DType.bfloat16 and file_format == "npy":
-        raise typer.BadParameter(".npy has no bfloat16", param_hint="'--dtype'")
+    if dtype.value not in (types := EXTRACT_FORMATS[file_format]):
+        raise typer.BadParameter(
+            f"must be one of {', '.join(types)} for {file_format}, got {dtype.value}",
+            param_hint="'--dtype'",
+        )
     require_writable(out)
     how = Images(str(model), weights, size, batch_size, workers, device, allow_shell)
     network, transform = how.network, how.transform

@@ -46,25 +46,42 @@ def taxonomy(
             help="Folder of WordNet 3.0's data.noun; by default where systems keep it.",
         ),
     ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "-k",
+            "--groups",
+            min=1,
+            help="Cut WordNet's hierarchy into so many groups, instead of MOS's super-classes.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Groups from a table, or MOS's super-classes of WordNet ids.
+
+    MOS's super-classes are made for ImageNet-1k: what belongs to none is put into "misc", and how
+    much that is is said. Where it is much, cut the hierarchy itself by -k.
 
     **Examples**
 
         oodk group taxonomy classes.csv --out groups.json
 
         oodk group taxonomy wnids.txt --wordnet /usr/share/wordnet
+
+        oodk group taxonomy wnids.txt -k 12
     """
     from oodkernels import Groups
 
     require_writable_file(out)
-    if table.suffix == ".csv":
-        groups = Groups.from_table(table)
-    else:
-        wnids = table.read_text(encoding="utf-8").split()
-        groups = Groups.from_wordnet(wnids, wordnet)
+    if table.suffix == ".csv" and k is not None:
+        raise typer.BadParameter("is for WordNet ids, not for a table", param_hint="'-k'")
+    with step("read", table):
+        if table.suffix == ".csv":
+            groups = Groups.from_table(table)
+        else:
+            wnids = table.read_text(encoding="utf-8").split()
+            groups = Groups.from_wordnet(wnids, wordnet, k)
     _finish(groups, out, as_json)
 
 
@@ -132,8 +149,13 @@ def random(
 def _finish(groups: Groups, out: Path, as_json: bool) -> None:
     groups.save(out)
     sizes = dict(zip(groups.names, groups.sizes.tolist(), strict=True))
+    share = sizes.get("misc", 0) / groups.num_classes
     if as_json:
-        print_json({"path": str(out), "num_classes": groups.num_classes, "sizes": sizes})
+        facts = {"num_classes": groups.num_classes, "sizes": sizes, "misc": share}
+        print_json({"path": str(out), **facts})
         return
     print_table(("", ""), [(name, str(size)) for name, size in sizes.items()])
+    if "misc" in sizes:
+        cure = "; -k cuts the hierarchy into groups of its own" if share > 0.1 else ""
+        typer.echo(f"{100 * share:.1f} % of the classes are in misc, with none of the names{cure}")
     print_path(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -44,12 +45,16 @@ if hasattr(os, "register_at_fork"):
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary name beside ``path`` to write to; on success the file gets that name.
 
-    No other thread, process or machine is given the same name.
+    No other thread, process or machine is given the same name. Where ``path`` is a link, what it
+    points to is replaced.
 
     Raises:
-        OSError: The file cannot be written; what was at ``path`` is still there.
+        OSError: The file cannot be written, or ``path`` is a pipe or a device; what was at ``path``
+            is still there.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no file, and cannot be replaced", str(path))
     temporary = path.with_name(f".{_token}-{next(_number)}.tmp")
     try:
         yield temporary

@@ -518,6 +518,29 @@ def test_from_wordnet_refuses_other_files(wordnet):
         Groups.from_wordnet(["n00000102"], wordnet / "nowhere")
 
 
+def test_from_wordnet_cuts_the_hierarchy(wordnet):
+    offsets = (106, 102, 105, 103, 104, 101, 21939)
+    wnids = [f"n{offset:08d}" for offset in offsets]
+    expected = {
+        1: {"entity": offsets},
+        2: {"entity": (106, 105, 104, 21939), "canine": (102, 103, 101)},
+        3: {"rose": (106,), "entity": (105, 104, 21939), "canine": (102, 103, 101)},
+    }
+    for k, named in expected.items():
+        groups = Groups.from_wordnet(wnids, wordnet, k)
+        found = {}
+        for offset, group in zip(offsets, groups.class_to_group.tolist(), strict=True):
+            found.setdefault(groups.names[group], []).append(offset)
+        assert {name: tuple(group) for name, group in found.items()} == named
+        assert groups.class_names == tuple(wnids)
+    assert len(Groups.from_wordnet(wnids, wordnet, 7)) == 7
+    for k in (0, 8):
+        with pytest.raises(ValueError, match=f"k must be 1 to 7, one a class, got {k}"):
+            Groups.from_wordnet(wnids, wordnet, k)
+    with pytest.raises(ValueError, match="once each, got 'n00000102' again"):
+        Groups.from_wordnet(["n00000102", "n00000102"], wordnet, 1)
+
+
 @pytest.mark.skipif(not IMAGENET.exists(), reason="needs the taxonomy of MOS in ../shared/data")
 def test_from_wordnet_agrees_with_mos_on_imagenet():
     with IMAGENET.open() as file:

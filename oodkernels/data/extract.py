@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from oodkernels._checks import check_count
 from oodkernels._files import locked, replacing, write_text
 from oodkernels.data.arrays import PathLike
 from oodkernels.data.formats import npy, safetensors
@@ -23,8 +24,11 @@ from oodkernels.detectors.model import run, to_model
 
 __all__ = ["EXTRACT_FORMATS", "ExtractionPlan", "extract_images", "is_extracted"]
 
-EXTRACT_FORMATS = ("safetensors", "npy")
-"""What is written: one ``samples.safetensors``, or a ``.npy`` for each array."""
+EXTRACT_FORMATS = {
+    "safetensors": ("float16", "bfloat16", "float32", "float64"),
+    "npy": ("float16", "float32", "float64"),
+}
+"""What is written, one ``samples.safetensors`` or a ``.npy`` for each array, and its types."""
 _PARTS, _PLAN = ".parts", "plan.json"
 
 
@@ -43,7 +47,7 @@ class ExtractionPlan:
     absent_column: int | None = None
     """Column of the model's absent class, if it has one."""
     groups: str | None = None
-    """Of a MOS model, as :meth:`oodkernels.Groups.to_json` writes them."""
+    """Groups of a MOS model, as :meth:`oodkernels.Groups.to_json` writes them."""
 
 
 def extract_images(
@@ -87,6 +91,9 @@ def extract_images(
             there are none, or the model has no such layer.
         OSError: A file cannot be written.
     """
+    batch_size = check_count("extract_images", "batch_size", batch_size)
+    part_size = check_count("extract_images", "part_size", part_size)
+    workers = check_count("extract_images", "workers", workers, least=0)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "extract_images"):
@@ -139,10 +146,16 @@ def is_extracted(folder: PathLike, plan: ExtractionPlan, file_format: str) -> bo
 
 
 def _settings(plan: ExtractionPlan, file_format: str) -> dict[str, Any]:
-    if file_format not in EXTRACT_FORMATS:
+    types = EXTRACT_FORMATS.get(file_format)
+    if types is None:
         raise ValueError(
             f"extract_images: file_format must be {' or '.join(EXTRACT_FORMATS)}, got "
             f"{file_format!r}"
+        )
+    if plan.dtype not in types:
+        raise ValueError(
+            f"extract_images: dtype must be {', '.join(types)} for {file_format}, got "
+            f"{plan.dtype!r}"
         )
     settings: dict[str, Any] = json.loads(json.dumps({**asdict(plan), "format": file_format}))
     return settings

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodkernels._checks import check_count
 from oodkernels._files import replacing
 from oodkernels.data.arrays import (
     CHUNK_BYTES,
@@ -123,6 +124,7 @@ class Samples:
         """
         if rows is None:
             rows = max(1, CHUNK_BYTES // sum(a.row_bytes for a in self.arrays.values()))
+        rows = check_count("Samples.batches", "rows", rows)
         streams = [array.chunks(rows) for array in self.arrays.values()]
         for chunks in itertools.zip_longest(*streams):
             sizes = {0 if chunk is None else len(chunk) for chunk in chunks}

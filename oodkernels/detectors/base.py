@@ -369,8 +369,7 @@ class OODDetector:
             known = DETECTORS if cls is OODDetector else {cls.name: cls}
             if content["detector"] not in known:
                 name = str(content["detector"])[:80]
-                names = "DETECTORS" if cls is OODDetector else sorted(known)
-                raise ValueError(f"detector must be one of {names}, got {name!r}")
+                raise ValueError(f"detector must be one of {sorted(known)}, got {name!r}")
             kind: type[Any] = known[content["detector"]]
             for name, wanted in (("num_classes", num_classes), ("width", width)):
                 if wanted is not None and content[name] not in (None, wanted):
@@ -622,7 +621,7 @@ def _completed(
     batch: Batch,
     wanted: frozenset[str] | None = None,
 ) -> list[Batch]:
-    """For each detector a checked batch that has what it needs; a model runs once at most."""
+    """Give each detector a checked batch that has what it needs; a model runs once at most."""
     ran: dict[int, Batch] = {}
     own = []
     for detector in detectors:

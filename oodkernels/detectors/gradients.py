@@ -35,7 +35,7 @@ class ODIN(OODDetector):
         std: What x was divided by when it was normalised, a number or one for each channel of
             (N, channels, ...). The step is divided by it.
         absent: Column of the logits that stands for no class and is left out; None for the model's
-            ``absent``, if it has one.
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`; differentiable in x.
 
     Raises:
@@ -99,7 +99,7 @@ def input_step(
     eps: float,
     std: float | Sequence[float] | None,
 ) -> Tensor:
-    """x - eps sign(grad_x loss(x)) / std, with gradients for nothing but x.
+    """Step to x - eps sign(grad_x loss(x)) / std, with gradients for nothing but x.
 
     Args:
         where: What errors start with.

@@ -59,7 +59,7 @@ class MSP(_Softmax):
     Args:
         temperature: T > 0.
         absent: Column of the logits that stands for no class and is left out; None for the model's
-            ``absent``, if it has one.
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
 
     Raises:
@@ -77,7 +77,7 @@ class MaxLogit(OODDetector):
 
     Args:
         absent: Column of the logits that stands for no class and is left out; None for the model's
-            ``absent``, if it has one.
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
     """
 
@@ -99,7 +99,7 @@ class Energy(_Softmax):
     Args:
         temperature: T > 0.
         absent: Column of the logits that stands for no class and is left out; None for the model's
-            ``absent``, if it has one.
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
 
     Raises:
@@ -116,7 +116,7 @@ class Entropy(_Softmax):
     Args:
         temperature: T > 0.
         absent: Column of the logits that stands for no class and is left out; None for the model's
-            ``absent``, if it has one.
+            ``absent_column``, if it has one.
         model: As for :class:`OODDetector`.
 
     Raises:
@@ -214,7 +214,7 @@ class AbsentClass(OODDetector):
     logsumexp(z_1..z_C) - z_{C+1}. The prediction is over the C classes.
 
     Args:
-        absent: Column of the absent class; None for the model's ``absent``, if it has one,
+        absent: Column of the absent class; None for the model's ``absent_column``, if it has one,
             else the last.
         model: As for :class:`OODDetector`; logits are (N, C + 1).
     """

@@ -90,15 +90,15 @@ class Evaluation:
         )
 
     def to_csv(self) -> str:
-        """As :func:`oodkernels.evaluation.to_csv`."""
+        """Write CSV, see :func:`oodkernels.evaluation.to_csv`."""
         return tables.to_csv(self.rows)
 
     def to_markdown(self) -> str:
-        """As :func:`oodkernels.evaluation.to_markdown`."""
+        """Write Markdown, see :func:`oodkernels.evaluation.to_markdown`."""
         return tables.to_markdown(self.rows)
 
     def to_latex(self) -> str:
-        """As :func:`oodkernels.evaluation.to_latex`."""
+        """Write LaTeX, see :func:`oodkernels.evaluation.to_latex`."""
         return tables.to_latex(self.rows)
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,6 +149,7 @@ class Evaluation:
         facts = {
             "evaluation": self,
             "ood_sets": tables.ood_sets(self.rows)[:-1],
+            "sizes": {row.ood_set: row.n_ood for row in self.rows},
             "table": tables.lines(self.rows),
             "average": AVERAGE,
             "metric_names": tables.METRIC_NAMES,

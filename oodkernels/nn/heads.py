@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from oodkernels._files import replacing
-from oodkernels._optional import require
+from oodkernels._safetensors import read_tensors, write_tensors
 from oodkernels.groups import Groups
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -96,13 +93,25 @@ class Head(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, confidence logit)."""
+        """Logits, or (logits, confidence logit).
+
+        Raises:
+            ValueError: ``features`` have another width.
+        """
+        if features.shape[-1:] != self.mean.shape:  # else one of 1 would be stretched
+            raise ValueError(
+                f"Head: features must be (N, {len(self.mean)}), got {tuple(features.shape)}"
+            )
         features = (features.to(self.linear.weight.dtype) - self.mean) / self.std
         features = self.hidden(features)
         logits: Tensor = self.linear(features)
         if self.confidence is None:
             return logits
         return logits, self.confidence(features)
+
+    def get_classifier(self) -> nn.Linear:
+        """The layer that the logits come from, by timm's name."""
+        return self.linear
 
     @torch.no_grad()
     def standardize(self, features: Tensor) -> None:
@@ -136,18 +145,12 @@ class Head(nn.Module):
             ModuleNotFoundError: safetensors is missing.
             OSError: The file cannot be written.
         """
-        library = require("safetensors.torch", "files", "Head.save: a head's file")
         content = {
-            "version": _VERSION,
             "groups": None if self.groups is None else self.groups.to_json(),
             "absent": self.absent_column,
             "class_names": self.class_names,
         }
-        # One entry: several come in any order, and the same head would give other bytes.
-        metadata = {_FORMAT: json.dumps(content)}
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        with replacing(path) as temporary:
-            library.save_file(tensors, temporary, metadata)
+        write_tensors("Head.save", path, self.state_dict(), _FORMAT, _VERSION, content)
 
     @classmethod
     def load(cls, path: PathLike) -> Head:
@@ -159,27 +162,15 @@ class Head(nn.Module):
             OSError: The file cannot be read.
         """
         where = f"Head.load: {os.fspath(path)}"
-        library = require("safetensors", "files", "Head.load: a head's file")
-        with Path(path).open("rb"):
-            pass
+        content, tensors = read_tensors(where, path, _FORMAT, _VERSION)
         try:
-            with library.safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except library.SafetensorError as error:
-            raise ValueError(f"{where}: must be a safetensors file: {error}") from None
-        if _FORMAT not in metadata:
-            raise ValueError(f"{where}: must be the file of a head, got one without {_FORMAT!r}")
-        try:
-            head = cls._of(json.loads(metadata[_FORMAT]), tensors)
+            head = cls._of(content, tensors)
         except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{where}: {' '.join(str(e).split())}") from None
         return head.eval()
 
     @classmethod
     def _of(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
-        if content["version"] != _VERSION:
-            raise ValueError(f"version must be {_VERSION}, got {content['version']!r}")
         groups = None if content["groups"] is None else Groups.from_json(content["groups"])
         weight = tensors["linear.weight"]
         hidden: list[int] = []

@@ -20,7 +20,7 @@ pytest.importorskip("typer")
 from test_cli import oodk, plain
 
 from oodkernels import Groups, ood_metrics
-from oodkernels.detectors import KNN, ODIN, AbsentClass, Energy
+from oodkernels.detectors import DETECTORS, KNN, ODIN, AbsentClass, Energy
 from oodkernels.nn import Head
 from oodkernels.training import OBJECTIVES, TrainConfig
 
@@ -43,7 +43,8 @@ def data(tmp_path: Path) -> dict[str, Path]:
 
 
 def result(*arguments: object) -> Any:
-    found = oodk(*arguments, "--json", "--quiet")
+    quiet = () if arguments[0] == "group" else ("--quiet",)
+    found = oodk(*arguments, "--json", *quiet)
     assert found.exit_code == 0, found.output
     return json.loads(found.stdout)
 
@@ -77,6 +78,36 @@ def test_detectors_have_settings(data: dict[str, Path]) -> None:
         found = oodk("eval", *given, "-d", text)
         assert found.exit_code in (1, 2)
         assert message in plain(found)
+
+
+def test_all_detectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a flat head: whatever reads features, logits or both, fitted where there is a --train."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(C, 16))
+    data = {name: tmp_path / f"{name}.npz" for name in ("train", "val", "far")}
+    for name, n in (("train", 160), ("val", 40)):
+        labels = np.arange(n) % C
+        x = np.maximum(centres[labels] + rng.normal(size=(n, 16)), 0).astype(np.float32)
+        np.savez(data[name], features=x, labels=labels)
+    np.savez(data["far"], features=np.abs(2 * rng.normal(size=(60, 16))).astype(np.float32))
+    head = head_of(data, tmp_path / "flat", "softmax")
+    sets = ("--id", data["val"], "--ood", data["far"], "--head", head, "-d", "all")
+    monkeypatch.delitem(DETECTORS, "corp")  # eigenvectors of 4096 features take long
+
+    def scores(*more: object) -> dict[str, float]:
+        rows = result("eval", *sets, *more)["results"]
+        return {row["score"]: row["auroc"] for row in rows}
+
+    found = scores("--train", data["train"])
+    expected = {
+        name
+        for name, cls in DETECTORS.items()
+        if cls.spec.family in "ABCDE" and "confidence" not in cls.needs
+    } - {"mos", "mos-log-odds", "absent-class", "weighted-energy", "mcm"}
+    assert set(found) == expected
+    assert len(found) > 25
+    assert all(0 <= value <= 1 for value in found.values())
+    assert set(scores()) == {name for name in expected if not DETECTORS[name].trained_on}
 
 
 def test_several_heads_and_their_own_scores(data: dict[str, Path], tmp_path: Path) -> None:
@@ -298,3 +329,25 @@ def test_groups_go_with_the_model(here: Path) -> None:
     extracted = result("eval", "--id", "features", "--ood", "features")
     assert {row["score"] for row in extracted["results"]} == {"mos", "mos-log-odds"}
     assert extracted["results"][0]["id_accuracy"] == record["results"][0]["id_accuracy"]
+
+
+# --- groups -----------------------------------------------------------------------------------
+
+
+def test_taxonomy_says_what_is_in_misc_and_cuts_the_hierarchy(tmp_path: Path) -> None:
+    from test_groups import SYNSETS, _synset
+
+    (tmp_path / "data.noun").write_text("".join(_synset(n, *rest) for n, rest in SYNSETS.items()))
+    wnids = tmp_path / "wnids.txt"
+    wnids.write_text("\n".join(f"n{n:08d}" for n in (101, 102, 103, 104, 105, 106)))
+    given = ("group", "taxonomy", wnids, "--wordnet", tmp_path, "--out", tmp_path / "groups.json")
+    found = oodk(*given)
+    assert found.exit_code == 0, found.output
+    assert "16.7 % of the classes are in misc, with none of the names; -k cuts" in plain(found)
+    assert result(*given[:-2], "--out", tmp_path / "g.json")["misc"] == pytest.approx(1 / 6)
+    assert result(*given, "-k", 2)["sizes"] == {"canine": 3, "entity": 3}
+    assert Groups.load(tmp_path / "groups.json").names == ("canine", "entity")
+    (tmp_path / "t.csv").write_text("name,group\na,x\nb,y\n")
+    found = oodk("group", "taxonomy", tmp_path / "t.csv", "-k", 2)
+    assert found.exit_code == 2
+    assert "not for a table" in plain(found)

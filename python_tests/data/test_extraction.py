@@ -402,6 +402,23 @@ def test_a_file_of_settings_cannot_ask_for_a_shell(here: Path) -> None:
     assert (here / "made").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"file_format": "npz"}, "file_format must be safetensors or npy, got 'npz'"),
+        ({"file_format": "npy"}, "dtype must be float16, float32, float64 for npy, got 'bfloat16'"),
+        ({"batch_size": 0}, "batch_size must be an int >= 1, got 0"),
+        ({"part_size": 0.5}, "part_size must be an int >= 1, got 0.5"),
+        ({"workers": -1}, "workers must be an int >= 0, got -1"),
+    ],
+)
+def test_settings_are_refused_before_the_work(options: dict[str, Any], message: str) -> None:
+    model, transform = load_model("my_models:make")
+    plan = ExtractionPlan("x", None, None, "images", "x", "bfloat16")
+    with pytest.raises(ValueError, match=f"extract_images: {message}"):
+        extract_images(model, open_images("images", transform), "run", plan, **options)
+
+
 # --- whose classes the labels are -------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -78,6 +79,20 @@ def test_names_of_any_length_can_be_replaced(tmp_path: Path) -> None:
     assert (tmp_path / ("n" * 240)).read_text() == "x"
 
 
+def test_a_link_stays_one_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "x")
+    write_text(tmp_path / "link", "y")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "y"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match=f"is no file, and cannot be replaced: .*{name}"):
+            write_text(tmp_path / name, "x")
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "file", "pipe", "folder"}
+
+
 def test_a_folder_is_one_writers(tmp_path: Path) -> None:
     with locked(tmp_path, "Trainer"):
         holder = rf"process {os.getpid()} on {socket.gethostname()} since 20\d\d-"
@@ -90,6 +105,19 @@ def test_a_folder_is_one_writers(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with locked(tmp_path, "again"):
         pass
+
+
+def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def without(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    warned = pytest.warns(UserWarning, match=r"extract: .* cannot be locked: No locks available")
+    with warned, locked(tmp_path, "extract"):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """

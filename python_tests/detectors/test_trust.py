@@ -167,6 +167,23 @@ def test_all_detectors_of_a_head_agree_on_its_absent_column() -> None:
     torch.testing.assert_close(AbsentClass(absent=0).score(logits=first), scores["absent"])
 
 
+def test_a_head_tells_its_column_and_its_layer() -> None:
+    from oodkernels.detectors import GradNorm, extract
+    from oodkernels.nn import Head as FeatureHead
+
+    head = FeatureHead(10, 6, absent=True, hidden=[4], confidence=True)
+    for parameter in head.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    x = logits()
+    outputs = extract(head, x)
+    assert outputs.absent == 5
+    z, hidden = outputs.logits, outputs.features
+    torch.testing.assert_close(z, head.linear(hidden))
+    torch.testing.assert_close(MSP(model=head).score(x), MSP().score(logits=z[:, :5]))
+    expected = GradNorm().score(features=hidden, logits=z[:, :5])
+    torch.testing.assert_close(GradNorm(model=head).score(x), expected)
+
+
 def test_odin_leaves_the_absent_column_out() -> None:
     x, w = logits(), logits(6, 10)
     whole, classes = nn.Linear(10, 6, bias=False), nn.Linear(10, 5, bias=False)

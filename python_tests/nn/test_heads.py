@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,12 @@ def test_hidden_layers_and_scales_are_in_the_file(tmp_path: Path) -> None:
         head.standardize(x)
 
 
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_features_of_another_width_are_refused(width: int) -> None:
+    with pytest.raises(ValueError, match=rf"features must be \(N, 4\), got \(2, {width}\)"):
+        Head(4, 3)(torch.ones(2, width))
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError):
@@ -103,11 +110,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a safetensors file"):
         Head.load(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="must be the file of a head"):
+    with pytest.raises(ValueError, match=r"format must be 'oodkernels.head', got 'None'"):
         Head.load(path)
-    save_file({"a": torch.zeros(1)}, path, {"oodkernels.head": '{"version": 2}'})
+    head = {"format": "oodkernels.head", "version": 2, "groups": None}
+    save_file({"a": torch.zeros(1)}, path, {"oodkernels": json.dumps(head)})
     with pytest.raises(ValueError, match="version must be 1, got 2"):
         Head.load(path)
-    save_file({"a": torch.zeros(1)}, path, {"oodkernels.head": '{"version": 1, "groups": null}'})
+    save_file({"a": torch.zeros(1)}, path, {"oodkernels": json.dumps({**head, "version": 1})})
     with pytest.raises(ValueError, match=r"linear\.weight"):
         Head.load(path)
