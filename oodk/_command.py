@@ -96,7 +96,7 @@ class Group(TyperGroup):
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of a run."""
+        """Commands in the order of a run."""
         return sorted(self.commands, key=_ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:

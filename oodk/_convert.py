@@ -21,7 +21,7 @@ app = typer.Typer(
 
 
 class Form(str, Enum):
-    """Of a .npy file with groups."""
+    """What a .npy file with groups holds."""
 
     sizes = "sizes"
     slices = "slices"

@@ -27,7 +27,7 @@ from oodk._output import print_path
 
 
 class DType(str, Enum):
-    """Of the output."""
+    """Type of the output."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"

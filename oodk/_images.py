@@ -123,7 +123,7 @@ class ImageBatches:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Of the labels 0, 1, ...; None where nothing says."""
+        """Names of the labels 0, 1, ...; None where nothing says."""
         found: tuple[str, ...] | None = self.images.class_names
         return found
 

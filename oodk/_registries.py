@@ -29,11 +29,11 @@ class Registry(NamedTuple):
         return getattr(import_module(self.module), self.attribute)
 
     def names(self) -> list[str]:
-        """In their order."""
+        """Names in their order."""
         return list(self.found())
 
     def help(self) -> str:
-        """For a command's help."""
+        """Text for a command's help."""
         return self.describe(self.found())
 
 

@@ -124,7 +124,7 @@ def _shared(synsets: Sequence[int], paths: Mapping[int, tuple[int, ...]]) -> int
 
 
 def _path(synset: int, nouns: Mapping[int, _Noun]) -> tuple[int, ...]:
-    """From the root down, by first hypernyms."""
+    """Give the path from the root down, by first hypernyms."""
     path = [synset]
     while nouns[path[-1]].hypernyms:
         path.append(nouns[path[-1]].hypernyms[0])

@@ -312,11 +312,11 @@ class Groups:
 
         Args:
             num_classes: C.
-            k: number of groups, 1..C.
+            k: Number of groups, 1..C.
             seed: >= 0.
 
         Raises:
-            ValueError: an argument is out of its range.
+            ValueError: An argument is out of its range.
         """
         where = "Groups.random"
         num_classes = _in_range(where, "num_classes", num_classes, 1)
@@ -335,12 +335,12 @@ class Groups:
         takes the class that lies farthest from the centroid of a cluster of several.
 
         Args:
-            class_means: mean embedding per class id, finite, shape (C, d), clustered as float64.
-            k: number of groups, 1..C.
-            seed: of the initialisation, >= 0.
+            class_means: Mean embedding per class id, finite, shape (C, d), clustered as float64.
+            k: Number of groups, 1..C.
+            seed: Of the initialisation, >= 0.
 
         Raises:
-            ValueError: wrong shape, a value is not finite, or k is out of range.
+            ValueError: Wrong shape, a value is not finite, or k is out of range.
         """
         where = "Groups.from_features"
         if isinstance(class_means, Tensor):
@@ -385,14 +385,14 @@ class Groups:
 
         Args:
             wnids: WordNet 3.0 id of each class id, such as "n01440764", as ImageNet has them.
-            wordnet: directory with WordNet 3.0's file ``data.noun``. By default ``$WNSEARCHDIR``,
+            wordnet: Directory with WordNet 3.0's file ``data.noun``. By default ``$WNSEARCHDIR``,
                 or else where systems keep it (Debian: package wordnet-base).
             k: Number of groups; None for the super-classes.
 
         Raises:
-            ValueError: an id is malformed or not in the database, or that is not WordNet 3.0; or
+            ValueError: An id is malformed or not in the database, or that is not WordNet 3.0; or
                 ``k`` is not 1 to the number of classes.
-            FileNotFoundError: there is no ``data.noun``.
+            FileNotFoundError: There is no ``data.noun``.
         """
         if k is not None:
             labels = cut("Groups.from_wordnet", wnids, k, wordnet)
@@ -497,18 +497,18 @@ class Groups:
 
         Args:
             class_ids: integers, any shape and device.
-            ignore_index: a value outside 0..C-1 that is kept as it is.
+            ignore_index: A value outside 0..C-1 that is kept as it is.
 
         Returns:
             int64, the shape and device of ``class_ids``.
 
         Raises:
-            ValueError: an id is neither in 0..C-1 nor ``ignore_index`` (-1, the label of OOD
+            ValueError: An id is neither in 0..C-1 nor ``ignore_index`` (-1, the label of OOD
                 samples, is neither unless ``ignore_index`` says so), or ``ignore_index`` is a
                 class. Contents are looked at on the CPU, elsewhere only under
                 ``OODK_VALIDATE=1``: reading them back would wait for the device. Unchecked, an
                 id that is no class stays as it is, for the op that takes it to refuse.
-            TypeError: not an integer tensor.
+            TypeError: Not an integer tensor.
         """
         where = "Groups.to_grouped"
         if 0 <= ignore_index < self.num_classes:
@@ -527,9 +527,9 @@ class Groups:
             int64, the shape and device of ``grouped``.
 
         Raises:
-            ValueError: an index is outside -1..C-1. Checked as in :meth:`to_grouped`; unchecked,
+            ValueError: An index is outside -1..C-1. Checked as in :meth:`to_grouped`; unchecked,
                 such an index gives -1.
-            TypeError: not an integer tensor.
+            TypeError: Not an integer tensor.
         """
         _check_ids("Groups.to_class: grouped", grouped, self.num_classes, -1)
         return _look_up(self.to(grouped.device)._classes, grouped)
@@ -544,9 +544,9 @@ class Groups:
             int64, the shape and device of ``class_ids``.
 
         Raises:
-            ValueError: an id is outside 0..C-1. Checked as in :meth:`to_grouped`; unchecked,
+            ValueError: An id is outside 0..C-1. Checked as in :meth:`to_grouped`; unchecked,
                 such an id gives -1.
-            TypeError: not an integer tensor.
+            TypeError: Not an integer tensor.
         """
         _check_ids("Groups.to_column: class_ids", class_ids, self.num_classes)
         return _look_up(self.to(class_ids.device)._column, class_ids)
@@ -561,9 +561,9 @@ class Groups:
             int64, the shape and device of ``columns``.
 
         Raises:
-            ValueError: a column is outside 0..C+K-1. Checked as in :meth:`to_grouped`;
+            ValueError: A column is outside 0..C+K-1. Checked as in :meth:`to_grouped`;
                 unchecked, such a column gives -1.
-            TypeError: not an integer tensor.
+            TypeError: Not an integer tensor.
         """
         _check_ids("Groups.from_column: columns", columns, self.width)
         return _look_up(self.to(columns.device)._class_at, columns)
@@ -637,8 +637,8 @@ class Groups:
         """Groups from a file that :meth:`save` wrote.
 
         Raises:
-            ValueError: as :meth:`from_json`, or the file is not text.
-            OSError: the file cannot be read.
+            ValueError: As :meth:`from_json`, or the file is not text.
+            OSError: The file cannot be read.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,35 @@ def test_api_covers_every_public_name() -> None:
     rooms = [name for name in hooks.public_names() if name.count(".") == 1]
     assert len(rooms) > 8
     assert hooks.missing(everything, rooms) == []
+
+
+# What a fragment begins with: "Of SGD." leaves open what is of SGD.
+FRAGMENTS = {"As", "By", "For", "From", "In", "Of", "Over", "To", "With", "Without"}
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Those of modules, classes and functions, and the texts below attributes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            for before, statement in zip([node, *node.body], node.body, strict=False):
+                if (
+                    (before is node or isinstance(before, (ast.Assign, ast.AnnAssign)))
+                    and isinstance(statement, ast.Expr)
+                    and isinstance(statement.value, ast.Constant)
+                    and isinstance(statement.value.value, str)
+                ):
+                    yield statement.lineno, statement.value.value
+
+
+def test_docstrings_start_with_a_capital_and_a_whole_phrase() -> None:
+    wrong = []
+    for path in sorted((*(ROOT / "oodkernels").rglob("*.py"), *(ROOT / "oodk").rglob("*.py"))):
+        for line, text in docstrings(path):
+            words = text.split()
+            fragment = len(words) < 2 or words[0] in FRAGMENTS
+            if fragment or not re.match(r"[A-Z0-9`(:\"<]", words[0]):
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {' '.join(words)[:60]}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_figures_are_those_of_the_results() -> None:

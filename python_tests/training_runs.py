@@ -49,6 +49,18 @@ def make_outliers() -> Tensor:
     return 2 * torch.rand(400, WIDTH, generator=torch.Generator().manual_seed(5))
 
 
+def config(**given: Any) -> TrainConfig:
+    return TrainConfig(**({"epochs": 2, "lr": 0.02, "accelerator": "cpu"} | given))
+
+
+def loader(n: int = 100, batch_size: int = 16) -> DataLoader[Any]:
+    return tensor_loader(*blobs(n), batch_size=batch_size, shuffle=True)
+
+
+def outlier_loader(batch_size: int = 32) -> DataLoader[Any]:
+    return tensor_loader(make_outliers(), batch_size=batch_size, shuffle=True)
+
+
 def make_model(name: str, dropout: float = 0.0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(11)

@@ -1,4 +1,4 @@
-"""K-means."""
+"""K-means on tensors, over processes, and as an estimator."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -47,7 +47,7 @@ class ExtractionPlan:
     absent_column: int | None = None
     """Column of the model's absent class, if it has one."""
     groups: str | None = None
-    """Of a MOS model, as :meth:`oodkernels.Groups.to_json` writes them."""
+    """Groups of a MOS model, as :meth:`oodkernels.Groups.to_json` writes them."""
 
 
 def extract_images(

@@ -79,7 +79,7 @@ class ConformalPValues:
 
     @classmethod
     def from_metric(cls, metric: Any, *, delta: float | None = None) -> ConformalPValues:
-        """From the ID scores that a metric has seen, in bounded memory.
+        """Take the ID scores that a metric has seen, in bounded memory.
 
         Where the metric has counted scores in bins, a calibration score counts as <= s where it
         may be: p-values are never below those of the scores themselves, so all guarantees stand.

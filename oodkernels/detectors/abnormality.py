@@ -330,7 +330,7 @@ class AbnormalityModule(OODDetector):
         decoder: nn.Module | None = None,
         noise: Noise | None = None,
     ) -> Self:
-        """As :meth:`OODDetector.load`.
+        """Load, like :meth:`OODDetector.load`.
 
         Args:
             path: As there.

@@ -443,7 +443,7 @@ class PNML(HeadDetector):
         self._factor: Tensor | None = None
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
-        """As of :class:`SHE`."""
+        """Sum over processes, like :class:`SHE`'s."""
         dist.all_reduce(self.gram, group=group)
         self._status, self.threshold = "pending", None
         return self

@@ -71,7 +71,7 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """Of the first tensor there is."""
+        """Device of the first tensor there is."""
         return self.tensors()[0][1].device
 
     def tensors(self) -> list[tuple[str, Tensor]]:

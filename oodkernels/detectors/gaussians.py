@@ -51,7 +51,7 @@ class _Gaussians(OODDetector):
         self._reset()
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
-        """As of :class:`Mahalanobis`."""
+        """Sum over processes, like :class:`Mahalanobis`'s."""
         self.statistics.all_reduce(group)
         self._status, self.threshold = "pending", None
         return self

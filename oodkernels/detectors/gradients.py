@@ -99,7 +99,7 @@ def input_step(
     eps: float,
     std: float | Sequence[float] | None,
 ) -> Tensor:
-    """x - eps sign(grad_x loss(x)) / std, with gradients for nothing but x.
+    """Step to x - eps sign(grad_x loss(x)) / std, with gradients for nothing but x.
 
     Args:
         where: What errors start with.

@@ -290,7 +290,7 @@ def to_model(model: Model, x: Tensor) -> Tensor:
 
 
 def _first(module: nn.Module, kind: str) -> Tensor | None:
-    """As ``next(model.parameters())``, in a tenth of the time."""
+    """Like ``next(model.parameters())``, in a tenth of the time."""
     for tensor in getattr(module, kind).values():
         if tensor is not None:
             return tensor
@@ -346,7 +346,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """As ``model.modules()``, in a third of the time; a shared layer may come twice."""
+    """Like ``model.modules()``, in a third of the time; a shared layer may come twice."""
     found, seen, waiting = [model], {id(model)}, [model]
     while waiting:
         for child in waiting.pop()._modules.values():

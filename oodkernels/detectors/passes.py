@@ -70,7 +70,7 @@ def completed(
     batch: Batch,
     wanted: frozenset[str] | None = None,
 ) -> list[Batch]:
-    """For each detector a checked batch that has what it needs; a model runs once at most."""
+    """Give each detector a checked batch that has what it needs; a model runs once at most."""
     ran: dict[int, Batch] = {}
     own = []
     for detector in detectors:

@@ -134,7 +134,7 @@ class TemperatureScaling(OODDetector):
 
 
 def _best_scale(where: str, z: Tensor, y: Tensor) -> Tensor:
-    """beta > 0 that minimises the mean of -log softmax(beta z)_y, a float64 scalar."""
+    """Find the beta > 0 that minimises the mean of -log softmax(beta z)_y, a float64 scalar."""
     chunks = list(zip(z.split(4096), y.split(4096), strict=True))
 
     def moments(beta: float) -> tuple[float, float, float]:
@@ -414,7 +414,7 @@ class OpenMax(OODDetector):
         self.shapes, self.scales = _weibull(tails - self.starts[:, None] + _SHIFT)
 
     def _distance(self, z: Tensor, means: Tensor) -> Tensor:
-        """Of logits (..., C) to means of the same shape."""
+        """Distance of logits (..., C) to means of the same shape."""
         far = (z - means).norm(dim=-1)
         if self.distance == "euclidean":
             return far

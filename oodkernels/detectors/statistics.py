@@ -57,12 +57,12 @@ class ClassStatistics:
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number C of classes."""
         return len(self.counts)
 
     @property
     def width(self) -> int:
-        """d, 0 before the first rows."""
+        """Width d of the features, 0 before the first rows."""
         return len(self.scatter)
 
     @property

@@ -177,7 +177,7 @@ class ViM(Residual):
         self._sample.add(present(batch.features), largest)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
-        """As of :class:`Residual`; each process must have had a batch."""
+        """Sum over processes, like :class:`Residual`'s; each process must have had a batch."""
         super().all_reduce(group)
         self._ready("ViM.all_reduce")
         sums = self._sums()
@@ -197,7 +197,7 @@ class ViM(Residual):
         self.alpha = (largest / outside).reshape(1)
 
     def _sums(self) -> Tensor:
-        """Of the sample: the largest logits, and the norms outside the subspace."""
+        """Sums of the sample: the largest logits, and the norms outside the subspace."""
         features, largest = present(self._sample).rows()
         return torch.stack([largest.double().sum(), self._outside(features.double()).sum()])
 

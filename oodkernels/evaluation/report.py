@@ -131,7 +131,7 @@ def histograms(methods: Sequence[Methods]) -> Figure:
 
 
 def _legend(figure: Figure, panels: Sequence[Axes], columns: int, **options: Any) -> None:
-    """Of all panels together, each label once."""
+    """Draw the legend of all panels together, each label once."""
     entries = {
         label: handle
         for axes in panels
@@ -263,7 +263,7 @@ def _others_as_map(models: Sequence[GroupOthers]) -> Figure:
 
 
 def _names(model: GroupOthers) -> list[str]:
-    """Of the groups: their own, or where these are but numbers, the classes if they are few."""
+    """Names of the groups: their own, or where these are but numbers, their few classes."""
     numbered = model.names == [str(i) for i in range(len(model.names))]
     if numbered and max(map(len, model.groups)) <= 8:
         return [" ".join(map(str, group)) for group in model.groups]

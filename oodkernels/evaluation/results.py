@@ -90,15 +90,15 @@ class Evaluation:
         )
 
     def to_csv(self) -> str:
-        """As :func:`oodkernels.evaluation.to_csv`."""
+        """Write CSV, see :func:`oodkernels.evaluation.to_csv`."""
         return tables.to_csv(self.rows)
 
     def to_markdown(self) -> str:
-        """As :func:`oodkernels.evaluation.to_markdown`."""
+        """Write Markdown, see :func:`oodkernels.evaluation.to_markdown`."""
         return tables.to_markdown(self.rows)
 
     def to_latex(self) -> str:
-        """As :func:`oodkernels.evaluation.to_latex`."""
+        """Write LaTeX, see :func:`oodkernels.evaluation.to_latex`."""
         return tables.to_latex(self.rows)
 
     def as_dict(self) -> dict[str, Any]:

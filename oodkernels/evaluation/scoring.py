@@ -270,7 +270,7 @@ def _called(samples: Samples) -> str:
 def _pruned(
     samples: Samples, detectors: Mapping[str, OODDetector] | None, model: Model | None
 ) -> Samples:
-    """Without the features that no one would read."""
+    """Leave out the features that no one would read."""
     used = model is not None or any("features" in d.needs for d in (detectors or {}).values())
     roles = [role for role in samples.arrays if role != "features" or used]
     return samples.only(*roles) if set(roles) - {"labels"} else samples

@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
     @property
     def percent(self) -> str:
-        """In per cent, a dash where there is no value."""
+        """Write in per cent, a dash where there is no value."""
         return "-" if math.isnan(self.value) else f"{100 * self.value:.2f}"
 
 

@@ -278,7 +278,7 @@ def _bins(
 def bins_of_sums(
     edges: Tensor, count: Tensor, right: Tensor, confidence: Tensor
 ) -> CalibrationBins:
-    """From the ends of bins, and of each the answers, the right ones and the sum of confidence."""
+    """Make bins of their ends, and of each the answers, the right ones, the sum of confidence."""
     n = count.cpu().numpy()
     with np.errstate(invalid="ignore"):
         return CalibrationBins(

@@ -435,7 +435,7 @@ def _sum_of_squares(values: Ints) -> int:
 
 
 def _checked(where: str, name: str, scores: Scores) -> Tensor:
-    """As float64, which holds every type: flat, neither empty nor NaN."""
+    """Bring to float64, which holds every type: flat, neither empty nor NaN."""
     x = as_tensor(where, name, scores)
     if x.dim() < 1:
         raise ValueError(f"{where}: {name} must have at least one dimension, got a scalar")

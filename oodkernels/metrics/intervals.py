@@ -186,7 +186,7 @@ def _sigmoid(x: float) -> float:
 
 
 def _stirling_error(n: int) -> float:
-    """log n! - log(sqrt(2 pi n) (n / e)^n)."""
+    """Stirling's error, log n! - log(sqrt(2 pi n) (n / e)^n)."""
     if n < 16:
         return math.lgamma(n + 1) - (n + 0.5) * math.log(n) + n - 0.5 * math.log(2 * math.pi)
     m = float(n) * n
@@ -194,7 +194,7 @@ def _stirling_error(n: int) -> float:
 
 
 def _deviance(x: float, mean: float) -> float:
-    """x log(x / mean) + mean - x without cancellation at x near mean."""
+    """Deviance x log(x / mean) + mean - x without cancellation at x near mean."""
     if abs(x - mean) > 0.1 * (x + mean):
         return x * math.log(x / mean) + mean - x
     v = (x - mean) / (x + mean)
@@ -240,7 +240,7 @@ def _beta_cdf(x: float, a: int, b: int) -> float:
 
 
 def _beta_quantile(a: int, b: int, lower: float) -> float:
-    """x with I_x(a, b) = lower: Newton's method inside a shrinking bracket."""
+    """Find x with I_x(a, b) = lower: Newton's method inside a shrinking bracket."""
     low, high = 0.0, 1.0
     # From Wilson's normal approximation.
     n, z = a + b - 1, NormalDist().inv_cdf(lower)

@@ -582,7 +582,7 @@ class _Sweep:
             window *= 4
 
     def fpr_interval(self, tpr: float, confidence: float) -> Interval:
-        """Of the population's FPR at the population's threshold.
+        """Interval of the population's FPR at the population's threshold.
 
         The positives' order statistics bound the threshold with confidence c, the negatives beyond
         each bound its FPR with confidence c, and as the samples are independent both hold with

@@ -93,7 +93,15 @@ class Head(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, confidence logit)."""
+        """Logits, or (logits, confidence logit).
+
+        Raises:
+            ValueError: ``features`` have another width.
+        """
+        if features.shape[-1:] != self.mean.shape:  # else one of 1 would be stretched
+            raise ValueError(
+                f"Head: features must be (N, {len(self.mean)}), got {tuple(features.shape)}"
+            )
         features = (features.to(self.linear.weight.dtype) - self.mean) / self.std
         features = self.hidden(features)
         logits: Tensor = self.linear(features)

@@ -14,7 +14,7 @@ from oodkernels.ops.mos import mos_loss, mos_predict
 if TYPE_CHECKING:
     from oodkernels.ops.mos import MOSPrediction
 
-__all__ = ["MOSHead", "MOSLoss"]
+__all__ = ["MOSHead", "MOSLoss", "check_layout"]
 
 
 class MOSHead(nn.Linear):
@@ -27,11 +27,11 @@ class MOSHead(nn.Linear):
     Shapes: features (..., in_features) to logits (..., groups.width), of the weight's dtype.
 
     Args:
-        in_features: width of the features.
-        groups: the classes and their groups. The head keeps them on its own device.
-        bias: whether there is one.
-        device: of the parameters.
-        dtype: of the parameters.
+        in_features: Width of the features.
+        groups: The classes and their groups. The head keeps them on its own device.
+        bias: Whether there is one.
+        device: Of the parameters.
+        dtype: Of the parameters.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class MOSHead(nn.Linear):
         """The head whose parameters and groups a state dict holds under ``prefix``.
 
         Raises:
-            ValueError: the state dict holds no such head.
+            ValueError: The state dict holds no such head.
         """
         state = {
             key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)
@@ -79,7 +79,7 @@ class MOSHead(nn.Linear):
         """:func:`mos_predict` on the logits of ``features``, with class ids as labels.
 
         Args:
-            features: shape (..., in_features).
+            features: Shape (..., in_features).
 
         Returns:
             Score, log_odds, label, group and prob, each of shape (...). The label is the user's
@@ -97,21 +97,10 @@ class MOSHead(nn.Linear):
         """Check that a state dict's groups are those of the head.
 
         Raises:
-            ValueError: they are not.
+            ValueError: They are not.
         """
-        mine, found = self.groups.to("cpu"), _decode(state)
         where = "MOSHead: the state dict must have the groups of the head,"
-        if (len(mine), mine.num_classes) != (len(found), found.num_classes):
-            raise ValueError(f"{where} {mine}, got {found}")
-        class_ids = torch.arange(mine.num_classes, device="cpu")
-        expected, got = mine.to_column(class_ids), found.to_column(class_ids)
-        if not torch.equal(expected, got):
-            c = int((expected != got).nonzero()[0])
-            raise ValueError(
-                f"{where} with class {c} in column {expected[c]} (group "
-                f"{mine.names[mine.class_to_group[c]]!r}), got column {got[c]} (group "
-                f"{found.names[found.class_to_group[c]]!r})"
-            )
+        check_layout(where, self.groups, _decode(state))
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the head."""
@@ -131,11 +120,11 @@ class MOSLoss(nn.Module):
     loss(target_b)``, one ``lam`` a batch, as in the authors' training.
 
     Args:
-        groups: the classes and their groups.
+        groups: The classes and their groups.
         reduction: "mean" over the samples that are not ignored, as
             :class:`torch.nn.CrossEntropyLoss` has it (with mixup each target has its own mean),
             "sum", or "none".
-        ignore_index: target of samples that are left out; no class id.
+        ignore_index: Target of samples that are left out; no class id.
     """
 
     def __init__(
@@ -167,18 +156,18 @@ class MOSLoss(nn.Module):
         """The loss.
 
         Args:
-            logits: shape (..., groups.width), float64, float32, bfloat16 or float16.
-            target: class ids 0..C-1 or ``ignore_index``, integers, shape (...).
-            target_b: with mixup, the class ids of the samples mixed in.
-            lam: with mixup, the share of ``target``, in 0..1: a float or a 0-d tensor.
+            logits: Shape (..., groups.width), float64, float32, bfloat16 or float16.
+            target: Class ids 0..C-1 or ``ignore_index``, integers, shape (...).
+            target_b: With mixup, the class ids of the samples mixed in.
+            lam: With mixup, the share of ``target``, in 0..1: a float or a 0-d tensor.
 
         Returns:
             Shape () or, with reduction "none", (...); float64 for float64 logits, else float32.
 
         Raises:
-            ValueError: a target is out of range (see :meth:`Groups.to_grouped`), shapes disagree,
+            ValueError: A target is out of range (see :meth:`Groups.to_grouped`), shapes disagree,
                 ``lam`` is out of range or no scalar, or given without ``target_b`` or the reverse.
-            TypeError: targets are not integers.
+            TypeError: Targets are not integers.
         """
         loss = self._loss(logits, target)
         if target_b is None and lam is None:
@@ -204,6 +193,31 @@ class MOSLoss(nn.Module):
             self.groups,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+        )
+
+
+def check_layout(where: str, expected: Groups, found: Groups) -> None:
+    """Refuse groups that lay out the columns otherwise than others; names may differ.
+
+    Args:
+        where: The beginning of the message.
+        expected: Those of a head.
+        found: Those to be used with it.
+
+    Raises:
+        ValueError: A class has another column.
+    """
+    mine, found = expected.to("cpu"), found.to("cpu")
+    if (len(mine), mine.num_classes) != (len(found), found.num_classes):
+        raise ValueError(f"{where} {mine}, got {found}")
+    class_ids = torch.arange(mine.num_classes, device="cpu")
+    columns, got = mine.to_column(class_ids), found.to_column(class_ids)
+    if not torch.equal(columns, got):
+        c = int((columns != got).nonzero()[0])
+        raise ValueError(
+            f"{where} with class {c} in column {columns[c]} (group "
+            f"{mine.names[mine.class_to_group[c]]!r}), got column {got[c]} (group "
+            f"{found.names[found.class_to_group[c]]!r})"
         )
 
 

@@ -32,9 +32,9 @@ class Weights(NamedTuple):
     absent_column: int | None = None
     """Column of the absent class, the last; None without one."""
     groups: Groups | None = None
-    """Of a MOS head."""
+    """Groups of a MOS head."""
     class_names: list[str] | None = None
-    """By class id."""
+    """Names by class id."""
 
     @property
     def num_classes(self) -> int | None:

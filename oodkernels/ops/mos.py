@@ -75,14 +75,14 @@ class MOSPrediction(NamedTuple):
     score: Tensor
     """S_MOS = -min_k p^k_others, in [-1, 0]; higher = more in-distribution."""
     log_odds: Tensor
-    """max_k (logsumexp of group k's class logits - its others logit). Ranks as ``score`` does and
-    never saturates; ``score = -sigmoid(-log_odds)``."""
+    """Log-odds, max_k (logsumexp of group k's class logits - its others logit). Ranks as ``score``
+    does and never saturates; ``score = -sigmoid(-log_odds)``."""
     label: Tensor
     """Predicted class, int64, an index 0..C-1 in grouped order (``Groups.to_class`` maps back)."""
     group: Tensor
     """Group of the predicted class, int64."""
     prob: Tensor
-    """p^group of the predicted class."""
+    """Probability p^group of the predicted class."""
 
 
 def mos_score(logits: Tensor, groups: OffsetsLike) -> Tensor:

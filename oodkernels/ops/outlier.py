@@ -24,10 +24,10 @@ class OutlierCrossEntropyResult(NamedTuple):
     """What :func:`outlier_cross_entropy` returns, each (...,), in nats."""
 
     loss: Tensor
-    """logsumexp(z) - z_target of an ID sample, logsumexp(z) - mean(z) of an OOD sample: the cross
-    entropy of softmax(z) to the target's class, or to the uniform distribution."""
+    """Loss: logsumexp(z) - z_target of an ID sample, logsumexp(z) - mean(z) of an OOD sample: the
+    cross entropy of softmax(z) to the target's class, or to the uniform distribution."""
     logsumexp: Tensor
-    """logsumexp(z): minus the energy at temperature 1."""
+    """Value of logsumexp(z): minus the energy at temperature 1."""
 
 
 def outlier_cross_entropy(logits: Tensor, target: Tensor) -> OutlierCrossEntropyResult:

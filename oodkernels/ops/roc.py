@@ -38,7 +38,7 @@ class ROCMetricsResult(NamedTuple):
     threshold_out: Tensor
     """The least score at or below which lies a share >= tpr of the OOD scores."""
     detection_error: Tensor
-    """min over thresholds of (1 - TPR) / 2 + FPR / 2."""
+    """Minimum over thresholds of (1 - TPR) / 2 + FPR / 2."""
     base_rate_in: Tensor
     """Share of ID among all scores."""
     base_rate_out: Tensor
@@ -89,7 +89,7 @@ class ROCCounts(NamedTuple):
     ood_squares: int
     """Sum over OOD scores y of (2 #{id > y} + #{id = y})^2."""
     separation: int
-    """max over thresholds of n_id n_ood (TPR - FPR), 0 for a threshold that keeps nothing."""
+    """Maximum over thresholds of n_id n_ood (TPR - FPR), 0 for a threshold that keeps nothing."""
 
 
 class ROCAreas(NamedTuple):
@@ -144,7 +144,7 @@ def roc_counts(id_keys: Tensor, ood_keys: Tensor) -> tuple[ROCCounts, ROCAreas]:
 
 
 def exact_ceil(share: float, n: int) -> int:
-    """ceil(share n), with share the decimal it prints as."""
+    """Round share n up, with share the decimal it prints as."""
     exact = Fraction(str(share))  # which of a NumPy number, too, is its decimal
     return -(-exact.numerator * n // exact.denominator)
 

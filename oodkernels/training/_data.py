@@ -230,7 +230,7 @@ class FitData:
     # What two runs that are one have in common
 
     def facts(self) -> dict[str, Any]:
-        """Of the loaders, for a checkpoint."""
+        """Facts of the loaders, for a checkpoint."""
         found = {"training": self.train, "validation": self.validation, "outlier": self.outliers}
         return {name: source.facts() for name, source in found.items() if source is not None}
 

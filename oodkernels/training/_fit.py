@@ -70,12 +70,13 @@ class Fit:
         self.log = Log(self._path("log.csv"), self.fabric.is_global_zero)
 
     def run(self, resume: bool | PathLike) -> None:
-        """Train."""
+        """Train the model."""
         trainer, fabric, config = self.trainer, self.fabric, self.config
         with ExitStack() as stack:
             checkpoint = self._open(resume, stack)
             stack.enter_context(_modes.own_modes(self.model))
             stack.enter_context(global_seed(config.seed + fabric.global_rank, fabric.device))
+            self.objective.check_absent(self.model)
             with seeded((config.seed,)):  # the same on every process
                 self.objective.columns = None
                 self.objective.prepare(self.model, self.data.sample)

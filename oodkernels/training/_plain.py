@@ -66,7 +66,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def plain_option(value: Any, where: str) -> Any:
-    """As :func:`plain`, for a TOML file: groups as their JSON, arrays as lists, no None in lists.
+    """Like :func:`plain`, for a TOML file: groups as their JSON, arrays as lists, no None in lists.
 
     Raises:
         TypeError: As there.

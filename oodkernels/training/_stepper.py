@@ -161,7 +161,7 @@ class Stepper:
             undo()
 
     def _factor(self, step: int) -> float:
-        """Of the learning rate, in a step."""
+        """Factor of the learning rate, in a step."""
         c = self.config
         if step < c.warmup:
             return (step + 1) / c.warmup
@@ -173,7 +173,7 @@ class Stepper:
         return (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the processes."""
+        """Sum over the processes."""
         if self.shares.world == 1:
             return values
         found = self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="sum")

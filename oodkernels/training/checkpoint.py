@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, path: PathLike, ema: bool = True) -> None:
 
 
 def _digests(state: Mapping[str, Any]) -> dict[str, str]:
-    """Of every tensor, and of all other values together."""
+    """Digests of every tensor, and of all other values together."""
     tensors: dict[str, str] = {}
     rest = []
     for name, value in _leaves(state, ""):

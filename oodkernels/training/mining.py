@@ -426,11 +426,11 @@ class POEMMiner(OutlierMiner):
         return self._gram.to(x.device), self._moment.to(x.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """As for every miner, and Z^T Z and Z^T y."""
+        """Keep what every miner does, and Z^T Z and Z^T y."""
         return super().state_dict() | {"gram": self._gram, "moment": self._moment}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As for every miner."""
+        """Go on from there, as every miner does."""
         super().load_state_dict(state)
         self._gram, self._moment = state["gram"].clone(), state["moment"].clone()
 

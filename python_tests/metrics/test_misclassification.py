@@ -249,6 +249,22 @@ def test_a_collection_does_not_lend_sums_between_thresholds():
     assert both["high"].compute()["open_set_accuracy"] == 0.5
 
 
+def test_an_empty_batch_has_no_figures():
+    figures = make(threshold=0.5)(torch.empty(0), torch.empty(0, dtype=torch.bool))
+    assert math.isnan(figures["open_set_accuracy"])
+    assert math.isnan(figures["auroc"])
+    assert figures["n_right"] == 0
+
+
+def test_sums_of_another_threshold_are_refused():
+    metric, other = make(threshold=0.5), make(threshold=0.25)
+    other.update([0.4], [True])
+    other.persistent(True)
+    match = "incoming_state must have the threshold 0.5, got 0.25"
+    with pytest.raises(ValueError, match=f"load_state_dict: {match}"):
+        metric.load_state_dict(other.state_dict())
+
+
 def test_tpr_names_the_fpr():
     confidence, predicted, label = answers()
     inside = label >= 0

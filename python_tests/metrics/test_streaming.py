@@ -806,6 +806,53 @@ def test_distributed(tmp_path):
                 assert width(single_n[name], "auroc") < 1e-4
 
 
+def alone(**options):
+    """A metric that syncs with no one but itself."""
+    return OODMetrics(
+        distributed_available_fn=lambda: True, dist_sync_fn=lambda x, group: [x], **options
+    )
+
+
+def test_what_is_raised_while_synced_leaves_a_metric_as_it_was():
+    metric = alone()
+    metric.update([1.0, 2.0], False)
+    for refused in (metric.compute, metric.levels, metric.plot):
+        with pytest.raises(ValueError, match="there are no OOD scores yet"):
+            refused()
+        assert not metric._is_synced
+    metric.update([0.0], True)
+    assert metric.compute()["auroc"] == 1
+    other = OODMetrics()
+    other.update_id([3.0])
+    other.update_ood("ood", [0.0])
+    buffer = io.BytesIO()
+    torch.save(other.metric_state, buffer)
+    theirs = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+    before = state_of(metric)
+    metric._computed, metric.dist_sync_fn = None, lambda x, group: [x, theirs]
+    with pytest.raises(ValueError, match="OOD sets must have names when one is called 'ood'"):
+        metric.compute()
+    assert all(same(v, before[k]) for k, v in metric.metric_state.items())
+    metric.dist_sync_fn = lambda x, group: [x]
+    assert metric.compute()["n_id"] == 2
+
+
+def test_states_of_other_settings_are_refused():
+    exact, bounded = OODMetrics(exact=True), OODMetrics()
+    for metric in (exact, bounded):
+        metric.update([1.0, 0.0], [1, -1])
+        metric.persistent(True)
+    for one, other in ((exact, bounded), (bounded, exact)):
+        for take in (
+            lambda: one.merge_state(dict(other.metric_state)),  # noqa: B023
+            lambda: one.load_state_dict(other.state_dict()),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="an exact metric merges with exact ones only"):
+                take()
+    with pytest.raises(ValueError, match="a state must be an OODMetrics or a dict of its states"):
+        bounded.merge_state({"counts": torch.zeros(3)})
+
+
 def test_inside_lightning(tmp_path):
     lightning = pytest.importorskip("lightning")
 

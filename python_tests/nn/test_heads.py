@@ -96,6 +96,12 @@ def test_hidden_layers_and_scales_are_in_the_file(tmp_path: Path) -> None:
         head.standardize(x)
 
 
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_features_of_another_width_are_refused(width: int) -> None:
+    with pytest.raises(ValueError, match=rf"features must be \(N, 4\), got \(2, {width}\)"):
+        Head(4, 3)(torch.ones(2, width))
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError):

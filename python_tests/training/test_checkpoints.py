@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("lightning_fabric")
 
-from training_runs import CLASSES, blobs, make_model, make_outliers, options
+from training_runs import CLASSES, blobs, config, loader, make_model, make_outliers, options
 
 from oodkernels.training import (
     OBJECTIVES,
@@ -31,22 +31,6 @@ from oodkernels.training import (
 )
 from oodkernels.training._plain import plain
 from oodkernels.training.checkpoint import save_checkpoint
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def config(**given: Any) -> TrainConfig:
-    return TrainConfig(**({"epochs": 2, "lr": 0.02, "accelerator": "cpu"} | given))
-
-
-def loader(n: int = 100, batch_size: int = 16, shuffle: bool = True) -> DataLoader[Any]:
-    return tensor_loader(*blobs(n), batch_size=batch_size, shuffle=shuffle)
 
 
 def normed() -> nn.Sequential:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import runpy
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("lightning_fabric")
 
-from training_runs import CLASSES, blobs, make_model, make_outliers, options
+from training_runs import CLASSES, blobs, loader, make_model, make_outliers, options, outlier_loader
+from training_runs import config as two_epochs
 
 from oodkernels import Groups
 from oodkernels.detectors import DETECTORS
@@ -40,27 +41,8 @@ from oodkernels.training import (
     tensor_loader,
 )
 
+config = partial(two_epochs, epochs=1)
 GROUPS, OTHERS = Groups([0, 1, 1, 0]), Groups([0, 1, 0, 1])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def config(**given: Any) -> TrainConfig:
-    return TrainConfig(**({"epochs": 1, "lr": 0.02, "accelerator": "cpu"} | given))
-
-
-def loader(n: int = 100, batch_size: int = 16) -> Any:
-    return tensor_loader(*blobs(n), batch_size=batch_size, shuffle=True)
-
-
-def outliers(batch_size: int = 32) -> Any:
-    return tensor_loader(make_outliers(), batch_size=batch_size, shuffle=True)
 
 
 # --- registry -------------------------------------------------------------------------------------
@@ -108,7 +90,7 @@ def test_train_toml_gives_the_run_back(name: str, tmp_path: Path) -> None:
     x, y = blobs(32)
     x = x.view(-1, 1, 4, 4) if name in ("synthetic", "abnormality") else x
     train = tensor_loader(x, y, batch_size=16)
-    trainer.fit(train, outliers() if objective.outliers else None)
+    trainer.fit(train, outlier_loader() if objective.outliers else None)
     read = TrainConfig.from_toml((tmp_path / "train.toml").read_text())
     assert read.objective == name
     again = Trainer(make_model(name), config=read)
@@ -213,7 +195,9 @@ def test_a_run_does_not_go_on_as_another(
         trainer = Trainer(
             model, make_objective(name, given), config(epochs=epochs), folder=tmp_path
         )
-        trainer.fit(loader(), outliers() if trainer.objective.outliers else None, resume=resume)
+        trainer.fit(
+            loader(), outlier_loader() if trainer.objective.outliers else None, resume=resume
+        )
 
     fit(*first, 1, False)
     with pytest.raises(ValueError, match=f"where TrainConfig.{message}"):
@@ -233,6 +217,17 @@ def test_groups_of_a_plain_head_are_compared(tmp_path: Path) -> None:
         fit(Groups([0, 0, 1, 1]), True)
 
 
+def test_groups_are_those_of_the_head() -> None:
+    """Of equal width, but with other columns for the classes."""
+    message = r"groups must be those of the model's head, with class 2 in column 5 .* got column 2"
+    for model in (make_model("mos"), Head(16, 6, GROUPS)):
+        with pytest.raises(ValueError, match=message):
+            Trainer(model, MOSObjective(OTHERS), config()).fit(loader())
+    trainer = Trainer(Head(16, 6, GROUPS), "mos", config())
+    trainer.fit(loader())
+    assert trainer.objective.fixed_groups == GROUPS
+
+
 # --- labels and columns ---------------------------------------------------------------------------
 
 
@@ -244,7 +239,15 @@ def test_a_model_without_an_absent_column_is_refused(name: str) -> None:
         match=r"class ids in 0\.\.2, of the model's 4 columns, the last of which is the absent "
         r"class's: it needs one more than classes, got 3",
     ):
-        Trainer(model, name, config()).fit(loader(), outliers())
+        Trainer(model, name, config()).fit(loader(), outlier_loader())
+
+
+def test_a_head_that_says_otherwise_is_refused() -> None:
+    """Its file would call the absent class a class, or a class absent."""
+    with pytest.raises(ValueError, match=r"absent_column must be the last column .* got None"):
+        Trainer(Head(16, CLASSES + 1), "dos", config()).fit(loader(), outlier_loader())
+    with pytest.raises(ValueError, match=r"absent_column must be None for .* 'softmax', got 4"):
+        Trainer(Head(16, CLASSES + 1, absent=True), "softmax", config()).fit(loader())
 
 
 @pytest.mark.parametrize("name", ["softmax", "mos", "confidence", "oe"])
@@ -263,12 +266,14 @@ def test_labels_without_a_column_are_refused(name: str, which: str, late: bool) 
     ):
         trainer.fit(
             other if which == "training" else good,
-            outliers() if name == "oe" else None,
+            outlier_loader() if name == "oe" else None,
             other if which == "validation" else good,
         )
     bad[70 if late else 3] = -1
     with pytest.raises(ValueError, match="got -1"):
-        trainer.fit(tensor_loader(x, bad, batch_size=16), outliers() if name == "oe" else None)
+        trainer.fit(
+            tensor_loader(x, bad, batch_size=16), outlier_loader() if name == "oe" else None
+        )
 
 
 # --- mining as the authors do ---------------------------------------------------------------------
@@ -303,7 +308,7 @@ def test_every_selected_outlier_is_read_once_an_epoch(
     """Whatever the batch in which the pool is read."""
     trainer = Trainer(make_model(name), name, config(epochs=2, accumulate=2))
     watched = Watched(monkeypatch, trainer.objective)
-    trainer.fit(loader(120, 16), outliers(batch_size))
+    trainer.fit(loader(120, 16), outlier_loader(batch_size))
     assert len(watched.mined) == 2
     for (_, pool), parts in zip(watched.mined, watched.rows, strict=True):
         assert len(pool) == share * 120
@@ -351,7 +356,7 @@ def test_poem_counts_training_data_with_what_it_remembers(monkeypatch: pytest.Mo
         past.append(objective.pool)
 
     monkeypatch.setattr(objective, "mine", keep)
-    trainer.fit(loader(), outliers())
+    trainer.fit(loader(), outlier_loader())
     assert len(posteriors) == 5
     candidates = [args[0] for args, _ in watched.mined]
     assert not torch.isin(past[0], candidates[1]).all()  # remembered all the same
@@ -388,7 +393,7 @@ def test_ragged_candidates_are_left_out_and_that_is_said(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(trainer.objective, "step", watch)
     with pytest.warns(UserWarning, match="last batch has 16 of 96 candidates and is left out"):
-        trainer.fit(loader(), outliers(96))
+        trainer.fit(loader(), outlier_loader(96))
     assert set(sizes) == {96}
 
 
@@ -426,6 +431,7 @@ def test_a_loss_that_stays_at_that_of_guessing_is_said(name: str) -> None:
         16,
         6 if name == "mos" else CLASSES + (name == "absent-class"),
         GROUPS if name == "mos" else None,
+        absent=name == "absent-class",
     )
     objective = MOSObjective(GROUPS) if name == "mos" else make_objective(name)
     train = tensor_loader(x / 1000, y, batch_size=16, shuffle=True)

@@ -32,7 +32,17 @@ from torch.utils.data import (
 
 pytest.importorskip("lightning_fabric")
 
-from training_runs import CASES, CLASSES, blobs, make_model, make_outliers, options
+from training_runs import (
+    CASES,
+    CLASSES,
+    blobs,
+    config,
+    loader,
+    make_model,
+    make_outliers,
+    options,
+    outlier_loader,
+)
 
 from oodkernels import Groups, MOSHead
 from oodkernels.nn import Discriminator, Generator
@@ -50,28 +60,6 @@ from oodkernels.training import (
     tensor_loader,
 )
 from oodkernels.training._batches import Batches
-
-CPU = {"accelerator": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def config(**options: Any) -> TrainConfig:
-    return TrainConfig(**({"epochs": 2, "lr": 0.02} | CPU | options))
-
-
-def loader(n: int = 100, batch_size: int = 16) -> DataLoader[Any]:
-    return tensor_loader(*blobs(n), batch_size=batch_size, shuffle=True)
-
-
-def outlier_loader(batch_size: int = 32) -> DataLoader[Any]:
-    return tensor_loader(make_outliers(), batch_size=batch_size, shuffle=True)
 
 
 def fit(
@@ -767,6 +755,8 @@ def test_config_comes_back_from_toml() -> None:
         ({"lr": 0}, "lr must be positive and finite, got 0"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, got 'lion'"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"gamma": math.nan}, "gamma must be finite and at least 0, got nan"),
+        ({"momentum": math.inf}, "momentum must be finite and at least 0, got inf"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"precision": "16-mixed"}, "precision must be one of 32-true"),
         ({"milestones": [1.5]}, r"milestones must be in \(0, 1\), got \[1.5\]"),

@@ -23,7 +23,7 @@ from oodkernels.data.arrays import (
 )
 
 MAX_FORTRAN_BYTES = 1 << 30
-"""Of an array in Fortran's order in an archive, which is only read whole."""
+"""Largest size of an array in Fortran's order in an archive, which is only read whole."""
 
 
 class _Header(NamedTuple):

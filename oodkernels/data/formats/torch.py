@@ -1,4 +1,4 @@
-"""torch's ``.pt``: a tensor, or a dict of tensors."""
+"""Torch's ``.pt``: a tensor, or a dict of tensors."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def _at_or_above(weights: Ints) -> Floats:
 
 
 def _harmonic(start: Floats, n: Ints) -> Floats:
-    """sum_{j=1..n} 1 / (start + j), or for large starts very little more.
+    """Sum_{j=1..n} of 1 / (start + j), or for large starts very little more.
 
     There by the midpoint rule, whose integral exceeds the sum of a convex function.
     """

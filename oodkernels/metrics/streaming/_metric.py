@@ -6,7 +6,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -37,11 +38,36 @@ if TYPE_CHECKING:
 _MOST_SETS_PLANNED = 254
 
 
-class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
-    """A metric of scores in rows, row 0 against each other one, in memory that does not grow."""
+class SyncedMetric(Metric):  # type: ignore[misc, unused-ignore]
+    """A metric that is its own process's again whatever is raised while it is synced."""
 
     is_differentiable = False
     full_state_update = False
+
+    @contextmanager
+    def sync_context(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        should_unsync: bool = True,
+        distributed_available: Callable[..., bool] | None = None,
+    ) -> Iterator[None]:
+        """States of all processes within; as torchmetrics has it."""
+        self.sync(dist_sync_fn, process_group, should_sync, distributed_available)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def _synced(self) -> AbstractContextManager[None]:
+        return self.sync_context(
+            self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        )
+
+
+class StreamMetric(SyncedMetric):
+    """A metric of scores in rows, row 0 against each other one, in memory that does not grow."""
 
     argument: ClassVar[str] = "scores"
     """What errors call the scores."""
@@ -58,7 +84,7 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
         sets: int,
         tpr: float,
         names: tuple[str, ...] = (),
-        settings: tuple[Any, ...] = (),
+        settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -67,11 +93,11 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
         self.exact = check_flag(where, "exact", exact)
         self.memory = _parse_bytes(where, memory)
         self.sets = plain(sets)
-        if not isinstance(self.sets, int) or not 1 <= self.sets <= _MOST_SETS_PLANNED:
+        if type(self.sets) is not int or not 1 <= self.sets <= _MOST_SETS_PLANNED:
             raise ValueError(f"{where}: sets must be in 1..{_MOST_SETS_PLANNED}, got {sets}")
         # Nine bytes a pending score: up to eight of its own, and its row.
         aside = 9 * PENDING
-        self._layout = None if exact else Layout.of(self.memory, self.sets + 1, where, aside)
+        self._layout = None if self.exact else Layout.of(self.memory, self.sets + 1, where, aside)
         self._kwargs = kwargs
         self._pace = Pace()
         empty = StreamState(self._layout, self.sets, names=encoded(list(names)))
@@ -79,7 +105,8 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
             self.add_state(name, getattr(empty, name))
         # Metrics of one collection share a state where theirs are equal after the first batch. With
         # other settings they take the next one in differently.
-        ours = json.dumps([self.exact, self.memory, self.sets, *settings])
+        self._settings = {"exact": self.exact, **(settings or {})}
+        ours = json.dumps({**self._settings, "memory": self.memory, "sets": self.sets})
         self.add_state("settings", torch.tensor(list(ours.encode()), dtype=torch.uint8))
 
     def _state(self) -> StreamState:
@@ -154,12 +181,22 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
         self._computed = None
 
     def _merge(self, state: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        if json.loads(state["settings"].cpu().numpy().tobytes())[0] != self.exact:
-            raise ValueError(f"{name}: an exact metric merges with exact ones only")
+        where = f"{type(self).__name__}.merge_state"
+        self._check_settings(where, state["settings"])
         own = self._state()
-        own.merge(state_of(state), f"{name}.merge_state")
+        own.merge(state_of(state), where)
         self._keep(own)
+
+    def _check_settings(self, where: str, settings: Tensor) -> None:
+        """Refuse a state that another metric would have made of the same scores."""
+        theirs = json.loads(settings.cpu().numpy().tobytes())
+        if theirs["exact"] != self.exact:
+            raise ValueError(f"{type(self).__name__}: an exact metric merges with exact ones only")
+        for name, ours in self._settings.items():
+            if theirs[name] != ours:
+                raise ValueError(
+                    f"{where}: incoming_state must have the {name} {ours}, got {theirs[name]}"
+                )
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
@@ -168,15 +205,19 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
         torch.save(self.metric_state, buffer)
         packed = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
         gathered = dist_sync_fn(packed.to(self.device), group=process_group or self.process_group)
+        own = self.metric_state
         for name, default in self._defaults.items():
             kept = default.clone().to(self.device) if isinstance(default, Tensor) else None
             setattr(self, name, [] if kept is None else kept)
         self._names_to_host()
-        for data in gathered:
-            state = torch.load(
-                io.BytesIO(data.cpu().numpy().tobytes()), map_location="cpu", weights_only=True
-            )
-            self._merge(state)
+        try:
+            for data in gathered:
+                file = io.BytesIO(data.cpu().numpy().tobytes())
+                self._merge(torch.load(file, map_location="cpu", weights_only=True))
+        except ValueError:
+            for name, value in own.items():
+                setattr(self, name, value)
+            raise
 
     def _names_to_host(self) -> None:
         # Where reading them waits for no device.
@@ -190,10 +231,13 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
         """Do nothing: counts stay integers and sums float64."""
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if (settings := state_dict.pop(f"{prefix}settings", None)) is not None:
+            self._check_settings(f"{type(self).__name__}.load_state_dict", settings)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._names_to_host()
-        self.settings = torch.as_tensor(self._defaults["settings"], device=self.device)
         self._computed = None
         if self._state().binned or self.pending_scores:
             self._update_count = max(1, self._update_count)
@@ -203,11 +247,6 @@ class StreamMetric(Metric):  # type: ignore[misc, unused-ignore]
         super().reset()
         self._names_to_host()
         self._pace = Pace()
-
-    def _synced(self) -> Any:
-        return self.sync_context(
-            self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        )
 
     # --- figures ------------------------------------------------------------------------------
 

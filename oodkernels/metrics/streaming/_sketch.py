@@ -31,7 +31,7 @@ LEVELS = 9
 MOST_BINS = 1 << 27
 """A table's entry has 27 bits for where bins start, and 24 for atoms, which are a 16th of them."""
 MAX_ATOMS = 127
-"""In one prefix."""
+"""Most atoms in one prefix."""
 NO_ATOM = 0x7FFFFFFF
 """The key of a NaN."""
 LEAST_KEY, LARGEST_KEY = -0x7F800001, 0x7F800000
@@ -65,7 +65,7 @@ class Layout:
 
     @classmethod
     def of(cls, n_bytes: int, rows: int, where: str = "Layout", aside: int = 0) -> Layout:
-        """For ``n_bytes`` with counts of ``rows`` rows, ``aside`` bytes being for something else.
+        """Divide ``n_bytes`` with counts of ``rows`` rows, ``aside`` bytes being for others.
 
         Raises:
             ValueError: That is too little for one bin a prefix and as many to spare; errors name
@@ -122,7 +122,7 @@ class Sketch:
 
     @classmethod
     def empty(cls, layout: Layout, rows: int, device: torch.device) -> Sketch:
-        """With the first blocks only."""
+        """Make one with the first blocks only."""
         level = layout.base(device)
         size = 1 << 2 * level
         start = size.cumsum(0) - size
@@ -472,7 +472,7 @@ class Cells:
 
     @classmethod
     def of_codes(cls, codes: Tensor, counts: Tensor) -> Cells:
-        """From :attr:`codes` and counts as tensors."""
+        """Rebuild from :attr:`codes` and counts as tensors."""
         code = codes.cpu().numpy()
         return cls(code >> 5, code & 31, counts.cpu().numpy())
 

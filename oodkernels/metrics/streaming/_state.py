@@ -342,12 +342,12 @@ def state_of(tensors: Mapping[str, object]) -> StreamState:
 
 
 def _with_rows(table: Tensor, rows: int) -> Tensor:
-    """With rows of zeros up to a number of ``rows``."""
+    """Add rows of zeros up to a number of ``rows``."""
     return torch.nn.functional.pad(table, (0, 0, 0, max(0, rows - len(table))))
 
 
 def _sum_facts(a: Tensor, b: Tensor) -> Tensor:
-    """Of two histograms: sums, and the OR of the low bits."""
+    """Join the facts of two histograms: sums, and the OR of the low bits."""
     total = a + b
     total[:, -1] = a[:, -1] | b[:, -1]
     return total

@@ -21,13 +21,14 @@ from oodkernels.metrics.calibration import (
     places,
 )
 from oodkernels.metrics.plots import new_axes
+from oodkernels.metrics.streaming._metric import SyncedMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-class CalibrationError(Metric):  # type: ignore[misc, unused-ignore]
+class CalibrationError(SyncedMetric):
     """Expected calibration error of a stream in bins of equal width, in fixed memory.
 
     Three numbers a bin: nothing is lost against
@@ -42,8 +43,6 @@ class CalibrationError(Metric):  # type: ignore[misc, unused-ignore]
         >>> metric.compute()
     """
 
-    is_differentiable = False
-    full_state_update = False
     higher_is_better = False
 
     confidence: Tensor
@@ -52,7 +51,7 @@ class CalibrationError(Metric):  # type: ignore[misc, unused-ignore]
     refused: Tensor
 
     def __init__(self, *, bins: int = 15, **kwargs: Any) -> None:
-        """Without answers.
+        """Start without answers.
 
         Args:
             bins: M >= 1.
@@ -129,9 +128,7 @@ class CalibrationError(Metric):  # type: ignore[misc, unused-ignore]
         return draw_reliability(self._synced_totals(where), new_axes(where) if ax is None else ax)
 
     def _synced_totals(self, where: str) -> CalibrationBins:
-        with self.sync_context(
-            self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        ):
+        with self._synced():
             return self._totals(where)
 
     def _totals(self, where: str) -> CalibrationBins:

@@ -73,7 +73,7 @@ class MisclassificationMetrics(StreamMetric):
         threshold: Threshold | float | None = None,
         **kwargs: Any,
     ) -> None:
-        """Without answers.
+        """Start without answers.
 
         Args:
             exact: Keep all confidences, in memory that grows with the stream.
@@ -96,7 +96,7 @@ class MisclassificationMetrics(StreamMetric):
             sets=2,
             tpr=tpr,
             names=("wrong", "ood"),
-            settings=(str(value),),
+            settings={"threshold": value},
             **kwargs,
         )
         self._value = value
@@ -209,7 +209,7 @@ class MisclassificationMetrics(StreamMetric):
             result[f"n_{name}"] = count[row]
         if self._value is not None:
             hits = accepted[_RIGHT] + count[_OOD] - accepted[_OOD]
-            result["open_set_accuracy"] = hits / total
+            result["open_set_accuracy"] = ratio(hits, total)
         return result
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -249,10 +249,6 @@ class MisclassificationMetrics(StreamMetric):
         if not isinstance(incoming_state, MisclassificationMetrics):
             raise ValueError(
                 f"{where} must be a MisclassificationMetrics, got {type(incoming_state).__name__}"
-            )
-        if incoming_state._value != self._value:
-            raise ValueError(
-                f"{where} must have the threshold {self._value}, got {incoming_state._value}"
             )
         super().merge_state(incoming_state)
 

@@ -74,7 +74,7 @@ class OODMetrics(StreamMetric):
         tpr: float = 0.95,
         **kwargs: Any,
     ) -> None:
-        """Without scores.
+        """Start without scores.
 
         Args:
             exact: Keep all scores, in memory that grows with the stream.
