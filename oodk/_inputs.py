@@ -38,10 +38,10 @@ class Inputs:
             "-d",
             metavar="NAME[:SETTING=VALUE,...]",
             help="A detector, with settings other than its own, as in knn:k=10; or a file of one "
-            "that was saved; give it again for more. There are {detectors}; what they need and "
-            "can be set to: `oodk info --detectors`. By default msp, max-logit and energy where "
-            "there are logits, mos and mos-log-odds where there are groups; and absent-class or "
-            "confidence of a head that has one.",
+            "that was saved; or `all` that can score what there is; give it again for more. There "
+            "are {detectors}; what they need and can be set to: `oodk info --detectors`. By "
+            "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
+            "there are groups; and absent-class or confidence of a head that has one.",
         ),
     ] = None
     groups: GroupsOption = None
@@ -158,7 +158,11 @@ class Inputs:
         groups = self.groups_of(model, samples)
         found: dict[str, OODDetector] = {}
         unfitted = {}
-        for text in self.detector:
+        asked = list(self.detector)
+        if "all" in asked:
+            at = asked.index("all")
+            asked[at : at + 1] = self._all(samples, model, groups)
+        for text in asked:
             path = Path(text)
             label = path.stem if path.suffix == ".safetensors" else text
             if label in found:
@@ -185,6 +189,20 @@ class Inputs:
                 data = self.open("--train", self.train)
                 fit_detectors("--train", unfitted.values(), data, model)
         return found
+
+    def _all(self, samples: Any, model: nn.Module | None, groups: Groups | None) -> list[str]:
+        """Names of all detectors that can score the samples, fitted where they have to be."""
+        from oodkernels.detectors import applicable, linear_head
+
+        given = frozenset(getattr(samples, "arrays", ("logits",)))
+        reads = given if model is None else frozenset({"logits", "features"})
+        return applicable(
+            reads,
+            trained_on=() if self.train is None else {*reads, "labels"},
+            groups=groups,
+            head=model is not None and linear_head(model) is not None,
+            absent=getattr(model, "absent_column", None) is not None,
+        )
 
 
 def _head_name(path: Path) -> str:

@@ -211,7 +211,7 @@ def compile_one(source: Path, architecture: int, work: Path) -> list[dict[str, o
     options = ["-v", "--gpu-name", f"sm_{architecture}", "-o", os.devnull]
     found = parse_ptxas(output_of([find_ptxas(nvcc), *options, str(ptx)]))
     bounds = parse_bounds(ptx.read_text())
-    launched = launch_threads("\n".join(f.read_text() for f in sorted(SOURCES.glob("*.cu*"))))
+    launched = launch_threads("\n".join(f.read_text() for f in sorted(SOURCES.rglob("*.cu*"))))
     rows = []
     for (mangled, use), name in zip(found.items(), demangle(list(found)), strict=True):
         if OURS not in name.split("(")[0]:

@@ -6,8 +6,8 @@
 namespace oodk {
 
 // More points than the limit are represented by a stratified random sample of this size, or of two
-// points a cluster: a step reads all points it chooses from, and k-means++ on 2^15 points gives
-// seeds as good as on all, within the spread of restarts.
+// points a cluster: a step of k-means++ reads all points that it chooses from, so that with a million
+// of them seeding would take longer than Lloyd's iteration.
 constexpr int64_t kSeedingLimit = 1 << 16, kSeedingSample = 1 << 15;
 
 OODK_HOST_DEVICE inline int64_t seeding_sample(int64_t n, int64_t k, int64_t least) {

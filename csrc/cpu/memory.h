@@ -15,7 +15,7 @@ namespace oodk {
 // 4 KiB pages its page faults cost more than writing it.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
+  constexpr uintptr_t page = 2 << 20; // bytes of a huge page
   const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page;
   const uintptr_t end = (uintptr_t(data) + bytes) / page * page;
   if (end > begin)

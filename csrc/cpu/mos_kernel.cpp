@@ -17,7 +17,8 @@ namespace oodk {
 namespace OODK_CPU_NS {
 namespace {
 
-// Columns that are transposed at once, and the group width from which reading along the row pays.
+// Columns that are transposed at once, 16 KiB at most: half of a first-level cache. And the group
+// width from which reading along the row pays: four vectors, for two horizontal reductions.
 constexpr int64_t kTile = 256;
 template <typename T>
 constexpr int64_t kWide = 4 * lanes<T>;

@@ -16,7 +16,7 @@ struct alignas(2 * sizeof(T)) Stats {
   T m, total;
 };
 
-constexpr int kBackwardThreads = 256;
+constexpr int kBackwardThreads = 256; // of a block; they do nothing together
 template <typename S>
 constexpr int kBackwardBlocks = sizeof(S) == sizeof(double) ? 3 : 4; // on a multiprocessor
 
@@ -41,7 +41,8 @@ template <typename S>
 __device__ inline void store(const acc_t<S> (&y)[kPerUnit<S>], int column, int width, S* to) {
   constexpr int V = kPerUnit<S>;
   if (column >= 0 && column + V <= width) {
-    *(uint4*)(to + column) = pack<S>(y);
+    __stcs(
+        (uint4*)(to + column), pack<S>(y)); // one store of 16 bytes, which nothing reads again soon
     return;
   }
 #pragma unroll

@@ -21,8 +21,8 @@ class Scratch {
   virtual void* bytes(size_t) = 0;
 };
 
-constexpr int kPointThreads = 256; // of kernels with a warp an item
-constexpr int kBlockThreads = 512; // of kernels with a block a problem
+constexpr int kPointThreads = 256; // of kernels with a warp an item, which need no other warp
+constexpr int kBlockThreads = 512; // of kernels with a block a problem: 128 registers a thread
 
 inline int64_t whole_blocks(int64_t items, int64_t each) {
   return (items + each - 1) / each;

@@ -84,57 +84,40 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
   constexpr int V = kPerUnit<S>;
   extern __shared__ uint4 shared[];
   auto* const slots = (LogitState<T>*)((char*)shared + tiling.tile_bytes());
-  for (int64_t first = int64_t(blockIdx.x) << tiling.rows_log2; first < z.count;
-      first += int64_t(gridDim.x) << tiling.rows_log2) {
-    const int64_t r = first + tiling.row();
-    const bool exists = r < z.count;
-    LogitState<T> state{kLog2e<T> / temperature};
-    Row<S> row{};
-    for (int unit = 0; unit < tiling.row_units; unit += tiling.units) {
-      __syncthreads(); // the tile before has been read
-      stage(z, tiling, first, unit, shared);
-      __pipeline_wait_prior(0);
-      __syncthreads();
-      if (!exists)
-        continue;
-      row = staged_row(z, tiling, r, unit, shared);
-      const Piece mine = piece(row, tiling);
-      const uint4* const units = shared + tiling.row() * tiling.pitch;
-      int column = row.first_unit * V - row.skew + mine.unit * V;
-      for (int u = mine.unit; u < mine.unit_end && column < mine.end; ++u, column += V) {
-        T x[V];
-        unpack<S>(units[u], x);
-        const int from = max(column, mine.begin), to = min(column + V, mine.end);
-        if (to - from < V) {
-          const unsigned inside = columns(from - column, to - column);
-#pragma unroll
-          for (int e = 0; e < V; ++e)
-            x[e] = inside >> e & 1 ? x[e] : -kInf<T>;
-        }
-        state.add(x, from);
-      }
-    }
+  const LogitState<T> start{kLog2e<T> / temperature};
+  LogitState<T> state = start;
+  const auto add = [&](int64_t, bool exists, const Row<S>& row, int) {
+    if (exists)
+      for_units(row, tiling, shared, [&](T(&x)[V], int column, unsigned inside) {
+        mask(x, inside, -kInf<T>);
+        state.add(x, column);
+      });
+  };
+  const auto write = [&](int64_t r, bool exists, const Row<S>& row, bool) {
     state = reduce_workers(state, tiling, slots);
+    const LogitState<T> found = state;
+    state = start;
     if (!exists || tiling.worker() != 0)
-      continue;
-    int label = state.at;
-    const T m = state.m;
+      return;
+    int label = found.at;
+    const T m = found.m;
 #pragma unroll
     for (int e = V - 1; e >= 0; --e)
-      if (state.at + e < z.width) {
-        const T x = row[state.at + e];
+      if (found.at + e < z.width) {
+        const T x = row[found.at + e];
         if (x == m || (x != x && m != m))
-          label = state.at + e;
+          label = found.at + e;
       }
     const bool finite = m - m == 0; // else the sums mean nothing
-    const T s = finite ? state.s : kNaN<T>;
-    const T w = finite ? state.w * kLn2<T> : kNaN<T>;
+    const T s = finite ? found.s : kNaN<T>;
+    const T w = finite ? found.w * kLn2<T> : kNaN<T>;
     out.msp[r] = divide(T(1), s);
     out.max_logit[r] = m;
     out.energy[r] = finite ? m + temperature * log_of(s) : m;
     out.entropy[r] = divide(w, s) - log_of(s);
     out.label[r] = label;
-  }
+  };
+  for_spans(z, tiling, shared, [](int) { return true; }, add, write);
 }
 
 // The outputs are (rows,), double for float64 logits, else float.

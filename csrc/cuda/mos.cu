@@ -15,11 +15,11 @@ struct CudaMosCall {
       : args(mos_args(op, logits, groups)), on(op, logits) {
     const TensorRows& rows = args.logits;
     cuda::check_width(op, rows.width);
+    if (cuda::validate())
+      checked_offsets(op, args.groups, rows.width);
     OODK_CHECK_VALUE(rows.width >= 2 * args.n_groups, op, ": groups must leave every group at ",
         "least 2 columns (others and one class), got ", args.n_groups,
         " groups for logits.size(-1) = ", rows.width);
-    if (cuda::validate())
-      checked_offsets(op, args.groups, rows.width);
   }
 
   bool empty() const {

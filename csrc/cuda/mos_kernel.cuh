@@ -486,44 +486,34 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
   extern __shared__ uint4 shared[];
   Span* const open_slots = (Span*)((char*)shared + tiling.tile_bytes());
   State* const state_slots = (State*)((char*)open_slots + tiling.slot_bytes<Span>());
-  bool valid = true;
-  for (int64_t first = int64_t(blockIdx.x) << tiling.rows_log2; first < z.count;
-      first += int64_t(gridDim.x) << tiling.rows_log2) {
-    const int64_t r = first + tiling.row();
-    const bool exists = r < z.count;
-    State state;
-    Known carry;
-    Row<S> row{};
-    for (int unit = 0; unit < tiling.row_units && valid; unit += tiling.units) {
-      __syncthreads(); // the tile before has been read
-      stage(z, tiling, first, unit, shared);
-      const bool share = unit > 0 || groups.valid_share(); // while the copies are under way
-      __pipeline_wait_prior(0);
-      valid = __syncthreads_and(share);
-      if (!valid)
-        break;
-      const auto close = [&](int k, const Known& part) {
-        op.add(state, Group<T, Op::kLocate>(k, part), r, row, groups);
-      };
-      Walk<T, Op::kLocate> walk;
-      if (exists) {
-        row = staged_row(z, tiling, r, unit, shared);
-        walk.run(row, piece(row, tiling), shared + tiling.row() * tiling.pitch, groups, close);
-      }
-      const Known before =
-          preceding(walk.open, carry, unit + tiling.units >= tiling.row_units, tiling, open_slots);
-      if (walk.head_group >= 0)
-        close(walk.head_group, before.then(walk.head));
-    }
+  State state;
+  Known carry;
+  const auto check = [&](int unit) { return unit > 0 || groups.valid_share(); };
+  const auto add = [&](int64_t r, bool exists, const Row<S>& row, int unit) {
+    const auto close = [&](int k, const Known& part) {
+      op.add(state, Group<T, Op::kLocate>(k, part), r, row, groups);
+    };
+    Walk<T, Op::kLocate> walk;
+    if (exists)
+      walk.run(row, piece(row, tiling), shared + tiling.row() * tiling.pitch, groups, close);
+    const Known before =
+        preceding(walk.open, carry, unit + tiling.units >= tiling.row_units, tiling, open_slots);
+    if (walk.head_group >= 0)
+      close(walk.head_group, before.then(walk.head));
+  };
+  const auto write = [&](int64_t r, bool exists, const Row<S>& row, bool valid) {
     if (!valid) {
       if (exists)
         op.invalid(r, groups, tiling.worker(), kRowThreads >> tiling.rows_log2);
     } else if constexpr (!std::is_empty_v<State>) {
-      state = reduce_workers(state, tiling, state_slots);
+      const State found = reduce_workers(state, tiling, state_slots);
       if (exists && tiling.worker() == 0)
-        op.write(state, r, row, groups);
+        op.write(found, r, row, groups);
     }
-  }
+    state = {};
+    carry = {};
+  };
+  for_spans(z, tiling, shared, check, add, write);
 }
 
 // --- backward -----------------------------------------------------------------------------------

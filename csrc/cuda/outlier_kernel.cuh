@@ -75,60 +75,42 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>) outlier_forward(
   constexpr int V = kPerUnit<S>;
   extern __shared__ uint4 shared[];
   auto* const slots = (OutlierState<T>*)((char*)shared + tiling.tile_bytes());
-  for (int64_t first = int64_t(blockIdx.x) << tiling.rows_log2; first < z.count;
-      first += int64_t(gridDim.x) << tiling.rows_log2) {
-    const int64_t r = first + tiling.row();
-    const bool exists = r < z.count;
-    OutlierState<T> state;
-    T reference = 0;
-    Row<S> row{};
-    for (int unit = 0; unit < tiling.row_units; unit += tiling.units) {
-      __syncthreads(); // the tile before has been read
-      stage(z, tiling, first, unit, shared);
-      __pipeline_wait_prior(0);
-      __syncthreads();
-      if (!exists)
-        continue;
-      row = staged_row(z, tiling, r, unit, shared);
-      if (unit == 0) {
-        reference = row[0];
-        reference = reference - reference == 0 ? reference : T(0);
-      }
-      const Piece mine = piece(row, tiling);
-      const uint4* const units = shared + tiling.row() * tiling.pitch;
-      int column = row.first_unit * V - row.skew + mine.unit * V;
-      for (int u = mine.unit; u < mine.unit_end && column < mine.end; ++u, column += V) {
-        T x[V], d[V];
-        unpack<S>(units[u], x);
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          d[e] = x[e] - reference;
-        const int from = max(column, mine.begin), to = min(column + V, mine.end);
-        if (to - from < V) {
-          const unsigned inside = columns(from - column, to - column);
-#pragma unroll
-          for (int e = 0; e < V; ++e) {
-            x[e] = inside >> e & 1 ? x[e] : -kInf<T>;
-            d[e] = inside >> e & 1 ? d[e] : T(0);
-          }
-        }
-        state.add(x, d);
-      }
+  OutlierState<T> state;
+  T reference = 0;
+  const auto add = [&](int64_t, bool exists, const Row<S>& row, int unit) {
+    if (!exists)
+      return;
+    if (unit == 0) {
+      reference = row[0];
+      reference = reference - reference == 0 ? reference : T(0);
     }
-    state = reduce_workers(state, tiling, slots);
+    for_units(row, tiling, shared, [&](T(&x)[V], int, unsigned inside) {
+      T d[V];
+#pragma unroll
+      for (int e = 0; e < V; ++e)
+        d[e] = x[e] - reference;
+      mask(x, inside, -kInf<T>);
+      mask(d, inside, T(0));
+      state.add(x, d);
+    });
+  };
+  const auto write = [&](int64_t r, bool exists, const Row<S>& row, bool) {
+    const OutlierState<T> found = reduce_workers(state, tiling, slots);
+    state = {};
     if (!exists || tiling.worker() != 0)
-      continue;
+      return;
     const OutlierTarget t(target, r);
-    const T m = state.m, s = m == -kInf<T> ? kNaN<T> : state.s, log_s = log_of(s);
+    const T m = found.m, s = m == -kInf<T> ? kNaN<T> : found.s, log_s = log_of(s);
     T rest = kNaN<T>;
     if (t.ood())
-      rest = (m - reference) - state.w / T(z.width);
+      rest = (m - reference) - found.w / T(z.width);
     else if (t.is_class(z.width))
       rest = m - row[int(t.label)];
     loss[r] = log_s + rest;
     logsumexp[r] = m + log_s;
     stats[r] = {m, s};
-  }
+  };
+  for_spans(z, tiling, shared, [](int) { return true; }, add, write);
 }
 
 template <typename S, typename T = acc_t<S>>

@@ -12,7 +12,7 @@
 
 namespace oodk::cuda {
 
-constexpr int kRocThreads = 128; // of a block
+constexpr int kRocThreads = 128; // of a block: their sums take 14 KiB of shared memory
 constexpr size_t kRocShared = kRocThreads * sizeof(RocSums); // bytes, of a block that sums
 
 // The signed integer that orders as the score whose bits are given; NaN is the greatest.

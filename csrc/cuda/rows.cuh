@@ -32,7 +32,7 @@ struct Rows {
   }
 };
 
-constexpr int kRowThreads = 128;
+constexpr int kRowThreads = 128; // of a block: four warps wait for each other at a barrier
 // Blocks on a multiprocessor: while some wait for memory, others compute.
 template <typename S>
 constexpr int kRowBlocks = sizeof(S) == sizeof(double) ? 3 : 6;
@@ -193,6 +193,61 @@ __device__ inline Piece piece(const Row<S>& row, const Tiling& t) {
   const int unit = min(t.worker() * t.chunk, t.units), unit_end = min(unit + t.chunk, t.units);
   const int column = row.first_unit * V - row.skew; // of the first staged unit
   return {unit, unit_end, max(column + unit * V, row.begin), min(column + unit_end * V, row.end)};
+}
+
+// Walks along all rows, a span of t.units units at a time. For each of a thread's rows: for each span
+// f(row number, whether there is such a row, row, first unit), then done(row number, whether there
+// is, row, true). While a span is copied each thread runs meanwhile(first unit); where that is false
+// for any thread of the block, f gets no more of the rows at hand, and done false. For whole blocks.
+template <typename S, typename Meanwhile, typename F, typename Done>
+__device__ inline void for_spans(const Rows<S>& z, const Tiling& t, uint4* tile,
+    const Meanwhile& meanwhile, const F& f, const Done& done) {
+  for (int64_t first = int64_t(blockIdx.x) << t.rows_log2; first < z.count;
+      first += int64_t(gridDim.x) << t.rows_log2) {
+    const int64_t r = first + t.row();
+    const bool exists = r < z.count;
+    Row<S> row{};
+    bool whole = true;
+    for (int unit = 0; unit < t.row_units; unit += t.units) {
+      __syncthreads(); // the span before has been read
+      stage(z, t, first, unit, tile);
+      const bool go_on = meanwhile(unit);
+      __pipeline_wait_prior(0);
+      whole = __syncthreads_and(go_on);
+      if (!whole)
+        break;
+      if (exists)
+        row = staged_row(z, t, r, unit, tile);
+      f(r, exists, row, unit);
+    }
+    done(r, exists, row, whole);
+  }
+}
+
+// f(values, column, inside) on the units of a thread's piece of a staged row: the unit's values, the
+// first of its columns that is meant, and, as bits, which are.
+template <typename S, typename F>
+__device__ inline void for_units(
+    const Row<S>& row, const Tiling& t, const uint4* tile, const F& f) {
+  constexpr int V = kPerUnit<S>;
+  const Piece mine = piece(row, t);
+  const uint4* const units = tile + t.row() * t.pitch;
+  int column = row.first_unit * V - row.skew + mine.unit * V;
+  for (int u = mine.unit; u < mine.unit_end && column < mine.end; ++u, column += V) {
+    acc_t<S> x[V];
+    unpack<S>(units[u], x);
+    const int from = max(column, mine.begin), to = min(column + V, mine.end);
+    f(x, from, columns(from - column, to - column));
+  }
+}
+
+// Values of a unit that are not meant become `instead`.
+template <typename T, int N>
+__device__ inline void mask(T (&x)[N], unsigned inside, T instead) {
+  if (inside != columns(0, N))
+#pragma unroll
+    for (int e = 0; e < N; ++e)
+      x[e] = inside >> e & 1 ? x[e] : instead;
 }
 
 // The merged states of a row's workers, valid in the threads of worker 0. `slots`: shared memory,

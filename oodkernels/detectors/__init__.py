@@ -26,10 +26,11 @@ from oodkernels.detectors.base import (
     score_batch,
 )
 from oodkernels.detectors.batch import Batch
+from oodkernels.detectors.choice import applicable
 from oodkernels.detectors.covariance import Mahalanobis
 from oodkernels.detectors.gaussians import RMDS, MahalanobisPlusPlus, RMDSPlusPlus
 from oodkernels.detectors.gradients import ODIN
-from oodkernels.detectors.head import Head, HeadDetector
+from oodkernels.detectors.head import Head, HeadDetector, linear_head
 from oodkernels.detectors.logits import (
     MOS,
     MSP,
@@ -112,8 +113,10 @@ __all__ = [
     "TemperatureScaling",
     "ViM",
     "WeightedEnergy",
+    "applicable",
     "as_pytorch_ood",
     "extract",
+    "linear_head",
     "register",
     "run",
     "score_all",

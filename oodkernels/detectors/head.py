@@ -19,7 +19,16 @@ from oodkernels.detectors.model import FeatureModel, Model, _classifier
 Head: TypeAlias = nn.Linear | Sequence[Tensor | None]
 """A linear layer, or its weight (C, d) and bias (C,) or None."""
 
-__all__ = ["HEAD", "Head", "HeadDetector", "Reservoir", "check_percentile", "floats", "kept"]
+__all__ = [
+    "HEAD",
+    "Head",
+    "HeadDetector",
+    "Reservoir",
+    "check_percentile",
+    "floats",
+    "kept",
+    "linear_head",
+]
 
 HEAD: Mapping[str, str] = {"weight": "C d", "bias": "C"}
 """The head's tensors and their axes, for ``_tensors`` of a :class:`HeadDetector`."""
@@ -57,8 +66,7 @@ class HeadDetector(OODDetector):
         super().__init__(model, absent)
         where = type(self).__name__
         if head is None and isinstance(model, nn.Module):
-            found = _classifier(model.model if isinstance(model, FeatureModel) else model)
-            head = found if isinstance(found, nn.Linear) else None
+            head = linear_head(model)
         if head is not None:
             self.weight, self.bias = _read(where, head)
             self.num_classes, self.width = self.weight.shape
@@ -134,6 +142,12 @@ class HeadDetector(OODDetector):
         if self.absent is not None:
             return self.absent % len(self.weight)
         return batch.absent
+
+
+def linear_head(model: nn.Module) -> nn.Linear | None:
+    """The layer that a model's logits come from, if it is linear."""
+    found = _classifier(model.model if isinstance(model, FeatureModel) else model)
+    return found if isinstance(found, nn.Linear) else None
 
 
 def floats(x: Tensor) -> Tensor:

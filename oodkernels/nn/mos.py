@@ -14,7 +14,7 @@ from oodkernels.ops.mos import mos_loss, mos_predict
 if TYPE_CHECKING:
     from oodkernels.ops.mos import MOSPrediction
 
-__all__ = ["MOSHead", "MOSLoss"]
+__all__ = ["MOSHead", "MOSLoss", "check_layout"]
 
 
 class MOSHead(nn.Linear):
@@ -99,19 +99,8 @@ class MOSHead(nn.Linear):
         Raises:
             ValueError: They are not.
         """
-        mine, found = self.groups.to("cpu"), _decode(state)
         where = "MOSHead: the state dict must have the groups of the head,"
-        if (len(mine), mine.num_classes) != (len(found), found.num_classes):
-            raise ValueError(f"{where} {mine}, got {found}")
-        class_ids = torch.arange(mine.num_classes, device="cpu")
-        expected, got = mine.to_column(class_ids), found.to_column(class_ids)
-        if not torch.equal(expected, got):
-            c = int((expected != got).nonzero()[0])
-            raise ValueError(
-                f"{where} with class {c} in column {expected[c]} (group "
-                f"{mine.names[mine.class_to_group[c]]!r}), got column {got[c]} (group "
-                f"{found.names[found.class_to_group[c]]!r})"
-            )
+        check_layout(where, self.groups, _decode(state))
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of the head."""
@@ -204,6 +193,31 @@ class MOSLoss(nn.Module):
             self.groups,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+        )
+
+
+def check_layout(where: str, expected: Groups, found: Groups) -> None:
+    """Refuse groups that lay out the columns otherwise than others; names may differ.
+
+    Args:
+        where: The beginning of the message.
+        expected: Those of a head.
+        found: Those to be used with it.
+
+    Raises:
+        ValueError: A class has another column.
+    """
+    mine, found = expected.to("cpu"), found.to("cpu")
+    if (len(mine), mine.num_classes) != (len(found), found.num_classes):
+        raise ValueError(f"{where} {mine}, got {found}")
+    class_ids = torch.arange(mine.num_classes, device="cpu")
+    columns, got = mine.to_column(class_ids), found.to_column(class_ids)
+    if not torch.equal(columns, got):
+        c = int((columns != got).nonzero()[0])
+        raise ValueError(
+            f"{where} with class {c} in column {columns[c]} (group "
+            f"{mine.names[mine.class_to_group[c]]!r}), got column {got[c]} (group "
+            f"{found.names[found.class_to_group[c]]!r})"
         )
 
 

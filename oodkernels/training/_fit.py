@@ -76,6 +76,7 @@ class Fit:
             checkpoint = self._open(resume, stack)
             stack.enter_context(_modes.own_modes(self.model))
             stack.enter_context(global_seed(config.seed + fabric.global_rank, fabric.device))
+            self.objective.check_absent(self.model)
             with seeded((config.seed,)):  # the same on every process
                 self.objective.columns = None
                 self.objective.prepare(self.model, self.data.sample)

@@ -162,6 +162,23 @@ class Objective(Recorded, nn.Module):
                 self.check_labels("the training loader", *(int(v) for v in y.aminmax()))
         return found
 
+    def check_absent(self, model: nn.Module) -> None:
+        """Refuse a model that says otherwise than the objective whether it has an absent class.
+
+        Raises:
+            ValueError: It has an ``absent_column``, as :class:`~oodkernels.nn.Head` has, and that
+                is None for an objective with an absent class, or a column for one without.
+        """
+        if not hasattr(model, "absent_column"):
+            return
+        found: Any = model.absent_column
+        if (found is not None) != self.absent:
+            expected = "the last column" if self.absent else "None"
+            raise ValueError(
+                f"Trainer.fit: the model's absent_column must be {expected} for the objective "
+                f"{self.name!r}, got {found}"
+            )
+
     def check_labels(self, source: str, lowest: int, highest: int) -> None:
         """Refuse class ids that the model has no column for, once its columns are known.
 

@@ -22,13 +22,14 @@ from oodkernels.detectors.abnormality import Noise
 from oodkernels.detectors.model import as_outputs
 from oodkernels.groups import Groups
 from oodkernels.nn.gan import Discriminator, Generator, JointGANLoss
+from oodkernels.nn.heads import Head
 from oodkernels.nn.losses import (
     AbsentClassLoss,
     ConfidenceLoss,
     EnergyBoundedLoss,
     OutlierExposureLoss,
 )
-from oodkernels.nn.mos import MOSHead, MOSLoss
+from oodkernels.nn.mos import MOSHead, MOSLoss, check_layout
 from oodkernels.ops import mos_predict
 from oodkernels.training.base import OBJECTIVES, Context, Objective, Step, make_objective, register
 from oodkernels.training.mining import (
@@ -71,7 +72,7 @@ class SoftmaxObjective(Objective):
 
     def __init__(self, mixup: float = 0.0, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if mixup < 0:
+        if not mixup >= 0:
             raise ValueError(f"{type(self).__name__}: mixup must be at least 0, got {mixup}")
         self.mixup = float(mixup)
         self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=float(label_smoothing))
@@ -123,19 +124,24 @@ class MOSObjective(SoftmaxObjective):
         return self.groups
 
     def prepare(self, model: nn.Module, sample: Callable[[], Tensor]) -> None:
-        """Take the groups of the model's head.
+        """Take the groups of the model's head, or hold those that were given against them.
 
         Raises:
-            ValueError: None were given, and the model has no or several.
+            ValueError: None were given, and the model has no head with groups or several; or they
+                are others than those of its head.
         """
+        heads = [m.groups for m in model.modules() if isinstance(m, (MOSHead, Head)) and m.groups]
         if self.groups is None:
-            heads = [module for module in model.modules() if isinstance(module, MOSHead)]
             if len(heads) != 1:
                 raise ValueError(
                     "MOSObjective: groups must be given, or the model have one MOSHead, got "
                     f"{len(heads)}"
                 )
-            self.groups = heads[0].groups
+            self.groups = heads[0]
+        elif len(heads) == 1:
+            check_layout(
+                "MOSObjective: groups must be those of the model's head,", heads[0], self.groups
+            )
         self.loss = MOSLoss(self.groups)
 
     def validate(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ pytest.importorskip("typer")
 from test_cli import oodk, plain
 
 from oodkernels import Groups, ood_metrics
-from oodkernels.detectors import KNN, ODIN, AbsentClass, Energy
+from oodkernels.detectors import DETECTORS, KNN, ODIN, AbsentClass, Energy
 from oodkernels.nn import Head
 from oodkernels.training import OBJECTIVES, TrainConfig
 
@@ -78,6 +78,36 @@ def test_detectors_have_settings(data: dict[str, Path]) -> None:
         found = oodk("eval", *given, "-d", text)
         assert found.exit_code in (1, 2)
         assert message in plain(found)
+
+
+def test_all_detectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a flat head: whatever reads features, logits or both, fitted where there is a --train."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(C, 16))
+    data = {name: tmp_path / f"{name}.npz" for name in ("train", "val", "far")}
+    for name, n in (("train", 160), ("val", 40)):
+        labels = np.arange(n) % C
+        x = np.maximum(centres[labels] + rng.normal(size=(n, 16)), 0).astype(np.float32)
+        np.savez(data[name], features=x, labels=labels)
+    np.savez(data["far"], features=np.abs(2 * rng.normal(size=(60, 16))).astype(np.float32))
+    head = head_of(data, tmp_path / "flat", "softmax")
+    sets = ("--id", data["val"], "--ood", data["far"], "--head", head, "-d", "all")
+    monkeypatch.delitem(DETECTORS, "corp")  # eigenvectors of 4096 features take long
+
+    def scores(*more: object) -> dict[str, float]:
+        rows = result("eval", *sets, *more)["results"]
+        return {row["score"]: row["auroc"] for row in rows}
+
+    found = scores("--train", data["train"])
+    expected = {
+        name
+        for name, cls in DETECTORS.items()
+        if cls.spec.family in "ABCDE" and "confidence" not in cls.needs
+    } - {"mos", "mos-log-odds", "absent-class", "weighted-energy", "mcm"}
+    assert set(found) == expected
+    assert len(found) > 25
+    assert all(0 <= value <= 1 for value in found.values())
+    assert set(scores()) == {name for name in expected if not DETECTORS[name].trained_on}
 
 
 def test_several_heads_and_their_own_scores(data: dict[str, Path], tmp_path: Path) -> None:

@@ -217,6 +217,17 @@ def test_groups_of_a_plain_head_are_compared(tmp_path: Path) -> None:
         fit(Groups([0, 0, 1, 1]), True)
 
 
+def test_groups_are_those_of_the_head() -> None:
+    """Of equal width, but with other columns for the classes."""
+    message = r"groups must be those of the model's head, with class 2 in column 5 .* got column 2"
+    for model in (make_model("mos"), Head(16, 6, GROUPS)):
+        with pytest.raises(ValueError, match=message):
+            Trainer(model, MOSObjective(OTHERS), config()).fit(loader())
+    trainer = Trainer(Head(16, 6, GROUPS), "mos", config())
+    trainer.fit(loader())
+    assert trainer.objective.fixed_groups == GROUPS
+
+
 # --- labels and columns ---------------------------------------------------------------------------
 
 
@@ -229,6 +240,14 @@ def test_a_model_without_an_absent_column_is_refused(name: str) -> None:
         r"class's: it needs one more than classes, got 3",
     ):
         Trainer(model, name, config()).fit(loader(), outlier_loader())
+
+
+def test_a_head_that_says_otherwise_is_refused() -> None:
+    """Its file would call the absent class a class, or a class absent."""
+    with pytest.raises(ValueError, match=r"absent_column must be the last column .* got None"):
+        Trainer(Head(16, CLASSES + 1), "dos", config()).fit(loader(), outlier_loader())
+    with pytest.raises(ValueError, match=r"absent_column must be None for .* 'softmax', got 4"):
+        Trainer(Head(16, CLASSES + 1, absent=True), "softmax", config()).fit(loader())
 
 
 @pytest.mark.parametrize("name", ["softmax", "mos", "confidence", "oe"])
@@ -412,6 +431,7 @@ def test_a_loss_that_stays_at_that_of_guessing_is_said(name: str) -> None:
         16,
         6 if name == "mos" else CLASSES + (name == "absent-class"),
         GROUPS if name == "mos" else None,
+        absent=name == "absent-class",
     )
     objective = MOSObjective(GROUPS) if name == "mos" else make_objective(name)
     train = tensor_loader(x / 1000, y, batch_size=16, shuffle=True)

@@ -24,7 +24,8 @@ OODK_INLINE const S* row_of(const PointRows& p, int64_t i) {
 }
 
 // Row i's values from what is in memory, in two steps where its scale is more than a number holds.
-template <typename T>
+// `kAsIs`: they are what is there.
+template <typename T, bool kAsIs = false>
 struct Placed {
   T boost, scale;
   const T* center;
@@ -36,7 +37,10 @@ struct Placed {
   }
   template <typename V>
   OODK_INLINE V operator()(V x, V from_center) const {
-    return x * boost * scale - from_center;
+    if constexpr (kAsIs)
+      return x;
+    else
+      return x * boost * scale - from_center;
   }
 };
 
@@ -268,11 +272,11 @@ void assign_products(const T* dots, int64_t stride, int64_t k, const T* factor, 
 }
 
 // Columns [column, column + V * lanes) of the sum of rows; V = 1 may be short of a whole vector.
-template <typename S, int V, typename T = acc_t<S>>
+template <typename S, int V, bool kAsIs, typename T = acc_t<S>>
 OODK_INLINE void sum_columns(
     const PointRows& p, const int32_t* members, int64_t count, int64_t column, T* sum) {
   constexpr int L = lanes<T>;
-  constexpr int64_t run = 64;
+  constexpr int64_t run = 64; // rows: float32 sums lose 6 bits at most
   const int64_t width = p.d - column;
   double total[V * L] = {};
   vec<T> part[V] = {}, center[V] = {};
@@ -287,7 +291,7 @@ OODK_INLINE void sum_columns(
       part[v] = vec<T>{};
     for (int64_t m = first; m < last; ++m) {
       const S* x = row_of<S>(p, members[m]) + column;
-      const Placed<T> placed(p, members[m]);
+      const Placed<T, kAsIs> placed(p, members[m]);
       if constexpr (V == 1)
         part[0] += placed(load_upto(x, width), center[0]);
       else
@@ -313,21 +317,27 @@ OODK_INLINE void sum_columns(
     store(sum + v * L, part[v]);
 }
 
-template <typename T>
-void sum_rows(const PointRows& p, const int32_t* members, int64_t count, T* sum) {
-  constexpr int V = 8;
+template <bool kAsIs, typename T>
+void sum_rows_of(const PointRows& p, const int32_t* members, int64_t count, T* sum) {
+  constexpr int V = 8; // vectors: sums enough to hide the latency of an addition
   dispatch_as<T>(p, [&](auto s) {
     using S = decltype(s);
     int64_t column = 0;
     for (; column + V * lanes<T> <= p.d; column += V * lanes<T>)
-      sum_columns<S, V>(p, members, count, column, sum + column);
+      sum_columns<S, V, kAsIs>(p, members, count, column, sum + column);
     for (; column < p.d; column += lanes<T>)
-      sum_columns<S, 1>(p, members, count, column, sum + column);
+      sum_columns<S, 1, kAsIs>(p, members, count, column, sum + column);
   });
 }
 
 template <typename T>
-void distances(const PointRows& p, int64_t begin, int64_t end, const int32_t* label,
+void sum_rows(const PointRows& p, const int32_t* members, int64_t count, T* sum) {
+  p.scale || p.center ? sum_rows_of<false>(p, members, count, sum)
+                      : sum_rows_of<true>(p, members, count, sum);
+}
+
+template <bool kAsIs, typename T>
+void distances_of(const PointRows& p, int64_t begin, int64_t end, const int32_t* label,
     const T* centroids, int64_t stride, T* distance) {
   constexpr int L = lanes<T>;
   dispatch_as<T>(p, [&](auto s) {
@@ -339,7 +349,7 @@ void distances(const PointRows& p, int64_t begin, int64_t end, const int32_t* la
       }
       const S* x = row_of<S>(p, i);
       const T* c = centroids + label[i] * stride;
-      const Placed<T> placed(p, i);
+      const Placed<T, kAsIs> placed(p, i);
       const T* center = placed.center;
       const auto center_at = [&](int64_t j) {
         return center ? load_upto(center + j, p.d - j) : vec<T>{};
@@ -361,6 +371,13 @@ void distances(const PointRows& p, int64_t begin, int64_t end, const int32_t* la
       distance[i] = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
   });
+}
+
+template <typename T>
+void distances(const PointRows& p, int64_t begin, int64_t end, const int32_t* label,
+    const T* centroids, int64_t stride, T* distance) {
+  p.scale || p.center ? distances_of<false>(p, begin, end, label, centroids, stride, distance)
+                      : distances_of<true>(p, begin, end, label, centroids, stride, distance);
 }
 
 // min(d2, squared distance to the candidate) of `lanes` points.

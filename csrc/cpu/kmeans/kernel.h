@@ -28,7 +28,8 @@ struct PointRows {
 template <typename T>
 struct KmeansKernels {
   int64_t tile, panel;
-  // Sums of d2 are kept for blocks of this many points.
+  // Sums of d2 are kept for blocks of this many points: whole vectors of any instruction set, and
+  // few enough to search one.
   static constexpr int64_t kBlock = 64;
 
   // |x|^2 (or 1 / |x|, with normalize; 1 for a zero row), NaN where the row is to be left out.

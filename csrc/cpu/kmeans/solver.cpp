@@ -483,7 +483,7 @@ Gram<T>::Gram(const PointSet<T>& x) : n(x.size()) {
 
 template <typename T>
 bool gram_pays(const PointSet<T>& x, const Work& work) {
-  constexpr double most = 256 << 20; // bytes
+  constexpr double most = 256 << 20; // bytes: beyond a few caches its rows come from memory
   constexpr int64_t usual = 10; // iterations until most labels have settled
   const double n = double(x.size()), d = double(x.dim());
   if (n * n * sizeof(T) > most)
@@ -512,7 +512,7 @@ void seed_clusters(
   const int64_t steps = std::min(k, n);
   if (gram)
     return seed_by_gram(x, *gram, steps, work, seed, rows);
-  constexpr int64_t together = 8; // restarts
+  constexpr int64_t together = 8; // restarts: their products take trials * together * 4 N bytes
   for (int64_t r = 0; r < work.restarts; r += together)
     seed_by_products(x, steps,
         {k, std::min(together, work.restarts - r), work.trials, 0, work.interrupt}, r, seed,

@@ -48,7 +48,7 @@ int64_t row_stride(int64_t width) {
 // f(begin, end) over ranges of 0..n-1 that are worth a thread each: `work` operations an item.
 template <typename F>
 void parallel(int64_t n, double work, const F& f) {
-  constexpr double least = 1 << 18;
+  constexpr double least = 1 << 18; // some ten microseconds, about what waking a thread takes
   const int64_t grain = std::max<int64_t>(1, int64_t(least / std::max(work, 1.0)));
   parallel_for(0, n, grain, f);
 }
@@ -218,7 +218,7 @@ class PointSet {
   // Rows that a thread takes at once: whole tiles that stay in its cache, and few enough that all
   // threads get some.
   int64_t block() const {
-    constexpr int64_t bytes = 384 << 10;
+    constexpr int64_t bytes = 384 << 10; // of a second-level cache of 512 KiB, with some to spare
     const int64_t fit = bytes / (stride() * int64_t(sizeof(T))) / kernels_.tile;
     return std::clamp<int64_t>(std::min(fit, size_ / (16 * kernels_.tile)), 1, 16) * kernels_.tile;
   }
@@ -325,7 +325,8 @@ class PointSet {
   }
 
   void copy() {
-    constexpr int64_t limit = 64 << 20; // bytes
+    constexpr int64_t limit =
+        64 << 20; // bytes: about a last-level cache, of which all threads read
     const int64_t padded = round_up(size_, kernels_.tile);
     if (padded * stride() * int64_t(sizeof(T)) > limit)
       return;

@@ -397,7 +397,7 @@ inline void kmeans(const KmeansLaunches& on, const KmeansInput& in, const Kmeans
 // centroids (batch, k, d) of the type that x is accumulated in, as is distance (batch, n).
 inline void nearest_centroid(const KmeansLaunches& on, const KmeansInput& in, const void* centroids,
     int k, int64_t* labels, void* distance) {
-  constexpr int64_t most = 1 << 30; // points at a time
+  constexpr int64_t most = 1 << 30; // points at a time: they are counted in int
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;

@@ -23,7 +23,8 @@ class TensorScratch : public Scratch {
 
  private:
   void* bytes(size_t size) override {
-    constexpr int64_t line = 256, least = 4 << 20;
+    constexpr int64_t line = 256; // to which the allocator aligns, too
+    constexpr int64_t least = 4 << 20; // bytes: one tensor for all arrays of a small call
     const int64_t wanted = (int64_t(size) + line - 1) / line * line;
     if (wanted > left_) {
       left_ = std::max(wanted, least);

@@ -5,8 +5,8 @@
 
 namespace oodk::cuda {
 
-constexpr int kPiece = kWarp; // members that are summed in float
-constexpr int kSumColumns = 4 * kWarp;
+constexpr int kPiece = kWarp; // members that are summed in float, which loses 5 bits at most
+constexpr int kSumColumns = 4 * kWarp; // of a warp: four loads of a lane are under way at once
 
 // Members sorted by cluster: those of c are order[start[c]] .. order[start[c + 1] - 1], in pieces
 // pieces[c] .. pieces[c + 1] - 1 of kPiece each.

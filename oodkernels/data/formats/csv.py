@@ -255,6 +255,8 @@ def _shown(cells: Sequence[str]) -> str:
 
 def _wrong(path: Path, cell: str, row: int, column: str | int, kind: str = "a number") -> str:
     hint = ": write a decimal point" if _DECIMAL_COMMA.fullmatch(cell) else ""
+    if not hint and column in ROLES["labels"]:
+        hint = ": write class ids, or another name for the column"
     return f"{path}: {cell[:40]!r} in row {row}, column {column!r}, must be {kind}{hint}"
 
 
