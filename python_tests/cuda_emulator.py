@@ -6,11 +6,12 @@ must give the same bits, and with shared memory, scratch and outputs filled with
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "cuda_emulation"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-std=c++20", "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum DType has them
@@ -34,23 +35,46 @@ POISON, INDEX_POISON = 0xFF, 0x5A
 INDEX = torch.int64, INDEX_POISON
 """Type of an output of indices, which may be -1."""
 ORDERS = 3
+KEPT = 4
+"""Programs of a name that the cache holds."""
 
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
 
 
+def compiled(name: str) -> Path:
+    """A program, compiled unless the cache has one of the same sources, flags and compiler.
+
+    Processes that want the same one wait for the first.
+    """
+    command = [COMPILER, *FLAGS, "-I", str(SOURCES), "-I", str(HERE.parent / "csrc")]
+    source = str(SOURCES / f"{name}.cpp")
+    rule = subprocess.run([*command, "-MM", source], check=True, capture_output=True, text=True)
+    version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
+    contents = hashlib.sha256(version + " ".join(FLAGS).encode())
+    for file in sorted(rule.stdout.replace("\\\n", " ").split()[1:]):
+        contents.update(Path(file).read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "oodkernels-tests")
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / f"{name}-{contents.hexdigest()[:24]}"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            new = program.with_suffix(".new")
+            subprocess.run([*command, source, "-o", str(new)], check=True)
+            new.rename(program)
+        program.touch()
+        by_age = sorted(folder.glob(f"{name}-*"), key=lambda file: file.stat().st_mtime)
+        for old in by_age[:-KEPT]:
+            old.unlink()
+    return program
+
+
 class Emulator:
-    """Compiled programs, and a place for their files."""
+    """The programs, each compiled when it is first wanted, and a place for their files."""
 
-    def __init__(self, directory: Path, programs: Sequence[str]) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-
-        def build(name: str) -> None:
-            include = ["-I", str(SOURCES), "-I", str(HERE.parent / "csrc")]
-            files = [str(SOURCES / f"{name}.cpp"), "-o", str(directory / name)]
-            subprocess.run([COMPILER, *FLAGS, *include, *files], check=True)
-
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(build, programs))
+        self.program = functools.cache(compiled)
 
     def start(
         self, kernel: str, inputs: dict[str, Tensor], **values: Any
@@ -63,7 +87,7 @@ class Emulator:
         settings = {"processors": 1, "shared_bytes": 228 << 10, "orders": ORDERS, **values}
         arguments = [f"{name}={value}" for name, value in settings.items()]
         return subprocess.run(
-            [str(self.directory / program), kernel, str(self.directory), *arguments],
+            [str(self.program(program)), kernel, str(self.directory), *arguments],
             capture_output=True,
             text=True,
         )

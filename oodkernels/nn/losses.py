@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from oodkernels._checks import accumulate_type, check_classes, check_floating
+from oodkernels._checks import accumulate_type, check_classes, check_floating, check_number
 from oodkernels.ops.outlier import OOD, outlier_cross_entropy, outlier_loss
 
 __all__ = [
@@ -214,7 +214,8 @@ class SettingsLoss(nn.Module):
         **settings: Kept as attributes of these names.
 
     Raises:
-        ValueError: ``reduction`` is unknown.
+        ValueError: ``reduction`` is unknown, or a setting NaN.
+        TypeError: A setting is no number.
     """
 
     reduction: Reduction
@@ -223,8 +224,9 @@ class SettingsLoss(nn.Module):
         super().__init__()
         _check_reduction(type(self).__name__, reduction)
         self._names = [*settings, "reduction"]
+        where = type(self).__name__
         for name, value in settings.items():
-            setattr(self, name, None if value is None else float(value))
+            setattr(self, name, None if value is None else check_number(where, name, value))
         self.reduction = reduction
 
     def extra_repr(self) -> str:
@@ -278,8 +280,8 @@ class EnergyBoundedLoss(SettingsLoss):
         temperature: float = 1.0,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(reduction, weight=weight, m_in=m_in, m_out=m_out, temperature=temperature)
         _check_temperature("EnergyBoundedLoss", temperature)
+        super().__init__(reduction, weight=weight, m_in=m_in, m_out=m_out, temperature=temperature)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (..., C) and target (...,)."""
@@ -326,7 +328,9 @@ class ConfidenceLoss(SettingsLoss):
         self, budget: float = 0.3, weight: float = 0.1, reduction: Reduction = "mean"
     ) -> None:
         super().__init__(reduction, budget=budget)
-        self.register_buffer("weight", torch.tensor(float(weight)))
+        self.register_buffer(
+            "weight", torch.tensor(check_number("ConfidenceLoss", "weight", weight))
+        )
 
     def forward(
         self,

@@ -98,8 +98,8 @@ class TrainConfig:
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("warmup", "seed"):
             self._check(name, type(getattr(self, name)) is int, "an integer")
-        for name in ("warmup", "seed", "weight_decay", "momentum"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("warmup", "seed", "weight_decay", "momentum", "gamma"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "finite and at least 0")
         self._check("lr", 0 < self.lr < math.inf, "positive and finite")
         self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive")
         self._check("ema", self.ema is None or 0 <= self.ema < 1, "in [0, 1)")

@@ -72,7 +72,7 @@ class SoftmaxObjective(Objective):
 
     def __init__(self, mixup: float = 0.0, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if mixup < 0:
+        if not mixup >= 0:
             raise ValueError(f"{type(self).__name__}: mixup must be at least 0, got {mixup}")
         self.mixup = float(mixup)
         self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=float(label_smoothing))

@@ -25,8 +25,7 @@ pytestmark = needs_compiler
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    programs = ("mos", "logits", "roc", "histogram", "faults")
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"), programs)
+    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ f64, f32, bf16, f16 = DTYPES
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"), ("kmeans", "dos"))
+    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ from oodkernels import reference
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"), ["outlier"])
+    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
 
 
 def target_of(sample: Sample) -> Tensor:

@@ -308,7 +308,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from oodkernels.data.samples import open_samples
-from oodkernels.evaluation._evaluate import evaluate
+from oodkernels.evaluation import evaluate
 
 def resident(field):
     status = Path("/proc/self/status").read_text()

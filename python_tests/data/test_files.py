@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -104,6 +105,19 @@ def test_a_folder_is_one_writers(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with locked(tmp_path, "again"):
         pass
+
+
+def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def without(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    warned = pytest.warns(UserWarning, match=r"extract: .* cannot be locked: No locks available")
+    with warned, locked(tmp_path, "extract"):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """

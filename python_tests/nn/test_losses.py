@@ -268,6 +268,18 @@ def test_settings_refused() -> None:
         with pytest.raises(ValueError, match="EnergyBoundedLoss: temperature must be positive"):
             losses.EnergyBoundedLoss(temperature=temperature)
     assert "weight=0.5, reduction='mean'" in repr(losses.OutlierExposureLoss())
+    for kind, name in (
+        (losses.OutlierExposureLoss, "weight"),
+        (losses.EnergyBoundedLoss, "m_in"),
+        (losses.AbsentClassLoss, "beta"),
+        (losses.ConfidenceLoss, "weight"),
+        (losses.ConfidenceLoss, "budget"),
+        (JointGANLoss, "beta"),
+    ):
+        with pytest.raises(ValueError, match=f"^{kind.__name__}: {name} must not be NaN"):
+            kind(**{name: math.nan})
+        with pytest.raises(TypeError, match=f"^{kind.__name__}: {name} must be a number, got '1'"):
+            kind(**{name: "1"})
 
 
 def test_defaults_are_the_papers() -> None:

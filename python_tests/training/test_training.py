@@ -755,6 +755,8 @@ def test_config_comes_back_from_toml() -> None:
         ({"lr": 0}, "lr must be positive and finite, got 0"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, got 'lion'"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"gamma": math.nan}, "gamma must be finite and at least 0, got nan"),
+        ({"momentum": math.inf}, "momentum must be finite and at least 0, got inf"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"precision": "16-mixed"}, "precision must be one of 32-true"),
         ({"milestones": [1.5]}, r"milestones must be in \(0, 1\), got \[1.5\]"),

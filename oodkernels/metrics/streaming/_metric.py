@@ -53,7 +53,7 @@ class SyncedMetric(Metric):  # type: ignore[misc, unused-ignore]
         should_unsync: bool = True,
         distributed_available: Callable[..., bool] | None = None,
     ) -> Iterator[None]:
-        """With the states of all processes; see ``torchmetrics.Metric.sync_context``."""
+        """States of all processes within; as torchmetrics has it."""
         self.sync(dist_sync_fn, process_group, should_sync, distributed_available)
         try:
             yield
