@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("numpy", "triton", "torchmetrics", "scikit-learn", "flash-kmeans", "faiss-gpu-cu12")
+PACKAGES = ("numpy", "triton", "torchmetrics", "scikit-learn", "flash-kmeans", "faiss-gpu")
 
 
 def version(package: str) -> str | None:

@@ -23,7 +23,6 @@ from oodkernels.detectors.base import (
     Prediction,
     register,
     score_all,
-    score_batch,
 )
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.choice import applicable
@@ -42,6 +41,7 @@ from oodkernels.detectors.logits import (
     MOSLogOdds,
 )
 from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.passes import score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
     KLMatching,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from oodkernels._checks import check_class_ids, check_int
 from oodkernels._digest import digest
 from oodkernels._safetensors import read_tensors, write_tensors
-from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, joined, present
-from oodkernels.detectors.model import Model, run, to_model
+from oodkernels.detectors.batch import Batch, Features, as_batch, check_axes, joined, present
+from oodkernels.detectors.model import Model
+from oodkernels.detectors.passes import completed, score_batch
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
 from oodkernels.groups import Groups
 from oodkernels.metrics.ood import Scores
@@ -34,7 +35,6 @@ __all__ = [
     "Prediction",
     "register",
     "score_all",
-    "score_batch",
 ]
 
 _FORMAT, _VERSION = "oodkernels.detector", 1
@@ -441,18 +441,8 @@ class OODDetector:
         """Take in what :meth:`_state` gave; ValueError if it is something else."""
         if tensors.keys() != self._tensors.keys():
             raise ValueError(f"tensors must be {sorted(self._tensors)}, got {sorted(tensors)}")
-        sizes = {"d": self.width, "C": self.num_classes}
-        for name, axes in self._tensors.items():
-            tensor, letters = tensors[name], axes.split()
-            check_kept(name, tensor)
-            wanted = [sizes.get(letter) for letter in letters]
-            if len(wanted) != tensor.dim() or any(
-                size not in (None, found) for size, found in zip(wanted, tensor.shape, strict=True)
-            ):
-                raise ValueError(
-                    f"{name} must be ({', '.join(letters)}) of {sizes}, got {tuple(tensor.shape)}"
-                )
-            sizes.update(zip(letters, tensor.shape, strict=True))
+        check_axes(tensors, self._tensors, {"d": self.width, "C": self.num_classes})
+        for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
     def _settings(self) -> dict[str, Any]:
@@ -502,7 +492,7 @@ class OODDetector:
     def _parts(self, where: str, batch: Batch) -> Iterator[Batch]:
         """The batch, ``batch_size`` rows of x at a time, with what the detector needs."""
         for part in batch.chunks(None if batch.x is None else self.batch_size):
-            yield _completed(where, [self], part)[0]
+            yield completed(where, [self], part)[0]
 
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]:
         """What of ``wanted`` a batch lacks."""
@@ -530,8 +520,8 @@ class OODDetector:
                 )
             x, y = pair
             with torch.no_grad():
-                completed = _completed(where, [self], as_batch(where, x), self.trained_on)[0]
-            yield completed, y
+                (batch,) = completed(where, [self], as_batch(where, x), self.trained_on)
+            yield batch, y
 
 
 def score_all(
@@ -578,99 +568,6 @@ def score_all(
         raise ValueError(f"{where}: chunk must be >= 1, got {chunk}")
     batch = as_batch(where, x, logits, features, confidence)
     return score_batch(detectors, batch, chunk, where=where)
-
-
-def score_batch(
-    detectors: Mapping[str, OODDetector],
-    batch: Batch,
-    chunk: int | None = None,
-    *,
-    where: str = "score_batch",
-) -> dict[str, Tensor]:
-    """:func:`score_all` of a batch.
-
-    Args:
-        detectors: By any name.
-        batch: Its tensors are not looked at again; what detectors need and it has not is computed
-            from its ``x``.
-        chunk: As for :func:`score_all`.
-        where: What errors start with.
-
-    Returns:
-        As there.
-
-    Raises:
-        ValueError: As there.
-        NotFittedError: As there.
-    """
-    used = list(detectors.values())
-    if chunk is None and batch.x is not None:
-        chunk = min((d.batch_size for d in used), default=1)
-    scores: list[list[Tensor]] = [[] for _ in used]
-    with torch.no_grad():
-        for part in batch.chunks(chunk):
-            for i, own in enumerate(_completed(where, used, part)):
-                scores[i].append(used[i]._score(own))
-    found = [present(joined(parts, batch.device)) for parts in scores]
-    return dict(zip(detectors, found, strict=True))
-
-
-def _completed(
-    where: str,
-    detectors: Sequence[OODDetector],
-    batch: Batch,
-    wanted: frozenset[str] | None = None,
-) -> list[Batch]:
-    """Give each detector a checked batch that has what it needs; a model runs once at most."""
-    ran: dict[int, Batch] = {}
-    own = []
-    for detector in detectors:
-        if wanted is None:
-            detector._ready(where)
-        needs = detector.needs if wanted is None else wanted
-        mine = batch
-        if missing := detector._missing(batch, needs):
-            if batch.x is None or "x" in missing:
-                raise ValueError(f"{where}: {detector.name} needs {', '.join(missing)}, or x")
-            if detector.model is None:
-                raise ValueError(
-                    f"{where}: x needs a model: {type(detector).__name__}(..., model=model)"
-                )
-            key = id(detector.model)
-            if key not in ran:
-                sharing = [d for d in detectors if d.model is detector.model]
-                ran[key] = _run(detector.model, batch, sharing, wanted)
-            mine = ran[key]
-            if missing := detector._missing(mine, needs):
-                raise ValueError(
-                    f"{where}: the model must give {', '.join(missing)} for {detector.name}; "
-                    f"see FeatureModel"
-                )
-        detector._check(where, mine)
-        own.append(mine)
-    return own
-
-
-def _run(
-    model: Model,
-    batch: Batch,
-    detectors: Sequence[OODDetector],
-    wanted: frozenset[str] | None,
-) -> Batch:
-    """The batch with what the model makes of its x; what was given is kept."""
-    layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
-    features = any(
-        not d.layers and "features" in (d.needs if wanted is None else wanted) for d in detectors
-    )
-    x = to_model(model, present(batch.x))
-    found = Batch.of(x, run(model, x, layers, features))
-    for name in ("logits", "features", "confidence"):
-        if (given := getattr(batch, name)) is not None:
-            setattr(found, name, given)
-    found.layers = {**found.layers, **batch.layers}
-    if batch.absent is not None:
-        found.absent = batch.absent
-    return found
 
 
 # --- registry -------------------------------------------------------------------------------------

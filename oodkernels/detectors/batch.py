@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 Features: TypeAlias = Tensor | Mapping[str, Tensor]
 """(N, d), or by the name of the layer for a detector that reads several."""
 
-__all__ = ["Batch", "Features", "as_batch", "check_kept", "joined", "present"]
+__all__ = ["Batch", "Features", "as_batch", "check_axes", "check_kept", "joined", "present"]
 
 
 class Batch:
@@ -100,6 +101,12 @@ class Batch:
             return
         for begin in range(0, n, size):
             yield self.rows(slice(begin, begin + size))
+
+    def without(self, absent: int | None) -> Batch:
+        """The batch whose logits have an absent column; what was computed is shared."""
+        found = copy.copy(self)
+        found.absent = absent
+        return found
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What ``compute`` returned when ``key`` was first asked for."""
@@ -203,6 +210,31 @@ def check_kept(name: str, tensor: Tensor) -> None:
             f"{name} must be floating-point and finite, got {tensor.dtype}"
             f"{', not finite' if tensor.is_floating_point() else ''}"
         )
+
+
+def check_axes(
+    tensors: Mapping[str, Tensor], axes: Mapping[str, str], sizes: Mapping[str, int | None]
+) -> None:
+    """Raise ValueError unless tensors from a file are finite and of these axes.
+
+    Args:
+        tensors: By name.
+        axes: By the same names, letters for the axes: "C d".
+        sizes: Letter -> size, None where it may be any; other letters, too. The same letter must
+            have the same size everywhere.
+    """
+    known = dict(sizes)
+    for name, letters in axes.items():
+        tensor, wanted = tensors[name], letters.split()
+        check_kept(name, tensor)
+        if len(wanted) != tensor.dim() or any(
+            known.get(letter) not in (None, found)
+            for letter, found in zip(wanted, tensor.shape, strict=True)
+        ):
+            raise ValueError(
+                f"{name} must be ({', '.join(wanted)}) with {known}, got {tuple(tensor.shape)}"
+            )
+        known.update(zip(wanted, tensor.shape, strict=True))
 
 
 def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:

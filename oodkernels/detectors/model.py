@@ -154,7 +154,7 @@ def extract(
         axis = known_axis(source) if axis is None else axis
         found = positions_mean(where, what, found, axis)
     axes = {name: axis for name in named if (axis := known_axis(named[name])) is not None}
-    absent = getattr(model, "absent_column", None) if outputs.absent is None else outputs.absent
+    absent = absent_column(model) if outputs.absent is None else outputs.absent
     layers = {name: seen[name] for name in named}
     return outputs._replace(features=found, layers=layers, axes=axes, absent=absent)
 
@@ -244,6 +244,14 @@ def as_outputs(result: Any) -> Outputs:
         f"extract: model must give logits, (logits, confidence) or Outputs, got "
         f"{type(result).__name__}"
     )
+
+
+def absent_column(model: Model | None) -> int | None:
+    """Column of a model's logits that stands for no class, if its ``absent_column`` tells."""
+    if isinstance(model, FeatureModel):
+        return absent_column(model.model)
+    column = getattr(model, "absent_column", None)
+    return column if isinstance(column, int) and not isinstance(column, bool) else None
 
 
 def run(model: Model, x: Tensor, layers: Sequence[str] = (), features: bool = True) -> Outputs:

@@ -125,6 +125,21 @@ def test_random_state() -> None:
     )
 
 
+def test_numpy_scalars_are_taken() -> None:
+    x = features(60, 4)
+    model = KMeans(
+        np.int64(3),
+        n_init=np.int32(2),
+        max_iter=np.uint8(9),
+        tol=np.float32(0.5),
+        normalize=np.True_,
+        renormalize=np.False_,
+    ).fit(x)
+    expected = KMeans(3, n_init=2, max_iter=9, tol=0.5, normalize=True).fit(x)
+    assert torch.equal(model.cluster_centers_, expected.cluster_centers_)
+    assert torch.equal(model.predict(x), expected.labels_)
+
+
 def test_n_init_auto_is_one() -> None:
     x = features(200, 6, 40)
     auto, one = (KMeans(9, n_init=n).fit(x) for n in ("auto", 1))

@@ -162,6 +162,11 @@ def test_all_detectors_of_a_head_agree_on_its_absent_column() -> None:
         scores = score_all({name: detectors[name] for name in names}, x=z)
         assert torch.equal(scores["msp"], MSP().score(logits=z[:, :9]))
     assert torch.equal(scores["absent"], AbsentClass().score(logits=z))
+    assert torch.equal(score_all(detectors, logits=z)["msp"], scores["msp"])  # by keyword, too
+    flat = {**detectors, "flat": MSP()}
+    assert torch.equal(score_all(flat, logits=z)["flat"], MSP().score(logits=z))
+    with pytest.raises(ValueError, match="absent must be one of several columns of logits, got 9"):
+        MSP(model=head).score(logits=z[:, :9])
     first = torch.cat([z[:, -1:], z[:, :-1]], 1)
     torch.testing.assert_close(AbsentClass(model=Head(0)).score(first), scores["absent"])
     torch.testing.assert_close(AbsentClass(absent=0).score(logits=first), scores["absent"])

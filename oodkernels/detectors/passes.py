@@ -1,0 +1,125 @@
+"""One pass over a batch for any number of detectors: a model runs once for all that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from oodkernels.detectors.batch import Batch, joined, present
+from oodkernels.detectors.model import Model, absent_column, run, to_model
+
+__all__ = ["Detector", "completed", "score_batch"]
+
+
+class Detector(Protocol):
+    """What a pass asks of a detector; see :class:`OODDetector`."""
+
+    name: ClassVar[str]
+    model: Model | None
+    needs: frozenset[str]
+    layers: Sequence[str]
+    batch_size: int
+
+    def _ready(self, where: str) -> None: ...
+    def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]: ...
+    def _check(self, where: str, batch: Batch) -> None: ...
+    def _score(self, batch: Batch) -> Tensor: ...
+
+
+def score_batch(
+    detectors: Mapping[str, Detector],
+    batch: Batch,
+    chunk: int | None = None,
+    *,
+    where: str = "score_batch",
+) -> dict[str, Tensor]:
+    """:func:`score_all` of a batch.
+
+    Args:
+        detectors: By any name.
+        batch: Its tensors are not looked at again; what detectors need and it has not is computed
+            from its ``x``.
+        chunk: As for :func:`score_all`.
+        where: What errors start with.
+
+    Returns:
+        As there.
+
+    Raises:
+        ValueError: As there.
+        NotFittedError: As there.
+    """
+    used = list(detectors.values())
+    if chunk is None and batch.x is not None:
+        chunk = min((d.batch_size for d in used), default=1)
+    scores: list[list[Tensor]] = [[] for _ in used]
+    with torch.no_grad():
+        for part in batch.chunks(chunk):
+            for i, own in enumerate(completed(where, used, part)):
+                scores[i].append(used[i]._score(own))
+    found = [present(joined(parts, batch.device)) for parts in scores]
+    return dict(zip(detectors, found, strict=True))
+
+
+def completed(
+    where: str,
+    detectors: Sequence[Detector],
+    batch: Batch,
+    wanted: frozenset[str] | None = None,
+) -> list[Batch]:
+    """Give each detector a checked batch that has what it needs; a model runs once at most."""
+    ran: dict[int, Batch] = {}
+    own = []
+    for detector in detectors:
+        if wanted is None:
+            detector._ready(where)
+        needs = detector.needs if wanted is None else wanted
+        mine = batch
+        if missing := detector._missing(batch, needs):
+            if batch.x is None or "x" in missing:
+                raise ValueError(f"{where}: {detector.name} needs {', '.join(missing)}, or x")
+            if detector.model is None:
+                raise ValueError(
+                    f"{where}: x needs a model: {type(detector).__name__}(..., model=model)"
+                )
+            key = id(detector.model)
+            if key not in ran:
+                sharing = [d for d in detectors if d.model is detector.model]
+                ran[key] = _run(detector.model, batch, sharing, wanted)
+            mine = ran[key]
+            if missing := detector._missing(mine, needs):
+                raise ValueError(
+                    f"{where}: the model must give {', '.join(missing)} for {detector.name}; "
+                    f"see FeatureModel"
+                )
+        column = absent_column(detector.model)
+        if mine.absent is None and mine.logits is not None and column is not None:
+            mine = mine.without(mine.absent_column(where, column))
+        detector._check(where, mine)
+        own.append(mine)
+    return own
+
+
+def _run(
+    model: Model,
+    batch: Batch,
+    detectors: Sequence[Detector],
+    wanted: frozenset[str] | None,
+) -> Batch:
+    """The batch with what the model makes of its x; what was given is kept."""
+    layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
+    features = any(
+        not d.layers and "features" in (d.needs if wanted is None else wanted) for d in detectors
+    )
+    x = to_model(model, present(batch.x))
+    found = Batch.of(x, run(model, x, layers, features))
+    for name in ("logits", "features", "confidence"):
+        if (given := getattr(batch, name)) is not None:
+            setattr(found, name, given)
+    found.layers = {**found.layers, **batch.layers}
+    if batch.absent is not None:
+        found.absent = batch.absent
+    return found
