@@ -172,7 +172,7 @@ def _(draw: Draw, name: str) -> Case:
     groups, width, good = draw.offsets()
     z = draw.normal((*draw.leading(), width), special=False)
     ignored = draw.random.choice((-100, -1, 2))
-    classes = width - len(groups) + 1
+    classes = max(1, width - len(groups) + 1)  # where the groups are wrong there may be none
     target, _ = draw.classes(0, classes, z.shape[:-1])
     if target.numel() and draw.one_in(3):
         target.view(-1)[draw.random.randrange(target.numel())] = ignored
