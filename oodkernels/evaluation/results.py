@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from oodkernels.metrics.calibration import CalibrationBins
 
-__all__ = ["CONVENTION", "Evaluation", "combine", "plain", "software", "write_texts"]
+__all__ = ["FIGURES_IN_WORDS", "Evaluation", "combine", "plain", "software", "write_texts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class Evaluation:
     def convention(self) -> dict[str, str]:
         """What the figures mean, in words."""
         name = self.methods[0].convention
-        return CONVENTION if name == "default" else {"name": name, **_words(name)}
+        return FIGURES_IN_WORDS if name == "default" else {"name": name, **_words(name)}
 
     @property
     def uncertainty(self) -> float:
@@ -189,7 +189,7 @@ class Evaluation:
         return self.to_markdown()
 
 
-CONVENTION = {
+FIGURES_IN_WORDS = {
     "name": "default",
     "scores": "higher = more in-distribution (ID)",
     "positive": "ID",
@@ -205,13 +205,13 @@ CONVENTION = {
 def _words(name: str) -> dict[str, str]:
     rule = CONVENTIONS[name]
     return {
-        "scores": CONVENTION["scores"],
+        "scores": FIGURES_IN_WORDS["scores"],
         "positive": rule.positive.upper(),
         "fpr95": f"by the rule of {rule.source}",
-        "auroc": CONVENTION["auroc"],
+        "auroc": FIGURES_IN_WORDS["auroc"],
         "aupr_in": f"{rule.aupr}, ID as positive",
         "aupr_out": f"{rule.aupr}, OOD as positive",
-        "average": CONVENTION["average"],
+        "average": FIGURES_IN_WORDS["average"],
     }
 
 

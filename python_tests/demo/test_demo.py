@@ -28,7 +28,7 @@ import matplotlib
 from oodkernels.demo import protocol as demo
 from oodkernels.demo import report as demo_report
 from oodkernels.evaluation.methods import OTHER, OWN
-from oodkernels.evaluation.results import CONVENTION
+from oodkernels.evaluation.results import FIGURES_IN_WORDS
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
 from oodkernels.training import OBJECTIVES, TrainConfig, objectives, reproducible
@@ -215,7 +215,7 @@ def test_csv_holds_the_metrics_in_full(result: demo.DemoResult) -> None:
 
 def test_json_says_what_was_done(result: demo.DemoResult) -> None:
     record = json.loads(demo_report.to_json(result))
-    assert record["convention"] == CONVENTION
+    assert record["convention"] == FIGURES_IN_WORDS
     assert record["settings"] == dataclasses.asdict(SETTINGS)
     assert set(record["methods"]) == set(demo.METHODS)
     assert record["methods"]["dos"]["outliers_per_image"] == 6
