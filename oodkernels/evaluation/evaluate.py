@@ -281,13 +281,15 @@ class _Tally:
             reliability[model] = self.calibration.calibration_bins()
         notes = []
         if self.without_accuracy is not None:
-            notes.append(f"{model}: accuracy is left out: {self.without_accuracy}.")
+            notes.append(f"accuracy is left out: {self.without_accuracy}.")
         if self.absent is not None:
             notes.append(
-                f"{model}: column {self.absent} of the logits is the absent class's; no score but "
+                f"column {self.absent} of the logits is the absent class's; no score but "
                 "absent-class counts it."
             )
-        return Evaluation(methods, self._grouped(model), reliability, notes=notes)
+        return Evaluation(
+            methods, self._grouped(model), reliability, notes={printable(model): notes}
+        )
 
     def _grouped(self, model: str) -> list[GroupOthers]:
         if self.groups is None or not self.others:

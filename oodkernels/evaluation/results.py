@@ -43,14 +43,14 @@ class Evaluation:
         others: The MOS models' "others".
         reliability: Model -> its answers on ID samples by confidence, where labels are known.
         sweep: For the report; None for none.
-        notes: What was left out or decided, a sentence each; shown with the table.
+        notes: Model -> what was left out or decided, a sentence each; shown with the table.
     """
 
     methods: list[MethodResult | StreamedMethodResult]
     others: list[GroupOthers] = field(default_factory=list)
     reliability: dict[str, CalibrationBins] = field(default_factory=dict)
     sweep: Sweep | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -80,6 +80,12 @@ class Evaluation:
         return FIGURES_IN_WORDS if name == "default" else {"name": name, **_words(name)}
 
     @property
+    def remarks(self) -> list[str]:
+        """The notes on the models in the table, each with the model's name."""
+        models = dict.fromkeys(method.model for method in self.methods)
+        return [f"{model}: {note}" for model in models for note in self.notes.get(model, [])]
+
+    @property
     def uncertainty(self) -> float:
         """Largest half-width of the bounds of a figure in ``rows``; 0 where all are exact."""
         return max(
@@ -106,7 +112,7 @@ class Evaluation:
         record = {
             "convention": self.convention,
             "results": [row._asdict() for row in self.rows],
-            "notes": self.notes,
+            "notes": self.remarks,
             "figures": {method.name: method.figures for method in self.methods},
             "thresholds": {method.name: method.threshold for method in self.methods},
             "reliability": {
@@ -264,5 +270,5 @@ def combine(*evaluations: Evaluation) -> Evaluation:
         [others for e in evaluations for others in e.others],
         {model: bins for e in evaluations for model, bins in e.reliability.items()},
         next((e.sweep for e in evaluations if e.sweep is not None), None),
-        list(dict.fromkeys(note for e in evaluations for note in e.notes)),
+        {model: notes for e in evaluations for model, notes in e.notes.items()},
     )
