@@ -61,6 +61,13 @@ def extract(
             "reads.",
         ),
     ] = None,
+    axis: Annotated[
+        int | None,
+        typer.Option(
+            help="Axis of the features where the layer gives more than two and does not tell: 1 "
+            "for (N, d, H, W), -1 for (N, T, d).",
+        ),
+    ] = None,
     root: Annotated[
         Path | None,
         typer.Option(
@@ -162,6 +169,7 @@ def extract(
         model_classes=names,
         absent_column=None if meaning is None else meaning.absent_column,
         groups=None if meaning is None or meaning.groups is None else meaning.groups.to_json(),
+        axis=axis,
     )
     if not is_extracted(out, plan, file_format):
         write_config(ctx, out)

@@ -48,6 +48,8 @@ class ExtractionPlan:
     """Column of the model's absent class, if it has one."""
     groups: str | None = None
     """Groups of a MOS model, as :meth:`oodkernels.Groups.to_json` writes them."""
+    axis: int | None = None
+    """Axis of the features of ``layer``, as :class:`oodkernels.detectors.FeatureModel` has it."""
 
 
 def extract_images(
@@ -189,7 +191,7 @@ def _outputs(
     model: nn.Module, loader: Iterable[_ImageBatch], plan: ExtractionPlan
 ) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
     """Arrays of a batch by name, and its images' names."""
-    wrapped = FeatureModel(model, plan.layer)
+    wrapped = FeatureModel(model, plan.layer, plan.axis)
     dtype: torch.dtype = getattr(torch, plan.dtype)
     for batch in loader:
         with torch.no_grad():

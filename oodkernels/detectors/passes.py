@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ __all__ = ["Detector", "completed", "score_batch"]
 class Detector(Protocol):
     """What a pass asks of a detector; see :class:`OODDetector`."""
 
-    name: str
+    name: ClassVar[str]
     model: Model | None
     needs: frozenset[str]
     layers: Sequence[str]

@@ -69,6 +69,17 @@ def make_slow():
 def make_convs():
     return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), ToTensor(8)
 
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.act, self.fc = nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 4)
+    def forward(self, x):
+        return self.fc(self.act(self.embed(x.flatten(2))).mean(1))
+
+def make_tokens():
+    return Tokens(), ToTensor(8)
+
 nothing = 3
 
 def make_nothing():
@@ -155,6 +166,18 @@ def test_bfloat16_and_a_layer(here: Path) -> None:
     assert (features < 0).any()  # before the ReLU
     found = oodk("extract", *given, "--out", "x", "--dtype", "bfloat16", "--format", "npy")
     assert found.exit_code == 2
+
+
+def test_the_axis_of_a_layer_is_said_where_it_does_not_tell(here: Path) -> None:
+    given = ("extract", "--model", "my_models:make_tokens", "--data", "images")
+    given = (*given, "--layer", "act", "--dtype", "float32")
+    found = oodk(*given, "--out", "run")
+    assert found.exit_code != 0
+    assert "say axis=1 if it is the second, axis=-1 if the last" in " ".join(found.output.split())
+    assert oodk(*given, "--out", "run2", "--axis", -1).exit_code == 0
+    x = torch.stack([s.image for s in open_images("images", ToTensor(8))])
+    expected = load_model("my_models:make_tokens")[0].embed(x.flatten(2)).relu().mean(1)
+    torch.testing.assert_close(open_samples("run2").read("features"), expected.detach())
 
 
 def test_file_lists(here: Path) -> None:
