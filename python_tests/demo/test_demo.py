@@ -331,8 +331,9 @@ def test_report_does_without_pyplot() -> None:
 
 
 @pytest.fixture
-def table() -> ModuleType:
+def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "demo_table.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("demo_table", path)
     assert spec is not None
     assert spec.loader is not None
@@ -356,7 +357,7 @@ def test_table_over_seeds(table: ModuleType) -> None:
     assert [row["fpr95"]["mean"] for row in found] == pytest.approx([0.4, 0.2, 0.15])
     assert found[0]["fpr95"]["std"] == pytest.approx(0.141421, abs=1e-6)
     assert [row["seed"] for row in table.per_seed([3, 5], records)] == [3, 3, 3, 5, 5, 5]
-    lines = table.markdown(found, {"digits": ["flat"], "more": ["OE"]}).splitlines()
+    lines = table.demo_table(found, {"digits": ["flat"], "more": ["OE"]}).splitlines()
     assert len(lines) == 2 + 3
     assert "| 40.00 ± 14.14 |" in lines[2]
     assert "| **20.00 ± 0.00** |" in lines[3]
