@@ -143,6 +143,7 @@ def test_others_are_those_of_the_score(result: demo.DemoResult) -> None:
         assert max(own) < min(foreign)
 
 
+@pytest.mark.slow
 def test_same_settings_same_bytes_on_any_number_of_threads(result: demo.DemoResult) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
