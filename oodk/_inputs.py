@@ -128,7 +128,9 @@ class Inputs:
             known: Any = getattr(samples, "model_classes", None)
             if model is not None:
                 known = getattr(model, "class_names", None)
-            return groups if None in (known, groups.class_names) else groups.matched(known)
+            if known is None or groups.class_names is None:
+                return groups
+            return groups.matched(known)
         return getattr(samples if model is None else model, "groups", None)
 
     def open(self, option: str, path: str, labels: Path | None = None) -> Samples | Any:
