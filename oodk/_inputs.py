@@ -125,7 +125,7 @@ class Inputs:
         """Those asked for, or else those of the head, the model or the file."""
         if self.groups is not None:
             groups = read_groups(self.groups)
-            known = getattr(samples, "model_classes", None)
+            known: Any = getattr(samples, "model_classes", None)
             if model is not None:
                 known = getattr(model, "class_names", None)
             if known is None or groups.class_names is None:
