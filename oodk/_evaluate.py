@@ -171,7 +171,7 @@ def evaluate(
         bounds = f" Certain to {100 * uncertain:.1e} points." if uncertain else ""
         if not quiet:
             typer.echo(f"In per cent, the best in bold; FPR95: lower is better.{bounds}")
-        for note in found.notes:
+        for note in found.remarks:
             typer.echo(note, err=quiet)
     if out is not None:
         with step("draw the report in", out):

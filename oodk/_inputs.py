@@ -125,10 +125,12 @@ class Inputs:
         """Those asked for, or else those of the head, the model or the file."""
         if self.groups is not None:
             groups = read_groups(self.groups)
-            known = getattr(samples, "model_classes", None)
+            known: Any = getattr(samples, "model_classes", None)
             if model is not None:
                 known = getattr(model, "class_names", None)
-            return groups if None in (known, groups.class_names) else groups.matched(known)
+            if known is None or groups.class_names is None:
+                return groups
+            return groups.matched(known)
         return getattr(samples if model is None else model, "groups", None)
 
     def open(self, option: str, path: str, labels: Path | None = None) -> Samples | Any:

@@ -29,7 +29,7 @@ def progress(
     rich = require("rich.progress", "train", "a progress bar")
     console = require("rich.console", "train", "a progress bar").Console(stderr=True)
     columns = [
-        rich.TextColumn("{task.description}"),
+        rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),

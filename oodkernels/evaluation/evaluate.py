@@ -69,11 +69,15 @@ def evaluate(
             labels) or dicts as :class:`oodkernels.data.Samples` yields them. With a model that is
             a head, dicts with features. Or one tensor instead of batches. Labels are class ids, for
             accuracy and reliability.
-        ood_loaders: OOD set -> the same; labels are not looked at.
+        ood_loaders: OOD set -> the same, with the same scores, from logits and features of the
+            same width; labels are not looked at.
         detectors: Detectors by name, or in a list: fitted ones where fitting is needed, or keys of
-            ``DETECTORS``. By default MSP, max logit and energy. Scores that batches hold, under
-            any other name than "logits", "features" and "labels", come beside them.
-        groups: Of a MOS head; by default those of the first detector that has them.
+            ``DETECTORS``. By default MSP, max logit and energy, or with groups MOS and its
+            log-odds; of a model with an absent class or a confidence branch first its own. Scores
+            that batches hold, under any other name than "logits", "features", "labels" and
+            "confidence", come beside them.
+        groups: Of a MOS head; by default those of the first detector that has them, of the model,
+            or of the ID file.
         model_name: Name of the model in the table.
         memory: Size of the metrics' state for each detector, as in "16MiB": see
             :class:`oodkernels.OODMetrics`. By default scores are kept, and all figures exact.
@@ -277,13 +281,15 @@ class _Tally:
             reliability[model] = self.calibration.calibration_bins()
         notes = []
         if self.without_accuracy is not None:
-            notes.append(f"{model}: accuracy is left out: {self.without_accuracy}.")
+            notes.append(f"accuracy is left out: {self.without_accuracy}.")
         if self.absent is not None:
             notes.append(
-                f"{model}: column {self.absent} of the logits is the absent class's; no score but "
+                f"column {self.absent} of the logits is the absent class's; no score but "
                 "absent-class counts it."
             )
-        return Evaluation(methods, self._grouped(model), reliability, notes=notes)
+        return Evaluation(
+            methods, self._grouped(model), reliability, notes={printable(model): notes}
+        )
 
     def _grouped(self, model: str) -> list[GroupOthers]:
         if self.groups is None or not self.others:

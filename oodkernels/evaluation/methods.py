@@ -39,7 +39,23 @@ class Levels(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class MethodResult:
+class _Named:
+    model: str
+    score: str
+    id_accuracy: float
+
+    def __post_init__(self) -> None:
+        for name in ("model", "score"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
+    @property
+    def name(self) -> str:
+        """Model and score in one label."""
+        return f"{self.model}: {self.score}"
+
+
+@dataclass(frozen=True, eq=False)
+class MethodResult(_Named):
     """Scores of one detector on every test set.
 
     Attributes:
@@ -51,23 +67,14 @@ class MethodResult:
         convention: Of :func:`oodkernels.ood_metrics`.
     """
 
-    model: str
-    score: str
-    id_accuracy: float
     id_scores: Array
     ood_scores: Mapping[str, Array]
     convention: str = "default"
 
     def __post_init__(self) -> None:
-        for name in ("model", "score"):
-            object.__setattr__(self, name, printable(getattr(self, name)))
+        super().__post_init__()
         sets = {printable(name): scores for name, scores in self.ood_scores.items()}
         object.__setattr__(self, "ood_scores", sets)
-
-    @property
-    def name(self) -> str:
-        """Model and score in one label."""
-        return f"{self.model}: {self.score}"
 
     @cached_property
     def results(self) -> OODResults:
@@ -99,23 +106,15 @@ class MethodResult:
 
 
 @dataclass(frozen=True, eq=False)
-class StreamedMethodResult:
+class StreamedMethodResult(_Named):
     """What a metric of fixed size knows of one detector's scores; reads like a `MethodResult`.
 
     ``figures`` have ``..._lower`` and ``..._upper`` beside each, between which the figure of the
     whole stream lies.
     """
 
-    model: str
-    score: str
-    id_accuracy: float
     metric: OODMetrics
     convention: str = "default"
-
-    @property
-    def name(self) -> str:
-        """Model and score in one label."""
-        return f"{self.model}: {self.score}"
 
     @cached_property
     def figures(self) -> dict[str, dict[str, float]]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from oodkernels.metrics.calibration import CalibrationBins
 
-__all__ = ["CONVENTION", "Evaluation", "combine", "plain", "software", "write_texts"]
+__all__ = ["FIGURES_IN_WORDS", "Evaluation", "combine", "plain", "software", "write_texts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +43,14 @@ class Evaluation:
         others: The MOS models' "others".
         reliability: Model -> its answers on ID samples by confidence, where labels are known.
         sweep: For the report; None for none.
-        notes: What was left out or decided, a sentence each; shown with the table.
+        notes: Model -> what was left out or decided, a sentence each; shown with the table.
     """
 
     methods: list[MethodResult | StreamedMethodResult]
     others: list[GroupOthers] = field(default_factory=list)
     reliability: dict[str, CalibrationBins] = field(default_factory=dict)
     sweep: Sweep | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -77,7 +77,13 @@ class Evaluation:
     def convention(self) -> dict[str, str]:
         """What the figures mean, in words."""
         name = self.methods[0].convention
-        return CONVENTION if name == "default" else {"name": name, **_words(name)}
+        return FIGURES_IN_WORDS if name == "default" else {"name": name, **_words(name)}
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes on the models in the table, each with the model's name."""
+        models = dict.fromkeys(method.model for method in self.methods)
+        return [f"{model}: {note}" for model in models for note in self.notes.get(model, [])]
 
     @property
     def uncertainty(self) -> float:
@@ -106,7 +112,7 @@ class Evaluation:
         record = {
             "convention": self.convention,
             "results": [row._asdict() for row in self.rows],
-            "notes": self.notes,
+            "notes": self.remarks,
             "figures": {method.name: method.figures for method in self.methods},
             "thresholds": {method.name: method.threshold for method in self.methods},
             "reliability": {
@@ -189,7 +195,7 @@ class Evaluation:
         return self.to_markdown()
 
 
-CONVENTION = {
+FIGURES_IN_WORDS = {
     "name": "default",
     "scores": "higher = more in-distribution (ID)",
     "positive": "ID",
@@ -205,13 +211,13 @@ CONVENTION = {
 def _words(name: str) -> dict[str, str]:
     rule = CONVENTIONS[name]
     return {
-        "scores": CONVENTION["scores"],
+        "scores": FIGURES_IN_WORDS["scores"],
         "positive": rule.positive.upper(),
         "fpr95": f"by the rule of {rule.source}",
-        "auroc": CONVENTION["auroc"],
+        "auroc": FIGURES_IN_WORDS["auroc"],
         "aupr_in": f"{rule.aupr}, ID as positive",
         "aupr_out": f"{rule.aupr}, OOD as positive",
-        "average": CONVENTION["average"],
+        "average": FIGURES_IN_WORDS["average"],
     }
 
 
@@ -264,5 +270,5 @@ def combine(*evaluations: Evaluation) -> Evaluation:
         [others for e in evaluations for others in e.others],
         {model: bins for e in evaluations for model, bins in e.reliability.items()},
         next((e.sweep for e in evaluations if e.sweep is not None), None),
-        list(dict.fromkeys(note for e in evaluations for note in e.notes)),
+        {model: notes for e in evaluations for model, notes in e.notes.items()},
     )

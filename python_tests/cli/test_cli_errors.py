@@ -205,3 +205,8 @@ def test_a_file_of_objects_is_a_line(data: dict[str, Path], tmp_path: Path) -> N
         (line,) = found.stderr.splitlines()
         assert line.startswith("oodk eval: ")
         assert name in line
+
+
+def test_progress_shows_names_as_they_are(data: dict[str, Path]) -> None:
+    found = oodk("eval", "--id", data["id"], "--ood", f"a[red]b={data['far']}")
+    assert "a[red]b" in found.stderr

@@ -28,7 +28,7 @@ import matplotlib
 from oodkernels.demo import protocol as demo
 from oodkernels.demo import report as demo_report
 from oodkernels.evaluation.methods import OTHER, OWN
-from oodkernels.evaluation.results import CONVENTION
+from oodkernels.evaluation.results import FIGURES_IN_WORDS
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
 from oodkernels.training import OBJECTIVES, TrainConfig, objectives, reproducible
@@ -215,7 +215,7 @@ def test_csv_holds_the_metrics_in_full(result: demo.DemoResult) -> None:
 
 def test_json_says_what_was_done(result: demo.DemoResult) -> None:
     record = json.loads(demo_report.to_json(result))
-    assert record["convention"] == CONVENTION
+    assert record["convention"] == FIGURES_IN_WORDS
     assert record["settings"] == dataclasses.asdict(SETTINGS)
     assert set(record["methods"]) == set(demo.METHODS)
     assert record["methods"]["dos"]["outliers_per_image"] == 6
@@ -332,8 +332,9 @@ def test_report_does_without_pyplot() -> None:
 
 
 @pytest.fixture
-def table() -> ModuleType:
+def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "demo_table.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("demo_table", path)
     assert spec is not None
     assert spec.loader is not None
@@ -357,7 +358,7 @@ def test_table_over_seeds(table: ModuleType) -> None:
     assert [row["fpr95"]["mean"] for row in found] == pytest.approx([0.4, 0.2, 0.15])
     assert found[0]["fpr95"]["std"] == pytest.approx(0.141421, abs=1e-6)
     assert [row["seed"] for row in table.per_seed([3, 5], records)] == [3, 3, 3, 5, 5, 5]
-    lines = table.markdown(found, {"digits": ["flat"], "more": ["OE"]}).splitlines()
+    lines = table.demo_table(found, {"digits": ["flat"], "more": ["OE"]}).splitlines()
     assert len(lines) == 2 + 3
     assert "| 40.00 ± 14.14 |" in lines[2]
     assert "| **20.00 ± 0.00** |" in lines[3]
