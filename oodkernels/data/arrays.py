@@ -44,7 +44,13 @@ _NUMBERED = re.compile(r"(.*?)[_.\-]?(\d+)")
 
 
 class FileError(ValueError):
-    """A file that cannot be read as what it is said to be; the message names it."""
+    """A file that cannot be read as what it is said to be; the message names it.
+
+    What a file holds, such as the name of a column, may be of any length: a message is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= 1000 else f"{message[:1000]}...")
 
 
 @dataclass(frozen=True)

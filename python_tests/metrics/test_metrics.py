@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-import types
 import warnings
 from collections.abc import Callable
 
@@ -15,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pytorch_ood_package import pytorch_ood
 from scipy import stats
 from sklearn import metrics as sk
 
@@ -179,15 +177,8 @@ def test_corner_far_from_the_threshold() -> None:
     check_conventions(np.r_[x, 4990.0], y)
 
 
-def test_pytorch_ood_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec("pytorch_ood")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs pytorch-ood")
-    # Its metrics alone: the package as a whole wants torchvision and more.
-    package = types.ModuleType("pytorch_ood")
-    package.__path__ = list(found.submodule_search_locations)
-    monkeypatch.setitem(sys.modules, "pytorch_ood", package)
-    functional = pytest.importorskip("pytorch_ood.metrics.functional", reason="needs 0.4")
+def test_pytorch_ood_itself() -> None:
+    functional = pytorch_ood("metrics.functional")
     rng = np.random.default_rng(0)
     for _ in range(5):
         x, y = rng.normal(1, 1, 300).round(1), rng.normal(0, 1, 200).round(1)
