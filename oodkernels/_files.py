@@ -41,6 +41,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def check_file(where: str, path: str | os.PathLike[str]) -> Path:
+    """The path of a file to read, which may be missing.
+
+    Raises:
+        ValueError: It is a pipe, which would be waited for, or a device or a folder.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{where}: must be a file, got {kind}")
+    return path
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary name beside ``path`` to write to; on success the file gets that name.

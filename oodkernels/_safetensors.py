@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oodkernels._files import read_json, replacing
+from oodkernels._files import check_file, read_json, replacing
 from oodkernels._optional import require
 
 _KEY = "oodkernels"  # one entry: several come in any order, and the same content in other bytes
@@ -64,10 +63,7 @@ def read_tensors(
         OSError: The file cannot be read.
     """
     package = require("safetensors.torch", "files", where.partition(":")[0])
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{where}: must be a file, got a folder or a device")
-    data = path.read_bytes()
+    data = check_file(where, path).read_bytes()
     try:
         tensors: dict[str, Tensor] = package.load(data)
     except require("safetensors", "files", where).SafetensorError as error:

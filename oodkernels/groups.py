@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Hashable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodkernels._checks import check_int
-from oodkernels._files import read_json, write_text
+from oodkernels._files import check_file, read_json, write_text
 from oodkernels._wordnet import WORDNET_GROUPS, cut, super_classes
 from oodkernels.cluster import kmeans
 
@@ -241,7 +240,7 @@ class Groups:
             ValueError: A column is missing or holds something else.
         """
         where = f"Groups.from_table: {os.fspath(path)}"
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with check_file(where, path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         if not rows or "group" not in rows[0]:
             raise ValueError(
@@ -284,7 +283,7 @@ class Groups:
         """
         where = f"Groups.from_image_list: {os.fspath(path)}"
         places: dict[str, tuple[int, int]] = {}
-        with open(path, encoding="utf-8") as file:
+        with check_file(where, path).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 found = re.fullmatch(r"(?:.*/)?([^/]+)/[^/]+ (\d+) (\d+)", line.strip())
                 if found is None:
@@ -641,7 +640,7 @@ class Groups:
             OSError: The file cannot be read.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(check_file("file", path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"Groups.load: {os.fspath(path)}: {error}") from error
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from oodkernels._files import check_file
 from oodkernels._optional import require
 from oodkernels.data.arrays import PathLike
 from oodkernels.data.images import OnRGB, Transform, class_folders
@@ -101,7 +102,8 @@ def read_class_names(path: PathLike) -> tuple[str, ...]:
     if path.is_dir():
         names = class_folders(path)
     else:
-        names = [n for n in path.read_text(encoding="utf-8-sig").splitlines() if n.strip()]
+        text = check_file(str(path), path).read_text(encoding="utf-8-sig")
+        names = [n for n in text.splitlines() if n.strip()]
     if not names or len(set(names)) < len(names):
         what = "a class twice" if names else "none"
         raise ValueError(f"read_class_names: {path} must have a name for each class, it has {what}")

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodkernels._checks import check_confidence, check_tpr, plain
-from oodkernels._files import read_json, write_text
+from oodkernels._files import check_file, read_json, write_text
 from oodkernels.metrics.intervals import Interval, clopper_pearson
 from oodkernels.metrics.ood import Scores, as_tensor
 from oodkernels.ops.keys import scores_of_keys
@@ -406,7 +405,7 @@ class Threshold:
             OSError: The file cannot be read.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(check_file("file", path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"Threshold.load: {os.fspath(path)}: {error}") from error
 

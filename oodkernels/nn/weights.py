@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from oodkernels._files import replacing
+from oodkernels._files import check_file, replacing
 from oodkernels._optional import require
 from oodkernels.groups import Groups
 
@@ -114,7 +114,9 @@ def read_weights(path: PathLike) -> Weights:
 
 
 def _content(path: PathLike) -> Any:
-    with Path(path).open("rb"):  # a missing file is the system's error, whatever the format
+    with check_file(f"read_weights: {os.fspath(path)}", path).open(
+        "rb"
+    ):  # a missing file is the system's error, whatever the format
         pass
     try:
         if Path(path).suffix == ".safetensors":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oodkernels._digest import digest
-from oodkernels._files import replacing
+from oodkernels._files import check_file, replacing
 from oodkernels.nn.weights import load_into
 from oodkernels.training._plain import plain
 
@@ -49,7 +49,7 @@ def load_checkpoint(path: PathLike) -> dict[str, Any]:
         OSError: The file cannot be read.
     """
     where = f"load_checkpoint: {os.fspath(path)}"
-    with open(path, "rb"):  # a missing file is the system's error
+    with check_file(where, path).open("rb"):  # a missing file is the system's error
         pass
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
