@@ -356,8 +356,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe")
-    for name in ("", "pipe"):
-        with pytest.raises(ValueError, match="must be a file, got a folder or a device"):
+    for name, kind in (("", "a folder"), ("pipe", "a pipe or a device")):
+        with pytest.raises(ValueError, match=f"must be a file, got {kind}"):
             MSP.load(tmp_path / name)
 
 
