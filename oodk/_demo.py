@@ -135,6 +135,7 @@ def _list_detectors(as_json: bool) -> None:
     found = {
         name: {
             "what": kind.spec.summary,
+            "family": kind.spec.family,
             "needs": sorted(kind.needs),
             "trained_on": sorted(kind.trained_on),
             "settings": [str(option.name) for option in kind.spec.options.values()],
@@ -147,9 +148,13 @@ def _list_detectors(as_json: bool) -> None:
         return
     lists = ("needs", "trained_on", "settings")
     print_table(
-        ("detector", "needs", "is fitted on", "settings", ""),
+        ("detector", "family", "needs", "is fitted on", "settings", "", "by"),
         [
-            (name, *(", ".join(facts[key]) for key in lists), facts["what"])
+            (
+                *(name, facts["family"]),
+                *(", ".join(facts[key]) for key in lists),
+                *(facts["what"], facts["paper"]),
+            )
             for name, facts in found.items()
         ],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,8 +85,9 @@ class DetectorSpec:
 
     @property
     def summary(self) -> str:
-        """The first line of the class's description."""
-        return (self.detector.__doc__ or "").splitlines()[0]
+        """The first line of the class's description, as plain text."""
+        first = (self.detector.__doc__ or "").splitlines()[0]
+        return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", first)
 
     @property
     def options(self) -> dict[str, Option]:

@@ -550,4 +550,8 @@ def test_every_command_teaches_with_examples() -> None:
 def test_info_lists_the_detectors() -> None:
     listed = json.loads(oodk("info", "--detectors", "--json").stdout)
     assert listed.keys() == DETECTORS.keys()
+    assert len(listed) > 40
     assert listed["knn"]["trained_on"] == ["features"]
+    assert listed["vim"]["family"] == "D"
+    assert listed["vim"]["paper"] == "Wang et al., CVPR 2022"
+    assert listed["rmds++"]["what"] == "RMDS of normalised features."
