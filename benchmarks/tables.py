@@ -191,8 +191,9 @@ compares their scores on faces, textures and photographs. Mean and standard devi
 are from other photographs and noise. Methods that were shown outliers know more: compare within a
 kind. The margins of the energy losses (-10 and -3) were chosen for this network, with its OOD
 figures in sight. Ten classes are no place for MOS, which is made for thousands, and here it does
-not win. The figures are from before Outlier Exposure and energy read two outliers for each image and
-NTOM and POEM followed their authors' code. `demo-five-seeds.json`, by `benchmarks/demo_table.py`.
+not win. The figures are from before Outlier Exposure and energy read two outliers for each image
+and NTOM and POEM followed their authors' code. `demo-five-seeds.json`, by
+`benchmarks/demo_table.py`.
 
 {table}
 """

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oodkernels.detectors import OODDetector
+
+Rule = Callable[[NDArray[np.float64], NDArray[np.float64]], float]
+"""The score of one sample by its features (d,) and logits (C,)."""
 
 
 class World(NamedTuple):
@@ -27,6 +35,44 @@ class World(NamedTuple):
 
     def score(self, detector: OODDetector, dtype: torch.dtype = torch.float64) -> Tensor:
         return detector.score(features=self.test.to(dtype), logits=self.test_logits.to(dtype))
+
+    def by(self, rule: Rule) -> Tensor:
+        """The test samples' scores by a rule, one at a time."""
+        pairs = zip(self.test.numpy(), self.test_logits.numpy(), strict=True)
+        return torch.tensor([rule(f, z) for f, z in pairs], dtype=torch.float64)
+
+    def check_batches_and_files(self, detector: OODDetector, folder: Path) -> OODDetector:
+        """Fitting in parts is fitting, a file gives the detector back; returns that."""
+        expected = self.score(self.fit(detector))
+        if detector.trained_on:
+            detector._reset()
+            for rows in torch.arange(len(self.labels)).split(90):
+                detector.partial_fit(
+                    features=self.features[rows],
+                    logits=self.logits[rows],
+                    labels=self.labels[rows],
+                )
+        found = self.score(detector)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+        detector.save(folder / "d")
+        again = OODDetector.load(folder / "d")
+        assert repr(again) == repr(detector)
+        torch.testing.assert_close(self.score(again), found, rtol=1e-9, atol=1e-9)
+        one = [
+            again.score(features=f[None], logits=z[None])
+            for f, z in zip(self.test, self.test_logits, strict=True)
+        ]
+        torch.testing.assert_close(torch.cat(one), found, rtol=1e-9, atol=1e-9)
+        return again
+
+    def check_nan_and_no_rows(self, detector: OODDetector) -> None:
+        """A NaN feature gives NaN to its row alone; of no rows there are no scores."""
+        self.fit(detector)
+        test, logits = self.test.clone(), self.test_logits.clone()
+        test[3, 5], logits[3] = math.nan, math.nan
+        found = detector.score(features=test, logits=logits)
+        assert found.isnan().nonzero().tolist() == [[3]]
+        assert detector.score(features=test[:0], logits=logits[:0]).shape == (0,)
 
 
 def world(d: int = 24, classes: int = 7, seed: int = 0) -> World:

@@ -14,7 +14,7 @@ from oodkernels._checks import accumulate_type, check_count, check_int, check_re
 from oodkernels._optional import require
 from oodkernels.detectors.base import NotFittedError, OODDetector, register
 from oodkernels.detectors.batch import Batch, present
-from oodkernels.detectors.head import Reservoir, floats
+from oodkernels.detectors.head import Reservoir, Sampled, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
@@ -144,7 +144,7 @@ class KNN(OODDetector):
         return torch.from_numpy(rows[:, -1]).to(z.device)
 
 
-class _Bank(OODDetector):
+class _Bank(Sampled):
     """Normalised training features beside what the logits say of them."""
 
     needs = frozenset({"features", "logits"})
@@ -152,34 +152,15 @@ class _Bank(OODDetector):
     size: int | None
     seed: int
     bank: Tensor
-    _sample: Reservoir | None = None
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._sample = None
+    def _reservoir(self) -> Reservoir:
+        return Reservoir(self.size or sys.maxsize, self.seed)
 
-    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
-        if self._sample is None:
-            if self._status == "fitted":
-                raise ValueError(
-                    f"{where}: {self.name} from a file cannot add to its sample: fit it again to "
-                    f"all training features"
-                )
-            self._sample = Reservoir(self.size or sys.maxsize, self.seed)
-        features = present(batch.features)
-        check_finite(where, features)
-        self.width = features.shape[1]
-        self._sample.add(_direction(features), self._beside(batch))
+    def _columns(self, batch: Batch) -> tuple[Tensor, ...]:
+        return _direction(present(batch.features)), self._beside(batch)
 
     def _beside(self, batch: Batch) -> Tensor:
         raise NotImplementedError
-
-    def _rows(self, where: str, least: int) -> tuple[Tensor, Tensor]:
-        rows = self._sample.rows() if self._sample else ()
-        if not rows or len(rows[0]) < least:
-            found = len(rows[0]) if rows else 0
-            raise ValueError(f"{where}: there must be at least {least} samples, got {found}")
-        return rows[0], rows[1]
 
 
 @register("nnguide", "E", "Park et al., ICCV 2023")
@@ -284,7 +265,7 @@ class Relation(_Bank):
         return floats(batch.class_logits(self.absent)).softmax(1)
 
     def _finish(self, where: str) -> None:
-        self.bank, self.probabilities = self._rows(where, 1)
+        self.bank, self.probabilities = self._rows(where)
 
     def _score(self, batch: Batch) -> Tensor:
         units = _direction(present(batch.features))

@@ -15,6 +15,7 @@ from oodkernels._checks import accumulate_type, check_floating, check_real
 from oodkernels.detectors.base import NotFittedError, OODDetector
 from oodkernels.detectors.batch import Batch, present
 from oodkernels.detectors.model import FeatureModel, Model, _classifier
+from oodkernels.detectors.statistics import check_finite
 
 Head: TypeAlias = nn.Linear | Sequence[Tensor | None]
 """A linear layer, or its weight (C, d) and bias (C,) or None."""
@@ -24,6 +25,7 @@ __all__ = [
     "Head",
     "HeadDetector",
     "Reservoir",
+    "Sampled",
     "check_percentile",
     "floats",
     "kept",
@@ -228,3 +230,42 @@ class Reservoir:
     def rows(self) -> tuple[Tensor, ...]:
         """The rows kept, in the order they came in, a tensor for each column."""
         return self._rows
+
+
+class Sampled(OODDetector):
+    """A detector that is fitted to a uniform sample of the training data."""
+
+    _sample: Reservoir | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._sample = None
+
+    def _reservoir(self) -> Reservoir:
+        """An empty sample."""
+        raise NotImplementedError
+
+    def _columns(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What is sampled of a batch: tensors of as many rows."""
+        raise NotImplementedError
+
+    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
+        if self._sample is None:
+            if self._status == "fitted":
+                raise ValueError(
+                    f"{where}: {self.name} from a file has no sample of its training features to "
+                    f"add to: fit it again to all of them"
+                )
+            self._sample = self._reservoir()
+        features = present(batch.features)
+        check_finite(where, features)
+        self.width = features.shape[1]
+        self._sample.add(*self._columns(batch))
+
+    def _rows(self, where: str, least: int = 1) -> tuple[Tensor, ...]:
+        """The columns of the sample; ValueError if it has fewer than ``least`` rows."""
+        rows = self._sample.rows() if self._sample else ()
+        found = len(rows[0]) if rows else 0
+        if found < least:
+            raise ValueError(f"{where}: there must be at least {least} ID samples, got {found}")
+        return rows

@@ -21,12 +21,12 @@ from oodkernels.detectors.head import (
     Head,
     HeadDetector,
     Reservoir,
+    Sampled,
     check_percentile,
     floats,
     kept,
 )
 from oodkernels.detectors.model import Model
-from oodkernels.detectors.statistics import check_finite
 from oodkernels.ops import logit_scores
 
 __all__ = ["ASHB", "ASHP", "ASHS", "DICE", "VRA", "OptFS", "ReAct"]
@@ -61,38 +61,19 @@ class _Shaped(HeadDetector):
         return torch.cat(energies)
 
 
-class _Sampled(_Shaped):
+class _Sampled(Sampled, _Shaped):
     """One whose shape follows from a sample of the training features."""
 
     trained_on = frozenset({"features"})
-    _sample: Reservoir | None = None
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._sample = None
+    def _reservoir(self) -> Reservoir:
+        return Reservoir(_SAMPLE)
 
-    def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
-        if self._sample is None:
-            if self._status == "fitted":
-                raise ValueError(
-                    f"{where}: {self.name} from a file has no sample of its training features to "
-                    f"add to: fit it again to all of them"
-                )
-            self._sample = Reservoir(_SAMPLE)
-        features = present(batch.features)
-        check_finite(where, features)
-        self.width = features.shape[1]
-        self._sample.add(features, *self._beside(batch))
-
-    def _beside(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Columns of the sample beside the features."""
-        return ()
+    def _columns(self, batch: Batch) -> tuple[Tensor, ...]:
+        return (present(batch.features),)
 
     def _finish(self, where: str) -> None:
-        rows = self._sample.rows() if self._sample else ()
-        if not rows or not len(rows[0]):
-            raise ValueError(f"{where}: there must be ID samples to fit to, got none")
-        self._learn_shape(*rows)
+        self._learn_shape(*self._rows(where))
 
     def _learn_shape(self, features: Tensor, *beside: Tensor) -> None:
         raise NotImplementedError
@@ -377,10 +358,10 @@ class OptFS(_Sampled):
             raise ValueError(f"OptFS: kind must be logit or energy, got {kind!r}")
         self.kind, self.bins = kind, check_count("OptFS", "bins", bins)
 
-    def _beside(self, batch: Batch) -> tuple[Tensor, ...]:
+    def _columns(self, batch: Batch) -> tuple[Tensor, ...]:
         label = batch.class_logits(self.absent).argmax(1)
         absent = self.absent_of(batch)
-        return (label if absent is None else label + (label >= absent),)
+        return present(batch.features), label if absent is None else label + (label >= absent)
 
     def _learn_shape(self, features: Tensor, *beside: Tensor) -> None:
         x = features.double()

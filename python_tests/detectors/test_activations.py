@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from head_world import world
+from head_world import Rule, world
 from numpy.typing import NDArray
 from torch import nn
 
@@ -122,7 +122,7 @@ def pnml(f: Array, z: Array) -> float:
     return float(-np.log((p / (p + (1 - p) * p**g)).sum()) / math.log(len(z)))
 
 
-RULES: dict[str, tuple[OODDetector, Callable[[Array, Array], float]]] = {
+RULES: dict[str, tuple[OODDetector, Rule]] = {
     "scale": (SCALE(head=W.head), scale),
     "scale 60": (SCALE(60, head=W.head), lambda f, z: scale(f, z, 60)),
     "lts": (LTS(), lts),
@@ -139,9 +139,8 @@ rules = pytest.mark.parametrize(("detector", "rule"), RULES.values(), ids=RULES)
 
 
 @rules
-def test_rule(detector: OODDetector, rule: Callable[[Array, Array], float]) -> None:
-    pairs = zip(W.test.numpy(), W.test_logits.numpy(), strict=True)
-    expected = torch.tensor([rule(f, z) for f, z in pairs], dtype=torch.float64)
+def test_rule(detector: OODDetector, rule: Rule) -> None:
+    expected = W.by(rule)
     W.fit(detector)
     torch.testing.assert_close(W.score(detector), expected, rtol=1e-10, atol=1e-10)
     found = W.score(detector, torch.float32)
@@ -150,42 +149,13 @@ def test_rule(detector: OODDetector, rule: Callable[[Array, Array], float]) -> N
 
 
 @rules
-def test_batches_and_files(
-    detector: OODDetector, rule: Callable[[Array, Array], float], tmp_path: Path
-) -> None:
-    expected = W.score(W.fit(detector))
-    if detector.trained_on:
-        detector.fit(
-            features=W.features[:1], logits=W.logits[:1], labels=W.labels[:1]
-        ) if False else None
-        detector._reset()
-        for rows in torch.arange(400).split(90):
-            detector.partial_fit(
-                features=W.features[rows], logits=W.logits[rows], labels=W.labels[rows]
-            )
-        torch.testing.assert_close(W.score(detector), expected, rtol=1e-10, atol=1e-12)
-    detector.save(tmp_path / "d")
-    again = OODDetector.load(tmp_path / "d")
-    assert type(again) is type(detector)
-    assert torch.equal(W.score(again), W.score(detector))
-    parts = torch.cat(
-        [
-            again.score(features=f[None], logits=z[None])
-            for f, z in zip(W.test, W.test_logits, strict=True)
-        ]
-    )
-    torch.testing.assert_close(parts, expected, rtol=1e-10, atol=1e-12)
+def test_batches_and_files(detector: OODDetector, rule: Rule, tmp_path: Path) -> None:
+    W.check_batches_and_files(detector, tmp_path)
 
 
 @rules
-def test_nan_and_no_rows(detector: OODDetector, rule: Callable[[Array, Array], float]) -> None:
-    W.fit(detector)
-    test, logits = W.test.clone(), W.test_logits.clone()
-    test[3], logits[3] = math.nan, math.nan
-    found = detector.score(features=test, logits=logits)
-    assert found[3].isnan()
-    assert found.isnan().sum() == 1
-    assert detector.score(features=test[:0], logits=logits[:0]).shape == (0,)
+def test_nan_and_no_rows(detector: OODDetector, rule: Rule) -> None:
+    W.check_nan_and_no_rows(detector)
 
 
 def test_absent_column() -> None:

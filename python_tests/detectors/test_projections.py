@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from head_world import world
+from head_world import Rule, world
 from numpy.typing import NDArray
 
 from oodkernels.detectors import (
@@ -99,7 +98,7 @@ def cop(f: Array, z: Array, variance: float = 0.99) -> float:
     return -float(np.linalg.norm(x - vt[:q].T @ (vt[:q] @ x)))
 
 
-RULES: dict[str, tuple[OODDetector, Callable[[Array, Array], float]]] = {
+RULES: dict[str, tuple[OODDetector, Rule]] = {
     "rmds": (RMDS(), rmds),
     "mahalanobis++": (MahalanobisPlusPlus(), mahalanobis_pp),
     "rmds++": (RMDSPlusPlus(), rmds_pp),
@@ -115,9 +114,8 @@ rules = pytest.mark.parametrize(("detector", "rule"), RULES.values(), ids=RULES)
 
 
 @rules
-def test_rule(detector: OODDetector, rule: Callable[[Array, Array], float]) -> None:
-    pairs = zip(W.test.numpy(), W.test_logits.numpy(), strict=True)
-    expected = torch.tensor([rule(f, z) for f, z in pairs], dtype=torch.float64)
+def test_rule(detector: OODDetector, rule: Rule) -> None:
+    expected = W.by(rule)
     W.fit(detector)
     torch.testing.assert_close(W.score(detector), expected, rtol=1e-8, atol=1e-8)
     found = W.score(detector, torch.float32)
@@ -127,30 +125,19 @@ def test_rule(detector: OODDetector, rule: Callable[[Array, Array], float]) -> N
     torch.testing.assert_close(in_float32, expected.float(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("detector", [*(d for d, _ in RULES.values()), CoRP(m=64, gamma=0.5)])
+every = pytest.mark.parametrize(
+    "detector", [*(d for d, _ in RULES.values()), CoRP(m=64, gamma=0.5)]
+)
+
+
+@every
 def test_batches_and_files(detector: OODDetector, tmp_path: Path) -> None:
-    expected = W.score(W.fit(detector))
-    detector._reset()
-    for rows in torch.arange(400).split(90):
-        detector.partial_fit(
-            features=W.features[rows], logits=W.logits[rows], labels=W.labels[rows]
-        )
-    torch.testing.assert_close(W.score(detector), expected, rtol=1e-7, atol=1e-7)
-    detector.save(tmp_path / "d")
-    again = OODDetector.load(tmp_path / "d")
-    assert repr(again) == repr(detector)
-    torch.testing.assert_close(W.score(again), W.score(detector), rtol=1e-9, atol=1e-9)
-    assert detector.score(features=W.test[:0], logits=W.test_logits[:0]).shape == (0,)
+    W.check_batches_and_files(detector, tmp_path)
 
 
-@pytest.mark.parametrize("detector", [*(d for d, _ in RULES.values()), CoRP(m=64, gamma=0.5)])
-def test_nan(detector: OODDetector) -> None:
-    W.fit(detector)
-    test = W.test.clone()
-    test[3, 5] = math.nan
-    found = detector.score(features=test, logits=W.test_logits)
-    assert found[3].isnan()
-    assert found.isnan().sum() == 1
+@every
+def test_nan_and_no_rows(detector: OODDetector) -> None:
+    W.check_nan_and_no_rows(detector)
 
 
 def test_labels_are_the_nearest_classes() -> None:
