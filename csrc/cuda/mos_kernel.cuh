@@ -476,8 +476,12 @@ __device__ inline Part<T, kLocate> preceding(const Open<T, kLocate>& open, Part<
   return mine;
 }
 
+// Of float, the loss takes more registers than six blocks leave: on sm_121 it would spill two.
 template <typename S, typename Op>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
+constexpr int kForwardBlocks = kRowBlocks<S> - std::is_same_v<Op, MosLoss<float>>;
+
+template <typename S, typename Op>
+__global__ void __launch_bounds__(kRowThreads, kForwardBlocks<S, Op>)
     mos_forward(Rows<S> z, Grouping groups, Tiling tiling, Op op) {
   using T = acc_t<S>;
   using State = typename Op::State;
