@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import math
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_ood_package
 import torch
 from torch import Tensor, nn
 
@@ -434,14 +434,9 @@ def test_one_read_as_an_op() -> None:
 @pytest.fixture
 def pytorch_ood(monkeypatch: pytest.MonkeyPatch) -> Any:
     """One of its losses by module and name: the packages as a whole want torchvision and more."""
-    found = importlib.util.find_spec("pytorch_ood")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs pytorch-ood")
-    for name in ("pytorch_ood", "pytorch_ood.loss"):
-        package = types.ModuleType(name)
-        path = Path(found.submodule_search_locations[0], *name.split(".")[1:])
-        package.__path__ = [str(path)]
-        monkeypatch.setitem(sys.modules, name, package)
+    package = types.ModuleType("pytorch_ood.loss")
+    package.__path__ = [str(Path(pytorch_ood_package.root().__path__[0], "loss"))]
+    monkeypatch.setitem(sys.modules, "pytorch_ood.loss", package)
     return lambda module, name: getattr(import_module(f"pytorch_ood.loss.{module}"), name)
 
 
