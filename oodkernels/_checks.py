@@ -91,9 +91,9 @@ def check_tpr(op: str, tpr: Any, name: str = "tpr") -> float:
     return _share(op, name, tpr, "(0, 1]", with_one=True)
 
 
-def check_confidence(op: str, confidence: Any) -> float:
+def check_confidence(op: str, confidence: Any, name: str = "confidence") -> float:
     """The confidence of an interval as a float; raise unless it is a number in (0, 1)."""
-    return _share(op, "confidence", confidence, "(0, 1)", with_one=False)
+    return _share(op, name, confidence, "(0, 1)", with_one=False)
 
 
 def _share(op: str, name: str, value: Any, range_: str, *, with_one: bool) -> float:
@@ -108,12 +108,10 @@ def _share(op: str, name: str, value: Any, range_: str, *, with_one: bool) -> fl
 
 def check_number(op: str, name: str, value: Any) -> float:
     """A number as a float; raise where it is none or NaN."""
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    number = check_real(op, name, value)
     if math.isnan(number):
         raise ValueError(f"{op}: {name} must not be NaN")
-    return float(number)
+    return number
 
 
 def check_count(op: str, name: str, value: Any, least: int = 1) -> int:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from oodkernels._checks import check_confidence, check_real
+
 __all__ = [
     "LORD",
     "SAFFRON",
@@ -71,11 +73,9 @@ class ConformalPValues:
     ) -> None:
         scores = _scores("ConformalPValues", "id_scores", id_scores)
         names = _groups("ConformalPValues", groups, len(scores))
-        parts: dict[Any, list[int]] = {}
-        for i, name in enumerate(names):
-            parts.setdefault(name, []).append(i)
         ones = np.ones(len(scores))
-        self._make({k: (scores[v], ones[v]) for k, v in parts.items()}, groups is not None, delta)
+        parts = {k: (scores[rows], ones[rows]) for k, rows in _rows_of(names).items()}
+        self._make(parts, groups is not None, delta)
 
     @classmethod
     def from_metric(cls, metric: Any, *, delta: float | None = None) -> ConformalPValues:
@@ -100,8 +100,8 @@ class ConformalPValues:
     def _make(
         self, parts: Mapping[Any, tuple[Floats, Floats]], grouped: bool, delta: float | None
     ) -> None:
-        if delta is not None and not 0 < delta < 1:
-            raise ValueError(f"ConformalPValues: delta must be in (0, 1), got {delta}")
+        if delta is not None:
+            delta = check_confidence("ConformalPValues", delta, "delta")
         self.delta, self._grouped = delta, grouped
         self._sorted: dict[Any, tuple[Floats, Floats, Floats]] = {}
         self.counts: dict[Any, int] = {}
@@ -137,15 +137,14 @@ class ConformalPValues:
         if (groups is not None) != self._grouped:
             wanted = "the groups of the scores" if self._grouped else "no groups"
             raise ValueError(f"ConformalPValues: it was calibrated with {wanted}")
-        names = np.array(_groups("ConformalPValues", groups, len(values)), dtype=object)
+        names = _groups("ConformalPValues", groups, len(values))
         out = np.empty(len(values))
-        for name in dict.fromkeys(names.tolist()):
+        for name, rows in _rows_of(names).items():
             if name not in self._sorted:
                 raise ValueError(
                     f"ConformalPValues: group {name!r} has no calibration scores; it has those of "
                     f"{', '.join(map(repr, list(self._sorted)[:8]))}"
                 )
-            rows = np.array([x == name for x in names], dtype=bool)
             ordered, below, levels = self._sorted[name]
             rank = below[np.searchsorted(ordered, values[rows], side="right")]
             out[rows] = levels[rank.astype(np.int64) + 1]
@@ -223,15 +222,14 @@ def storey(p_values: ArrayLike, alpha: float = 0.05, cut: float = 0.5) -> Discov
         cut: In (0, 1).
     """
     p = _p_values("storey", p_values)
-    if not 0 < cut < 1:
-        raise ValueError(f"storey: cut must be in (0, 1), got {cut}")
+    cut = check_confidence("storey", cut, "cut")
     share = min(1.0, (1 + int((p > cut).sum())) / (len(p) * (1 - cut))) if len(p) else 1.0
     return _step_up("storey", p, alpha, share)
 
 
 def _step_up(where: str, p_values: ArrayLike, alpha: float, share: float) -> Discoveries:
     p = _p_values(where, p_values)
-    _in_unit(where, "alpha", alpha)
+    alpha = check_confidence(where, alpha, "alpha")
     m = len(p)
     order = np.argsort(p, kind="stable")
     scaled = share * p[order] * m / np.arange(1, m + 1)
@@ -243,11 +241,11 @@ def _step_up(where: str, p_values: ArrayLike, alpha: float, share: float) -> Dis
 class _Online:
     """Tests one after the other, at levels that follow from the discoveries before."""
 
-    def __init__(self, alpha: float, wealth: float | None, most: float) -> None:
+    def __init__(self, alpha: float, wealth: float | None, share: float) -> None:
         where = type(self).__name__
-        _in_unit(where, "alpha", alpha)
-        self.alpha = alpha
-        self.wealth = most / 2 if wealth is None else wealth
+        self.alpha = check_confidence(where, alpha, "alpha")
+        most = share * self.alpha
+        self.wealth = most / 2 if wealth is None else check_real(where, "wealth", wealth)
         if not 0 < self.wealth < most:
             raise ValueError(f"{where}: wealth must be in (0, {most:g}), got {wealth}")
         self.count = 0
@@ -308,7 +306,7 @@ class LORD(_Online):
     """
 
     def __init__(self, alpha: float = 0.05, wealth: float | None = None) -> None:
-        super().__init__(alpha, wealth, alpha)
+        super().__init__(alpha, wealth, 1.0)
         self.discoveries: list[int] = []
 
     def _level(self) -> float:
@@ -338,9 +336,8 @@ class SAFFRON(_Online):
     def __init__(
         self, alpha: float = 0.05, wealth: float | None = None, candidate: float = 0.5
     ) -> None:
-        _in_unit("SAFFRON", "candidate", candidate)
-        super().__init__(alpha, wealth, (1 - candidate) * alpha)
-        self.candidate = candidate
+        self.candidate = check_confidence("SAFFRON", candidate, "candidate")
+        super().__init__(alpha, wealth, 1 - self.candidate)
         self.non_candidates = 0
         self.since: list[int] = []  # non-candidates up to each discovery
 
@@ -415,8 +412,8 @@ def control_risk(
         confidence: Of each bound, in (0, 1).
     """
     where = "control_risk"
-    for name, value in (("id_risk", id_risk), ("confidence", confidence)):
-        _in_unit(where, name, value)
+    id_risk = check_confidence(where, id_risk, "id_risk")
+    confidence = check_confidence(where, confidence)
     inside = np.sort(_scores(where, "id_scores", id_scores))
     k = _rank(len(inside), id_risk, 1 - confidence)
     threshold = float(inside[k - 1]) if k else -math.inf
@@ -425,7 +422,7 @@ def control_risk(
         outside = np.sort(_scores(where, "ood_scores", ood_scores))
         kept = float((outside >= threshold).mean())
         if ood_risk is not None:
-            _in_unit(where, "ood_risk", ood_risk)
+            ood_risk = check_confidence(where, ood_risk, "ood_risk")
             # OOD kept are those at or above: above the k-th largest, strictly.
             k = _rank(len(outside), ood_risk, 1 - confidence)
             least = float(np.nextafter(outside[-k], math.inf)) if k else math.inf
@@ -457,7 +454,7 @@ def least_cost_threshold(
         Of several the largest.
     """
     where = "least_cost_threshold"
-    _in_unit(where, "ood_share", ood_share)
+    ood_share = check_confidence(where, ood_share, "ood_share")
     for name, value in (("cost_id", cost_id), ("cost_ood", cost_ood)):
         if not value >= 0 or math.isinf(value):
             raise ValueError(f"{where}: {name} must be finite and >= 0, got {value}")
@@ -507,13 +504,16 @@ def _groups(where: str, groups: Iterable[Any] | None, n: int) -> list[Any]:
     return names
 
 
+def _rows_of(names: list[Any]) -> dict[Any, list[int]]:
+    """Where each name stands."""
+    rows: dict[Any, list[int]] = {}
+    for i, name in enumerate(names):
+        rows.setdefault(name, []).append(i)
+    return rows
+
+
 def _p_values(where: str, values: ArrayLike) -> Floats:
     p = np.asarray(values, dtype=np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"{where}: p_values must be (m,) in [0, 1], got shape {p.shape}")
     return p
-
-
-def _in_unit(where: str, name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{where}: {name} must be in (0, 1), got {value}")

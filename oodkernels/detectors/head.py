@@ -102,7 +102,12 @@ class HeadDetector(OODDetector):
         super()._check(where, batch)
         if batch.features is None or not len(batch.features):
             return
-        if self._positive and not self._warned and bool((batch.features < 0).any()):
+        features = batch.features
+        if (
+            self._positive
+            and not self._warned
+            and batch.once("negative features", lambda: bool((features < 0).any()))
+        ):
             self._warned = True
             warnings.warn(
                 f"{where}: features must not be negative for {self.name}, which takes "

@@ -234,6 +234,16 @@ def test_online_false_discovery_rate(online: type[LORD]) -> None:
     assert np.mean(power) > 0.1
 
 
+def test_numpy_numbers_are_settings_and_not_kept() -> None:
+    for online in (LORD(np.float32(0.1)), SAFFRON(np.float64(0.1), candidate=np.float32(0.5))):
+        online(np.array([0.001, 0.9]))
+        kept = online.state_dict()
+        assert kept["alpha"] == 0.1
+        assert all(type(v) in (int, float, list) for v in kept.values()), kept
+    p = ConformalPValues([1.0, 2.0], delta=np.float64(0.1))
+    assert type(p.delta) is float
+
+
 def test_states_do_not_mix() -> None:
     with pytest.raises(ValueError, match=r"SAFFRON\.load_state_dict: not a state of SAFFRON"):
         SAFFRON().load_state_dict(LORD().state_dict())
