@@ -215,12 +215,11 @@ class Bundle(nn.Module):
         parts = [self(x) for x, _ in _batches("Bundle.predict", data)]
         if not parts:
             raise ValueError("Bundle.predict: data must give a batch, got none")
-        return Decision(
-            *(
-                None if column[0] is None else torch.cat(column)
-                for column in zip(*parts, strict=True)
-            )
-        )
+        columns: list[Any] = [
+            None if column[0] is None else torch.cat(column)  # type: ignore[arg-type]
+            for column in zip(*parts, strict=True)
+        ]
+        return Decision(*columns)
 
     def calibrate(
         self,
@@ -282,10 +281,11 @@ class Bundle(nn.Module):
             for key, tensor in detector.state_dict().items()
         }
         calibration = {name: getattr(self, name) for name in _BUFFERS}
+        limit = None if self.threshold is None else self.threshold.to_json()
         return {
             "weights": digest(dict(self.model.state_dict())),
             "fit": digest(*map(repr, self.detectors.values()), fitted),
-            "calibration": digest(self.threshold and self.threshold.to_json(), calibration),
+            "calibration": digest(limit, calibration),
         }
 
     # --- exports ------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ class Bundle(nn.Module):
                 f"Bundle: an exported program stays where it is, on {self.device}: "
                 f"Bundle.load(folder, device={str(probe.device)!r})"
             )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @property
@@ -799,10 +799,13 @@ def _transform_content(transform: Any) -> dict[str, Any] | None:
 
 
 def _read_transform(content: Mapping[str, Any]) -> Callable[[Any], Tensor]:
-    fields = dict(content)
+    fields: dict[str, Any] = dict(content)
     kind = fields.pop("kind")
     if kind == "ToTensor":
-        return ToTensor(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
+        return ToTensor(**known)
 
     def missing(image: Any) -> Tensor:
         raise ValueError(

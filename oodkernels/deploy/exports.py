@@ -45,7 +45,7 @@ class _Fields(nn.Module):
 def export_bundle(
     bundle: nn.Module, example: Tensor, detector: OODDetector, where: str = "Bundle.export"
 ) -> ExportedProgram:
-    """:meth:`Bundle.export`.
+    """Do what :meth:`Bundle.export` says.
 
     Args:
         bundle: The bundle.
@@ -62,7 +62,7 @@ def export_bundle(
 def compile_bundle(
     bundle: nn.Module, example: Tensor, detector: OODDetector, path: PathLike
 ) -> Path:
-    """:meth:`Bundle.compile_to`."""
+    """Do what :meth:`Bundle.compile_to` says."""
     path = _path("Bundle.compile_to", path, ".pt2")
     program = export_bundle(bundle, example, detector, "Bundle.compile_to")
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -72,7 +72,7 @@ def compile_bundle(
 def bundle_to_onnx(
     bundle: nn.Module, example: Tensor, detector: OODDetector, path: PathLike
 ) -> Path:
-    """:meth:`Bundle.to_onnx`."""
+    """Do what :meth:`Bundle.to_onnx` says."""
     where = "Bundle.to_onnx"
     path = _path(where, path, ".onnx")
     for package in ("onnx", "onnxscript"):
@@ -128,7 +128,7 @@ def bundle_to_triton(
     name: str,
     max_batch: int,
 ) -> Path:
-    """:meth:`Bundle.to_triton`."""
+    """Do what :meth:`Bundle.to_triton` says."""
     where = "Bundle.to_triton"
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"{where}: name must be letters, digits, _, . and -, got {name!r}")

@@ -146,7 +146,9 @@ class Program(OutputsModule):
             warnings.simplefilter("ignore")  # of buffers that cannot be written to
             program = torch.export.load(io.BytesIO(data))
         if device.type != "cpu":
-            program = torch.export.passes.move_to_device_pass(program, device)
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, device)
         graph = program.module(check_guards=False)
         own = {f"model.{name}": tensor.to(device) for name, tensor in weights.items()}
         graph.load_state_dict({**graph.state_dict(), **own}, strict=True, assign=True)
