@@ -216,7 +216,7 @@ class Bundle(nn.Module):
         if not parts:
             raise ValueError("Bundle.predict: data must give a batch, got none")
         columns: list[Any] = [
-            None if column[0] is None else torch.cat(column)  # type: ignore[arg-type]
+            None if column[0] is None else torch.cat(column)
             for column in zip(*parts, strict=True)
         ]
         return Decision(*columns)
