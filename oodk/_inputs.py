@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
@@ -149,7 +149,6 @@ class Inputs:
 
     def detectors(self, samples: Any, model: nn.Module | None) -> dict[str, OODDetector] | None:
         """Those asked for, fitted where they have to be; None for those by default."""
-        from oodkernels.detectors import DETECTORS, OODDetector
         from oodkernels.evaluation import fit_detectors
 
         if not self.detector:
@@ -158,31 +157,11 @@ class Inputs:
                 raise typer.BadParameter("is needed for features", param_hint="'--detector'")
             return None
         groups = self.groups_of(model, samples)
-        found: dict[str, OODDetector] = {}
-        unfitted = {}
         asked = list(self.detector)
         if "all" in asked:
             at = asked.index("all")
             asked[at : at + 1] = self._all(samples, model, groups)
-        for text in asked:
-            path = Path(text)
-            label = path.stem if path.suffix == ".safetensors" else text
-            if label in found:
-                raise typer.BadParameter(f"{label!r} is there twice", param_hint="'--detector'")
-            if path.suffix == ".safetensors":
-                with step("read", path):
-                    found[label] = OODDetector.load(path, model)
-                continue
-            name, _, settings = text.partition(":")
-            if name not in DETECTORS:
-                raise ValueError(
-                    f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}"
-                )
-            options = pairs("--detector", settings.split(",") if settings else ())
-            spec = DETECTORS[name].spec
-            found[label] = spec.make("--detector", options, groups=groups, model=model)
-            if found[label].trained_on:
-                unfitted[label] = found[label]
+        found, unfitted = named_detectors(asked, model, groups)
         if unfitted and self.train is None:
             raise typer.BadParameter(f"is needed for {', '.join(unfitted)}", param_hint="'--train'")
         if unfitted:
@@ -205,6 +184,40 @@ class Inputs:
             head=model is not None and linear_head(model) is not None,
             absent=getattr(model, "absent_column", None) is not None,
         )
+
+
+def named_detectors(
+    asked: Iterable[str], model: nn.Module | None, groups: Groups | None
+) -> tuple[dict[str, OODDetector], dict[str, OODDetector]]:
+    """The detectors that texts stand for, by label; and those of them that are yet to be fitted.
+
+    Args:
+        asked: NAME, NAME:SETTING=VALUE,... or a file of one that was saved.
+        model: For those that read it, or its head.
+        groups: For those that read logits by group.
+    """
+    from oodkernels.detectors import DETECTORS, OODDetector
+
+    found: dict[str, OODDetector] = {}
+    unfitted = {}
+    for text in asked:
+        path = Path(text)
+        label = path.stem if path.suffix == ".safetensors" else text
+        if label in found:
+            raise typer.BadParameter(f"{label!r} is there twice", param_hint="'--detector'")
+        if path.suffix == ".safetensors":
+            with step("read", path):
+                found[label] = OODDetector.load(path, model)
+            continue
+        name, _, settings = text.partition(":")
+        if name not in DETECTORS:
+            raise ValueError(f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}")
+        options = pairs("--detector", settings.split(",") if settings else ())
+        spec = DETECTORS[name].spec
+        found[label] = spec.make("--detector", options, groups=groups, model=model)
+        if found[label].trained_on:
+            unfitted[label] = found[label]
+    return found, unfitted
 
 
 def _head_name(path: Path) -> str:

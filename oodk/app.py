@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from oodk import _convert, _demo, _evaluate, _extract, _group, _train
+from oodk import _benchmark, _convert, _demo, _evaluate, _extract, _group, _train
 from oodk._command import Command, Group
 
 __all__ = ["app"]
@@ -22,6 +22,7 @@ app = typer.Typer(
     "A run, from images to a report:\n\n"
     "* `oodk extract` sends images through a model, once;\n"
     "* `oodk group`, `oodk train` make a MOS head on the features in seconds;\n"
+    "* `oodk benchmark` runs one of the field's benchmarks from images to tables;\n"
     "* `oodk eval` compares detectors, `oodk score` and `oodk threshold` put one to work.",
     epilog="Start with: oodk demo. Each command has examples: oodk eval --help",
     no_args_is_help=True,
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "extract": _extract.extract,
     "train": _train.train,
     "eval": _evaluate.evaluate,
+    "benchmark": _benchmark.benchmark,
     "score": _evaluate.score,
     "threshold": _evaluate.threshold,
     "info": _demo.info,
