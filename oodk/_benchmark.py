@@ -272,23 +272,13 @@ def _opened(
 
 
 def _tell(benchmark: Benchmark, sets: dict[str, OpenSet], model: BenchmarkModel | None) -> None:
-    rows = []
+    typer.echo(f"{benchmark.name}:", err=True)
     for key, each in sets.items():
         count, wanted = each.identity.count, each.definition.count
-        rows.append(
-            (
-                key,
-                each.identity.digest,
-                f"{len(each.missing)}" if each.missing else "",
-                "" if wanted is None else f"{wanted}",
-                "?" if count is None else f"{count}",
-            )
-        )
-    typer.echo(f"{benchmark.name}:", err=True)
-    for key, digest, missing, wanted, count in rows:
-        of = f" of {wanted}" if wanted and wanted != count else ""
-        gone = f", {missing} missing" if missing else ""
-        typer.echo(f"  {key}: {count}{of} samples{gone}, list {digest}", err=True)
+        shown = "samples" if count is None else f"{count} samples"
+        of = f" of {wanted}" if wanted is not None and wanted != count else ""
+        gone = f", {len(each.missing)} missing" if each.missing else ""
+        typer.echo(f"  {key}: {shown}{of}{gone}, digest {each.identity.digest}", err=True)
     if model is not None:
         typer.echo(f"  images: {model.transform}", err=True)
 
@@ -316,10 +306,10 @@ def _steps(
     batch_size, part_size, workers = how
     with watching(quiet, images) as on_batch:
         run.extract(batch_size=batch_size, part_size=part_size, workers=workers, on_batch=on_batch)
-    detectors = _detectors(run, asked, exclude)
+    detectors = _detectors(run, list(asked), exclude)
     if not quiet:
         typer.echo(f"{len(detectors)} detectors: {', '.join(detectors)}", err=True)
-    run.fit(detectors)
+    run.fit(detectors, detectors.keys() - set(asked))
     tested = {f"score {key}": _Count(run.samples[key].num_samples) for key in run.tested}
     with watching(quiet, tested) as on_batch:
         run.score(lambda key, done: on_batch(f"score {key}", done))

@@ -18,7 +18,7 @@ from torch import Tensor
 from oodkernels.evaluation import tables
 from oodkernels.evaluation.benchmarks.definition import OOD_KINDS
 from oodkernels.evaluation.benchmarks.run import BenchmarkRun
-from oodkernels.evaluation.methods import MethodResult
+from oodkernels.evaluation.methods import MethodResult, StreamedMethodResult
 from oodkernels.evaluation.results import Evaluation, plain, write_texts
 from oodkernels.metrics.comparison import ComparisonResult, compare_detectors
 from oodkernels.metrics.ood import ood_metrics
@@ -120,7 +120,7 @@ class BenchmarkResult:
             known = samples.without_accuracy is None and "labels" in samples.arrays
             if answer is not None and known:
                 correct[key] = answer == samples.read("labels")
-        told = list(notes)
+        told = [*notes, *(f"{label} is left out: {why}" for label, why in run.left_out.items())]
         for key, each in run.sets.items():
             gone, bad = len(each.missing), len(run.skipped.get(key, ()))
             if gone or bad:
@@ -187,7 +187,9 @@ class BenchmarkResult:
         for name in ("near", "far", "all"):
             own = [row for row in rows if name in ("all", row.kind)]
             if own:
-                means = {f: math.fsum(getattr(r, f) for r in own) / len(own) for f in FIGURES}
+                means: dict[str, Any] = {
+                    f: math.fsum(getattr(r, f) for r in own) / len(own) for f in FIGURES
+                }
                 total = sum(row.n_ood for row in own)
                 found.append(own[0]._replace(ood_set=name, kind="average", n_ood=total, **means))
         return found
@@ -264,7 +266,7 @@ class BenchmarkResult:
 
     def to_html(self) -> str:
         """A report that needs no other file; needs the extra ``cli``."""
-        methods = [
+        methods: list[MethodResult | StreamedMethodResult] = [
             MethodResult(
                 self.model,
                 score,
@@ -345,12 +347,11 @@ FIGURES_IN_WORDS = {
 
 def _cells(rows: Sequence[BenchmarkRow]) -> list[_Cells]:
     """Lines of a table, those of a detector together."""
-    first = BenchmarkRow._fields.index("id_accuracy")
     by_score: dict[str, list[_Cells]] = {}
     for row in rows:
-        cells = _Cells(row.column, row.model, row.score, *row[first:-2])
-        by_score.setdefault(row.score, []).append(cells)
-    return [cells for own in by_score.values() for cells in own]
+        own = {name: getattr(row, name) for name in _Cells._fields if name != "ood_set"}
+        by_score.setdefault(row.score, []).append(_Cells(row.column, **own))
+    return [cells for lines in by_score.values() for cells in lines]
 
 
 def _flat(value: Mapping[str, Any], where: str = "") -> list[tuple[str, str]]:

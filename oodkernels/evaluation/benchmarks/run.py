@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ class BenchmarkRun:
     Attributes:
         identity: What the figures are of: data, preprocessing, model and versions.
         samples: Key of a set -> what was extracted from it; after :meth:`extract`.
+        left_out: Label of a detector that could not be fitted -> why; after :meth:`fit`.
 
     Raises:
         ValueError: The folder holds a run that measures something else (the message says what
@@ -109,7 +111,7 @@ class BenchmarkRun:
         images = [key for key, each in sets.items() if not isinstance(each.data, Samples)]
         if images and model is None:
             raise ValueError(f"{benchmark.name}: {images[0]} has images, and there is no model")
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "benchmark": benchmark.name,
             "data": identity_of(sets),
             "preprocessing": None if model is None else model.transform,
@@ -121,6 +123,7 @@ class BenchmarkRun:
         self.samples: dict[str, Samples] = {}
         self._keys: dict[str, str] = {}
         self._detectors: dict[str, OODDetector] = {}
+        self.left_out: dict[str, str] = {}
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +190,7 @@ class BenchmarkRun:
                 part_size=part_size,
                 workers=workers,
                 device=self.model.device,
-                on_batch=lambda done, key=key: on_batch(key, done),  # type: ignore[misc]
+                on_batch=partial(on_batch, key),
             )
             self.samples[key] = open_samples(out)
         on_first(self._check)
@@ -204,10 +207,10 @@ class BenchmarkRun:
 
     @property
     def groups(self) -> Groups | None:
-        """Of a MOS model, head or file."""
+        """Those of a MOS model, head or file."""
         for holder in (self.model, self.head, self.samples.get("id/test")):
             if (found := getattr(holder, "groups", None)) is not None:
-                return found  # type: ignore[no-any-return]
+                return found
         return None
 
     def _check(self) -> None:
@@ -236,11 +239,15 @@ class BenchmarkRun:
                         f"0..{classes - 1}, got {wrong}"
                     )
 
-    def fit(self, detectors: Mapping[str, OODDetector]) -> dict[str, OODDetector]:
+    def fit(
+        self, detectors: Mapping[str, OODDetector], optional: Collection[str] = ()
+    ) -> dict[str, OODDetector]:
         """Fit those that have to be, each by one rank; files of them are in ``detectors/``.
 
         Args:
             detectors: Label -> detector, not fitted.
+            optional: Labels of those that are left out where they cannot be fitted to this data;
+                :attr:`left_out` says why.
 
         Returns:
             Label -> detector as it is in its file, or as given where nothing is fitted.
@@ -261,17 +268,30 @@ class BenchmarkRun:
         mine = {
             label: d
             for i, (label, d) in enumerate(fitted.items())
-            if i % world == rank and not self._file(label).exists()
+            if i % world == rank and not (self._file(label).exists() or self._why(label).exists())
         }
         if mine and train is not None:
             fit_detectors(self.benchmark.name, mine.values(), train, self.head)
             self._file("x").parent.mkdir(parents=True, exist_ok=True)
             for label, detector in mine.items():
-                detector.save(self._file(label))
+                try:
+                    detector.save(self._file(label))
+                except ValueError as error:
+                    if label not in optional:
+                        raise
+                    write_text(self._why(label), " ".join(str(error).split()) + "\n")
         gathered(None)  # all files are there
+        self.left_out = {
+            label: self._why(label).read_text(encoding="utf-8").strip()
+            for label in fitted
+            if self._why(label).exists()
+        }
+        if needed := [label for label in self.left_out if label not in optional]:
+            raise ValueError(f"{needed[0]} cannot be fitted: {self.left_out[needed[0]]}")
         self._detectors = {
             label: OODDetector.load(self._file(label), d.model) if label in fitted else d
             for label, d in detectors.items()
+            if label not in self.left_out
         }
         return self._detectors
 
@@ -342,6 +362,9 @@ class BenchmarkRun:
     def _file(self, label: str) -> Path:
         key = self._keys.get(label, "")
         return self.folder / "detectors" / f"{slug(label)}-{key}.safetensors"
+
+    def _why(self, label: str) -> Path:
+        return self._file(label).with_suffix(".txt")
 
     def _scores_file(self, key: str, label: str) -> Path:
         folder = self.folder / "scores" / key.replace("/", "-")

@@ -7,9 +7,9 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from oodkernels._files import file_digest
 from oodkernels.data import FORMATS, ImageFiles, Samples, Shards, open_images, open_samples
@@ -35,11 +35,18 @@ class MissingDataError(ValueError):
         self.missing = missing
 
 
-class Identity(NamedTuple):
+@dataclass(frozen=True)
+class Identity:
     """What tells a set's data from others: two runs with equal ones measured on the same.
 
-    The digests are of names and labels in their order, and of the files' sizes (for files of
-    arrays, of their content); neither depends on where the data lie, or on how lines end.
+    Neither digest depends on where the data lie, or on how lines of a list end.
+
+    Attributes:
+        source: "images", "folder", "shards" or "arrays".
+        digest: Of names and labels in their order; of arrays, of their content.
+        sizes: Digest of the files' sizes; of arrays, of their content.
+        count: Samples; None where only reading on tells it.
+        missing: Images that are not there and were left out.
     """
 
     source: str
@@ -113,10 +120,10 @@ def open_sets(
             found[each.key] = opened
     if absent:
         raise MissingDataError(f"{benchmark.name}: {_told(absent)}", absent)
-    for each in found.values():
-        _check(benchmark, each, other_counts)
-        if isinstance(each.data, (ImageFiles, Shards)):
-            each.data.skip_bad = skip_bad
+    for one in found.values():
+        _check(benchmark, one, other_counts)
+        if isinstance(one.data, (ImageFiles, Shards)):
+            one.data.skip_bad = skip_bad
     return found
 
 
@@ -289,4 +296,4 @@ def _check(benchmark: Benchmark, found: OpenSet, other_counts: bool) -> None:
 
 def identity_of(sets: Mapping[str, OpenSet]) -> dict[str, dict[str, Any]]:
     """Key -> identity, as JSON holds it."""
-    return {key: each.identity._asdict() for key, each in sets.items()}
+    return {key: asdict(each.identity) for key, each in sets.items()}
