@@ -16,8 +16,18 @@ from oodk._output import printable
 from oodk._registries import REGISTRIES
 
 _ORDER = (
-    *("demo", "extract", "group", "train", "eval", "benchmark", "compare", "score", "threshold"),
-    *("convert", "info"),
+    "demo",
+    "extract",
+    "group",
+    "train",
+    "eval",
+    "benchmark",
+    "compare",
+    "score",
+    "threshold",
+    "bundle",
+    "convert",
+    "info",
 )
 _BUGS = (AssertionError, AttributeError, NameError)
 _PLAIN = (ImportError, OSError, RuntimeError, TypeError, ValueError)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from oodkernels._checks import accumulate_type, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import NotFittedError, OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import Reservoir, Sampled, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
@@ -91,8 +91,12 @@ class KNN(OODDetector):
             )
         self.bank, self._new, self._index = bank, [], None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_index": None}  # which is made anew
+
     def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
         super()._load_state(tensors)
+        self._index = None
         if len(self.bank) < self.k:
             raise ValueError(f"bank must have at least k = {self.k} rows, got {len(self.bank)}")
 
@@ -100,8 +104,10 @@ class KNN(OODDetector):
         features = present(batch.features)
         if self.bank.device != features.device:
             self.to(features.device)
-        scores = [self._distance(rows) for rows in features.split(_QUERIES)]
-        return -torch.cat(scores).to(accumulate_type(features.dtype))
+        parts = blocks(features, _QUERIES)
+        return -torch.cat([self._distance(rows) for rows in parts]).to(
+            accumulate_type(features.dtype)
+        )
 
     def _distance(self, features: Tensor) -> Tensor:
         z = _direction(features).to(self.bank)
@@ -110,8 +116,8 @@ class KNN(OODDetector):
 
     def _kth(self, z: Tensor) -> Tensor:
         """Rows of the k-th nearest in the bank, (N,): those of the k-th largest z.b - |b|^2 / 2."""
-        best = torch.empty(len(z), 0, dtype=z.dtype, device=z.device)
-        rows = torch.empty(len(z), 0, dtype=torch.int64, device=z.device)
+        best = torch.empty(z.shape[0], 0, dtype=z.dtype, device=z.device)
+        rows = torch.empty(z.shape[0], 0, dtype=torch.int64, device=z.device)
         for begin in range(0, len(self.bank), max(_BLOCK, 2 * self.k)):
             block = self.bank[begin : begin + max(_BLOCK, 2 * self.k)]
             with torch.autocast(z.device.type, enabled=False):
@@ -125,6 +131,8 @@ class KNN(OODDetector):
         return rows[:, -1]
 
     def _uses_faiss(self, z: Tensor) -> bool:
+        if torch.compiler.is_compiling():  # a program has no faiss
+            return False
         if self.backend == "torch" or (self.backend == "auto" and z.device.type != "cpu"):
             return False
         try:
@@ -208,9 +216,9 @@ class NNGuide(_Bank):
     def _score(self, batch: Batch) -> Tensor:
         units = _direction(present(batch.features))
         bank = self.bank.to(units)
-        best = units.new_full((len(units), self.k), -torch.inf)
+        best = units.new_full((units.shape[0], self.k), -torch.inf)
         for i, near in _products(units, bank):
-            rows = slice(i, i + len(near))
+            rows = slice(i, i + near.shape[0])
             best[rows] = torch.cat([best[rows], near], 1).topk(self.k).values
         score = batch.logit_scores(absent=self.absent).energy.to(units) * best.mean(1)
         return torch.where(units.isnan().any(1), torch.nan, score)
@@ -271,11 +279,11 @@ class Relation(_Bank):
         units = _direction(present(batch.features))
         p = self._beside(batch).to(units)
         bank, known = self.bank.to(units), self.probabilities.to(units)
-        score = units.new_zeros(len(units))
+        score = units.new_zeros(units.shape[0])
         for (i, near), (_, alike) in zip(_products(units, bank), _products(p, known), strict=True):
             relation = near.clamp(min=0) * alike
             relation = torch.where(relation > self.cut, relation**self.power, 0)
-            score[i : i + len(near)] += relation.sum(1)
+            score[i : i + near.shape[0]] += relation.sum(1)
         return torch.where(units.isnan().any(1) | p.isnan().any(1), torch.nan, score)
 
 
@@ -338,10 +346,12 @@ class MCM(OODDetector):
 
 def _products(rows: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of ``rows @ bank.T``, each with the number of its first row."""
-    for i in range(0, len(rows), _QUERIES):
+    begin = 0
+    for part in blocks(rows, _QUERIES):
         for block in bank.split(_BLOCK):
             with torch.autocast(rows.device.type, enabled=False):
-                yield i, rows[i : i + _QUERIES] @ block.T
+                yield begin, part @ block.T
+        begin += part.shape[0]
 
 
 def _direction(features: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodkernels._checks import check_count, check_flag, check_int, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import HEAD, Head, HeadDetector, Reservoir, floats
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -83,7 +83,7 @@ def length(features: Tensor, origin: Tensor, vectors: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         parts = [
             ((rows - origin) @ vectors).norm(dim=1)
-            for rows in features.split(max(1, _CHUNK // features.shape[1]))
+            for rows in blocks(features, max(1, _CHUNK // features.shape[1]))
         ]
     return torch.cat(parts)
 
@@ -304,7 +304,7 @@ class CoP(_Subspace):
     def _score(self, batch: Batch) -> Tensor:
         features = present(batch.features)
         rows = max(1, _CHUNK // max(len(self.mean), features.shape[1]))
-        parts = [length(self._read(f), self.mean, self.null) for f in features.split(rows)]
+        parts = [length(self._read(f), self.mean, self.null) for f in blocks(features, rows)]
         return -torch.cat(parts)
 
 
