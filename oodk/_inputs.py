@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
@@ -22,9 +22,20 @@ if TYPE_CHECKING:
 
     from oodkernels import Groups
     from oodkernels.data.samples import Samples
-    from oodkernels.detectors import OODDetector
+    from oodkernels.detectors import OODDetector, Tuning
 
 DATA = "a file ({formats}), a folder of `oodk extract`, or with --model images as it reads them"
+
+
+TunedOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="File of `oodk tune`: its detectors, or those of --detector among them, with the "
+        "settings that it chose.",
+    ),
+]
 
 
 @dataclass
@@ -147,12 +158,24 @@ class Inputs:
         with step("read", path):
             return open_samples(path, kind=kind, columns=self.columns, labels=labels)
 
-    def detectors(self, samples: Any, model: nn.Module | None) -> dict[str, OODDetector] | None:
-        """Those asked for, fitted where they have to be; None for those by default."""
-        from oodkernels.detectors import DETECTORS, OODDetector
-        from oodkernels.evaluation import fit_detectors
+    def detectors(
+        self, samples: Any, model: nn.Module | None, tuned: Path | None = None
+    ) -> dict[str, OODDetector] | None:
+        """Those asked for, fitted where they have to be; None for those by default.
 
-        if not self.detector:
+        Args:
+            samples: What is to be scored.
+            model: What it is sent through.
+            tuned: File of `oodk tune` with settings for detectors that have none of their own.
+        """
+        from oodkernels._digest import StreamDigest
+        from oodkernels.detectors import DETECTORS, OODDetector, fit_detectors
+
+        tuning = None if tuned is None else read_tuning(tuned)
+        if tuning is not None:
+            tuning.check_model(f"--tuned {tuned}", model)
+        chosen = {} if tuning is None else tuning.settings
+        if not self.detector and not chosen:
             arrays = getattr(samples, "arrays", {"logits": None})
             if model is None and not arrays.keys() - {"features", "labels"}:
                 raise typer.BadParameter("is needed for features", param_hint="'--detector'")
@@ -160,10 +183,10 @@ class Inputs:
         groups = self.groups_of(model, samples)
         found: dict[str, OODDetector] = {}
         unfitted = {}
-        asked = list(self.detector)
+        asked = list(self.detector or chosen)
         if "all" in asked:
             at = asked.index("all")
-            asked[at : at + 1] = self._all(samples, model, groups)
+            asked[at : at + 1] = self.all_names(samples, model, groups)
         for text in asked:
             path = Path(text)
             label = path.stem if path.suffix == ".safetensors" else text
@@ -178,7 +201,9 @@ class Inputs:
                 raise ValueError(
                     f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}"
                 )
-            options = pairs("--detector", settings.split(",") if settings else ())
+            options: dict[str, Any] = dict(
+                pairs("--detector", settings.split(",")) if settings else chosen.get(name, {})
+            )
             spec = DETECTORS[name].spec
             found[label] = spec.make("--detector", options, groups=groups, model=model)
             if found[label].trained_on:
@@ -188,11 +213,14 @@ class Inputs:
         if unfitted:
             assert self.train is not None
             with step(f"fit {', '.join(unfitted)} on", self.train):
-                data = self.open("--train", self.train)
-                fit_detectors("--train", unfitted.values(), data, model)
+                data, seen = self.open("--train", self.train), StreamDigest()
+                watched = None if tuning is None else seen
+                fit_detectors("--train", unfitted.values(), data, model, watched)
+            if tuning is not None and unfitted.keys() & chosen.keys():
+                tuning.check_fit(f"--tuned {tuned}", seen.found())
         return found
 
-    def _all(self, samples: Any, model: nn.Module | None, groups: Groups | None) -> list[str]:
+    def all_names(self, samples: Any, model: nn.Module | None, groups: Groups | None) -> list[str]:
         """Names of all detectors that can score the samples, fitted where they have to be."""
         from oodkernels.detectors import applicable, linear_head
 
@@ -205,6 +233,14 @@ class Inputs:
             head=model is not None and linear_head(model) is not None,
             absent=getattr(model, "absent_column", None) is not None,
         )
+
+
+def read_tuning(path: Path) -> Tuning:
+    """What `oodk tune` wrote."""
+    from oodkernels.detectors import Tuning
+
+    with step("read", path):
+        return Tuning.load(path)
 
 
 def _head_name(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from oodk import _convert, _demo, _evaluate, _extract, _group, _train
+from oodk import _convert, _demo, _evaluate, _extract, _group, _train, _tune
 from oodk._command import Command, Group
 
 __all__ = ["app"]
@@ -56,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": _demo.demo,
     "extract": _extract.extract,
     "train": _train.train,
+    "tune": _tune.tune,
     "eval": _evaluate.evaluate,
     "score": _evaluate.score,
     "threshold": _evaluate.threshold,
