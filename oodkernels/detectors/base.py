@@ -104,7 +104,7 @@ class OODDetector:
     threshold: Threshold | None = None
     _status: str = "unfitted"  # then "pending", seen data but not finished; then "fitted"
     _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
-    _kept: ClassVar[frozenset[str]] = frozenset({"num_classes", "width", "statistics", "_new"})
+    _carried: ClassVar[frozenset[str]] = frozenset({"num_classes", "width", "statistics", "_new"})
     # What fitting sets, of what ``__init__`` sets too.
     _loaded = False  # from a file
     _lent = False  # what was fitted is another's, too
@@ -205,7 +205,7 @@ class OODDetector:
                 batch, labels = batch.rows(~ood), labels[~ood]
         self._check(where, batch)
         if self._lent:
-            own = {*self._tensors, *self._kept, "_sample", "_statistics"} & vars(self).keys()
+            own = {*self._tensors, *self._carried, "_sample", "_statistics"} & vars(self).keys()
             vars(self).update({name: copy.deepcopy(vars(self)[name]) for name in own})
             self._lent = False
         with torch.no_grad():
@@ -351,7 +351,7 @@ class OODDetector:
                 f"detector again"
             )
         other = type(self)._from_settings({**self._settings(), **settings}, self.model)
-        fresh = vars(other).keys() - self._kept
+        fresh = vars(other).keys() - self._carried
         vars(other).update({n: v for n, v in vars(self).items() if n not in fresh})
         other.threshold, other._status = None, self._status
         self._lent = other._lent = True

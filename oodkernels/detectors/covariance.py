@@ -93,7 +93,7 @@ class Mahalanobis(OODDetector):
 
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
-    _kept = OODDetector._kept | {"_whitening", "shrinkages"}
+    _carried = OODDetector._carried | {"_whitening", "shrinkages"}
     weights: Tensor | None
 
     def __init__(

@@ -33,7 +33,7 @@ class _Gaussians(OODDetector):
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
     _tensors: ClassVar[Mapping[str, str]] = {"counts": "C", "means": "C d", "scatter": "d d"}
-    _kept = OODDetector._kept | {"_maps"}
+    _carried = OODDetector._carried | {"_maps"}
     _unit: ClassVar[bool]
     _relative: ClassVar[bool]
     _maps: list[Tensor]

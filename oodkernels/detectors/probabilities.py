@@ -302,7 +302,7 @@ class WeightedEnergy(OODDetector):
 
     needs = frozenset({"logits"})
     _tensors: ClassVar[Mapping[str, str]] = {"weights": "C"}
-    _kept = OODDetector._kept | {"weights"}
+    _carried = OODDetector._carried | {"weights"}
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ _FORMAT, _VERSION = "oodkernels.tuning", 1
 
 
 class Figures(NamedTuple):
-    """Of one setting, on one validation set or the mean over them."""
+    """A setting's figures on one validation set, or the mean over them."""
 
     auroc: float
     """Area under the ROC curve."""

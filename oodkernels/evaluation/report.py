@@ -344,11 +344,12 @@ def tuning(given: Tuning) -> Figure:
         many = len(values) > 20
         for i, (label, points) in enumerate(lines.items()):
             color = _METHOD_COLORS[(3 + i) % len(_METHOD_COLORS)]
-            style = {"marker": "" if many else "o", "ms": 3, "lw": 1.4, "color": color}
-            axes.plot(*zip(*sorted(points), strict=True), label=as_label(label), **style)
+            xs, ys = zip(*sorted(points), strict=True)
+            marker = "" if many else "o"
+            axes.plot(xs, ys, marker=marker, ms=3, lw=1.4, color=color, label=as_label(label))
         best = getattr(found.mean[found.chosen], given.by)
-        ring = {"marker": "o", "ms": 9, "mfc": "none", "color": "#222222", "ls": ""}
-        axes.plot([place[str(found.best.get(first))]], [100 * best], **ring)
+        x = place[str(found.best.get(first))]
+        axes.plot([x], [100 * best], "o", ms=9, mfc="none", color="#222222")
         if not many:
             axes.set_xticks(list(place.values()), list(place), fontsize=7)
         axes.xaxis.set_minor_locator(NullLocator())
