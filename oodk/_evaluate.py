@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oodk._bundle import score_bundle
 from oodk._command import one_of, step
 from oodk._common import (
     ConfigOption,
@@ -195,6 +196,15 @@ def score(
     data: Annotated[str, typer.Option("--data", help=f"Samples: {DATA}.")],
     inputs: Inputs,
     tuned: TunedOption = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of `oodk bundle`: the table has the name of each image, its class, the "
+            "scores, is_ood and the p-value.",
+        ),
+    ] = None,
     threshold: Annotated[
         Path | None,
         typer.Option(
@@ -224,6 +234,8 @@ def score(
         oodk score --data new.npy -d energy --threshold threshold.json
 
         oodk score --model mypackage:make --weights model.pt -d odin --data images/new
+
+        oodk score --bundle bundle --data images/new --out scores.csv
     """
     import torch
 
@@ -234,6 +246,11 @@ def score(
     if out is not None and out.suffix not in FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(FORMATS)}", param_hint="'--out'")
     require_writable_file(out)
+    if bundle is not None:
+        if threshold is not None:
+            raise typer.BadParameter("is in the bundle", param_hint="'--threshold'")
+        score_bundle(bundle, data, inputs, out, quiet)
+        return
     limit = None
     if threshold is not None:
         with step("read", threshold):

@@ -40,8 +40,8 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
-from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
-from oodkernels.detectors.passes import score_batch
+from oodkernels.detectors.model import FeatureModel, Model, Outputs, OutputsModule, extract, run
+from oodkernels.detectors.passes import predict_batch, score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
     KLMatching,
@@ -108,6 +108,7 @@ __all__ = [
     "OptFS",
     "Option",
     "Outputs",
+    "OutputsModule",
     "Prediction",
     "PytorchOODDetector",
     "RMDSPlusPlus",
@@ -124,6 +125,7 @@ __all__ = [
     "extract",
     "fit_detectors",
     "linear_head",
+    "predict_batch",
     "register",
     "run",
     "score_all",

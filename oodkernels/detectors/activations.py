@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from oodkernels._checks import check_flag, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import HEAD, Head, HeadDetector, check_percentile, floats, kept
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
@@ -273,7 +273,7 @@ class FDBD(_Mean):
         best, label = z.max(1)
         out = torch.empty_like(best)
         order = label.argsort(stable=True)  # so that a block has few classes
-        for rows in order.split(max(1, _CHUNK // z.shape[1])):
+        for rows in blocks(order, max(1, _CHUNK // z.shape[1])):
             classes, place = label[rows].unique(return_inverse=True)
             apart = self._inverse_distances(batch, classes)[place]
             out[rows] = ((best[rows, None] - z[rows]) * apart).sum(1)
@@ -507,7 +507,7 @@ class PNML(HeadDetector):
         check_finite(where, features)
         self.width = features.shape[1]
         self._factor = None
-        for rows in features.split(max(1, _CHUNK // self.width)):
+        for rows in blocks(features, max(1, _CHUNK // self.width)):
             u = normalize(rows.double(), dim=1)
             self.gram = u.T @ u + vars(self).get("gram", 0)
 

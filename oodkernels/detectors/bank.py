@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from oodkernels._checks import accumulate_type, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import NotFittedError, OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import Reservoir, Sampled, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
@@ -97,8 +97,12 @@ class KNN(OODDetector):
             )
         self.bank, self._new, self._index = bank, [], None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_index": None}  # which is made anew
+
     def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
         super()._load_state(tensors)
+        self._index = None
         check_bank("", self)
 
     def _settle(self, where: str, changed: Collection[str]) -> None:
@@ -109,8 +113,10 @@ class KNN(OODDetector):
         features = present(batch.features)
         if self.bank.device != features.device:
             self.to(features.device)
-        scores = [self._distance(rows) for rows in features.split(_QUERIES)]
-        return -torch.cat(scores).to(accumulate_type(features.dtype))
+        parts = blocks(features, _QUERIES)
+        return -torch.cat([self._distance(rows) for rows in parts]).to(
+            accumulate_type(features.dtype)
+        )
 
     def _scorer(
         self, where: str, settings: Sequence[Mapping[str, Any]]
@@ -122,7 +128,7 @@ class KNN(OODDetector):
 
         def scores(batch: Batch) -> Tensor:
             features = present(batch.features)
-            parts = [most._distances(x, [v.k for v in own]) for x in features.split(_QUERIES)]
+            parts = [most._distances(x, [v.k for v in own]) for x in blocks(features, _QUERIES)]
             return -torch.cat(parts).to(accumulate_type(features.dtype))
 
         return scores
@@ -138,8 +144,8 @@ class KNN(OODDetector):
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Rows of the k nearest in the bank, (N, k): those of the largest z.b - |b|^2 / 2."""
-        best = torch.empty(len(z), 0, dtype=z.dtype, device=z.device)
-        rows = torch.empty(len(z), 0, dtype=torch.int64, device=z.device)
+        best = torch.empty(z.shape[0], 0, dtype=z.dtype, device=z.device)
+        rows = torch.empty(z.shape[0], 0, dtype=torch.int64, device=z.device)
         for begin in range(0, len(self.bank), max(_BLOCK, 2 * self.k)):
             block = self.bank[begin : begin + max(_BLOCK, 2 * self.k)]
             with torch.autocast(z.device.type, enabled=False):
@@ -153,6 +159,8 @@ class KNN(OODDetector):
         return rows
 
     def _uses_faiss(self, z: Tensor) -> bool:
+        if torch.compiler.is_compiling():  # a program has no faiss
+            return False
         if self.backend == "torch" or (self.backend == "auto" and z.device.type != "cpu"):
             return False
         try:
@@ -261,9 +269,9 @@ class NNGuide(_Bank):
         """Scores by several numbers of neighbours, from one scan, (N, len(ks))."""
         units = _direction(present(batch.features))
         bank = self.bank.to(units)
-        best = units.new_full((len(units), self.k), -torch.inf)
+        best = units.new_full((units.shape[0], self.k), -torch.inf)
         for i, near in _products(units, bank):
-            rows = slice(i, i + len(near))
+            rows = slice(i, i + near.shape[0])
             best[rows] = torch.cat([best[rows], near], 1).topk(self.k).values
         near = torch.stack([best[:, :k].mean(1) for k in ks], 1)
         scores = batch.logit_scores(absent=self.absent).energy.to(units)[:, None] * near
@@ -344,12 +352,12 @@ class Relation(_Bank):
         units = _direction(present(batch.features))
         p = self._beside(batch).to(units)
         bank, known = self.bank.to(units), self.probabilities.to(units)
-        scores = units.new_zeros(len(units), len(variants))
+        scores = units.new_zeros(units.shape[0], len(variants))
         for (i, near), (_, alike) in zip(_products(units, bank), _products(p, known), strict=True):
             relation = near.clamp(min=0) * alike
             for j, own in enumerate(variants):
                 kept = torch.where(relation > own.cut, relation**own.power, 0)
-                scores[i : i + len(near), j] += kept.sum(1)
+                scores[i : i + near.shape[0], j] += kept.sum(1)
         nan = units.isnan().any(1, keepdim=True) | p.isnan().any(1, keepdim=True)
         return torch.where(nan, torch.nan, scores)
 
@@ -426,10 +434,12 @@ def check_bank(where: str, detector: KNN | NNGuide) -> None:
 
 def _products(rows: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of ``rows @ bank.T``, each with the number of its first row."""
-    for i in range(0, len(rows), _QUERIES):
+    begin = 0
+    for part in blocks(rows, _QUERIES):
         for block in bank.split(_BLOCK):
             with torch.autocast(rows.device.type, enabled=False):
-                yield i, rows[i : i + _QUERIES] @ block.T
+                yield begin, part @ block.T
+        begin += part.shape[0]
 
 
 def _direction(features: Tensor) -> Tensor:

@@ -308,7 +308,7 @@ class OODDetector:
             raise NotFittedError(
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
-        self._verify(where, self.threshold)
+        self.check_threshold(self.threshold, where)
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
@@ -359,7 +359,57 @@ class OODDetector:
             other._settle(where, changed - spec.at_score)
         return other
 
+    def check_threshold(self, threshold: Threshold, where: str = "check_threshold") -> None:
+        """Refuse a threshold of other scores; one that says nothing of its own is the user's.
+
+        Args:
+            threshold: That scores of this detector are to be compared with.
+            where: What errors start with.
+
+        Raises:
+            ValueError: It is of another detector, other settings, groups or another model.
+        """
+        key = (threshold, self.model, self._plain_settings())
+        if threshold.source is None or (
+            self._verified is not None
+            and self._verified[0] is threshold
+            and self._verified[1] is self.model
+            and self._verified[2] == key[2]
+        ):
+            return
+        mine = self.source()
+        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
+            mine = replace(mine, model=threshold.source.model)
+        threshold.check_source(mine, where)
+        self._verified = key
+
     # --- keeping ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that were fitted, by name.
+
+        Raises:
+            NotFittedError: ``fit`` has not been called.
+        """
+        self._ready(f"{type(self).__name__}.state_dict")
+        return self._state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take in the tensors of a detector with the same settings, classes and width.
+
+        Raises:
+            ValueError: They are others, or not of the same shapes.
+        """
+        where = f"{type(self).__name__}.load_state_dict"
+        self._ready(where)
+        device = next((t.device for t in self._state().values()), None)
+        try:
+            self._load_state(dict(state))
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        if device is not None:
+            self.to(device)
+        self.threshold = None  # it was of other scores
 
     def to(self, device: torch.device | str | int) -> Self:
         """Move what was fitted; the model is left where it is."""
@@ -437,7 +487,7 @@ class OODDetector:
             detector._load_state(tensors)
             detector._status, detector._loaded = "fitted", True
             if detector.threshold is not None:
-                detector._verify("threshold", detector.threshold)
+                detector.check_threshold(detector.threshold, "threshold")
         except KeyError as error:
             raise ValueError(f"{where}: {error} is missing") from None
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -534,22 +584,6 @@ class OODDetector:
     def _plain_settings(self) -> dict[str, Any]:
         """The settings without the groups, whose digest says as much."""
         return {k: v for k, v in self._arguments().items() if k != "groups"}
-
-    def _verify(self, where: str, threshold: Threshold) -> None:
-        """Refuse a threshold of other scores; one that says nothing of its own is the user's."""
-        key = (threshold, self.model, self._plain_settings())
-        if threshold.source is None or (
-            self._verified is not None
-            and self._verified[0] is threshold
-            and self._verified[1] is self.model
-            and self._verified[2] == key[2]
-        ):
-            return
-        mine = self.source()
-        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
-            mine = replace(mine, model=threshold.source.model)
-        threshold.check_source(mine, where)
-        self._verified = key
 
     def _ready(self, where: str) -> None:
         """Finish a fit that is pending; NotFittedError if there is none."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from oodkernels._checks import accumulate_type, check_class_ids, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, present
+from oodkernels.detectors.batch import Batch, Features, as_batch, blocks, check_kept, present
 from oodkernels.detectors.gradients import check_step, input_step
 from oodkernels.detectors.model import Model, positions_mean, run, to_model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -310,7 +310,7 @@ class Mahalanobis(OODDetector):
     def _distances(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest class and squared Mahalanobis distance."""
         found = []
-        for rows in features.split(max(1, _CHUNK // max(1, features.shape[1]))):
+        for rows in blocks(features, max(1, _CHUNK // max(1, features.shape[1]))):
             space, z = self._whitened(name, rows)
             found.append(nearest_centroid(z, space.centroids))
         labels, distance = zip(*found, strict=True)

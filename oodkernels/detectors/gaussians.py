@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from oodkernels._checks import check_count
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.covariance import check_samples, check_shrinkage, whitening
 from oodkernels.detectors.head import floats
 from oodkernels.detectors.model import Model
@@ -94,7 +94,8 @@ class _Gaussians(OODDetector):
 
     @property
     def _mean(self) -> Tensor:
-        return self.statistics.counts.double() @ self.statistics.means / self.statistics.count
+        counts = self.statistics.counts
+        return counts.double() @ self.statistics.means / counts.sum()
 
     def _score(self, batch: Batch) -> Tensor:
         return self._nearest(batch)[0]
@@ -113,7 +114,7 @@ class _Gaussians(OODDetector):
         origin = self._mean.to(like)
         means = self.statistics.means.to(like.device) - origin.double()
         centroids = (means @ maps[0].double()).to(like)
-        for rows in features.split(max(1, _CHUNK // features.shape[1])):
+        for rows in blocks(features, max(1, _CHUNK // features.shape[1])):
             x = self._read(rows) - origin
             with torch.autocast(x.device.type, enabled=False):
                 label, distance = nearest_centroid(x @ maps[0], centroids)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodkernels._checks import accumulate_type, check_count, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.model import Model
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ _SHIFT = 10_000.0  # libMR adds it to what it fits a Weibull distribution to
 def _by_rows(z: Tensor, width: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """``compute`` of blocks of rows, read as float32 or float64, put together."""
     kind = accumulate_type(z.dtype)
-    blocks = z.split(max(1, _CHUNK // max(1, width)))
-    return torch.cat([compute(block.to(kind)) for block in blocks])
+    parts = blocks(z, max(1, _CHUNK // max(1, width)))
+    return torch.cat([compute(part.to(kind)) for part in parts])
 
 
 @register(

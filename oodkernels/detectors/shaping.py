@@ -15,7 +15,7 @@ from torch import Tensor
 from oodkernels._checks import check_count, check_flag, check_number
 from oodkernels.detectors.activations import _Mean
 from oodkernels.detectors.base import register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import (
     HEAD,
     Head,
@@ -51,7 +51,7 @@ class _Shaped(HeadDetector):
         weight, bias = self._weights(batch)
         rows = max(1, _BLOCK // max(weight.shape))
         energies = []
-        for block in features.split(rows):
+        for block in blocks(features, rows):
             x = floats(block)
             with torch.autocast(x.device.type, enabled=False):
                 z = torch.addmm(bias, self._shape(x), weight.T)

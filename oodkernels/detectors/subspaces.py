@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodkernels._checks import check_count, check_flag, check_int, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import HEAD, Head, HeadDetector, Reservoir, floats
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -83,7 +83,7 @@ def length(features: Tensor, origin: Tensor, vectors: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         parts = [
             ((rows - origin) @ vectors).norm(dim=1)
-            for rows in features.split(max(1, _CHUNK // features.shape[1]))
+            for rows in blocks(features, max(1, _CHUNK // features.shape[1]))
         ]
     return torch.cat(parts)
 
@@ -459,7 +459,7 @@ class CoP(_Subspace):
         return max(1, _CHUNK // max(len(self.mean), present(batch.features).shape[1]))
 
     def _score(self, batch: Batch) -> Tensor:
-        parts = present(batch.features).split(self._rows(batch))
+        parts = blocks(present(batch.features), self._rows(batch))
         return -torch.cat([length(self._read(rows), self.mean, self.null) for rows in parts])
 
 

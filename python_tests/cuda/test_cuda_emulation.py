@@ -405,6 +405,21 @@ def test_a_row_keeps_its_bits(
             torch.testing.assert_close(x, expected[take], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", FORWARD)
+def test_rows_beyond_2_31_values(emulator: Emulator, kernel: str, dtype: torch.dtype) -> None:
+    """Three rows of a view of a tensor of many GiB, of which only they take memory."""
+    sample = Sample(3, (5, 7), dtype)
+    outputs = dict.fromkeys(FORWARD[kernel], sample.accumulated)
+    outputs |= dict.fromkeys(INDICES.get(kernel, ()), torch.int64)
+    inputs = sample.inputs(target=torch.tensor([1, 0, 3]))
+    values = {**sample.values(), "orders": 1, "ignore_index": -100, "temperature": 1.0}
+    near = emulator.run(kernel, inputs, outputs, **values)
+    far = emulator.run(kernel, inputs, outputs, **{**values, "stride": 2**31 - 16, "far": 1})
+    for x, expected in zip(far, near, strict=True):
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
 # --- ROC ------------------------------------------------------------------------------------------
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -715,6 +730,15 @@ def test_missing_wait_is_caught(emulator: Emulator) -> None:
     done = emulator.start("missing_wait", {})
     assert done.returncode == 0
     assert unwritten(emulator.output("out", torch.int32)).all()
+
+
+def test_unwritten_shared_memory_is_caught(emulator: Emulator) -> None:
+    done = emulator.start("unwritten_shared", {}, orders=1)
+    assert done.returncode == 0
+    out = emulator.output("out", torch.int32).view(2, -1)
+    expected = torch.arange(out.size(1), dtype=torch.int32)
+    expected[1::2] = -1
+    assert torch.equal(out, torch.stack([expected, torch.full_like(expected, -1)]))
 
 
 def test_unwritten_output_is_caught(emulator: Emulator) -> None:
