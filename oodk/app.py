@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from oodk import _benchmark, _bundle, _convert, _demo, _evaluate, _extract, _group, _train
+from oodk import (
+    _benchmark,
+    _bundle,
+    _convert,
+    _demo,
+    _evaluate,
+    _extract,
+    _group,
+    _train,
+    _tune,
+)
 from oodk._command import Command, Group
 
 __all__ = ["app"]
@@ -58,6 +68,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": _demo.demo,
     "extract": _extract.extract,
     "train": _train.train,
+    "tune": _tune.tune,
     "eval": _evaluate.evaluate,
     "benchmark": _benchmark.benchmark,
     "score": _evaluate.score,

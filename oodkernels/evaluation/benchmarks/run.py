@@ -22,11 +22,11 @@ from oodkernels._files import read_json, write_text
 from oodkernels._ranks import gathered, on_first, ranks
 from oodkernels.data import ExtractionPlan, Samples, extract_images, open_samples, save_arrays
 from oodkernels.data.arrays import PathLike
-from oodkernels.detectors import Batch, OODDetector
+from oodkernels.detectors import Batch, OODDetector, fit_detectors
 from oodkernels.evaluation.benchmarks.definition import OOD_KINDS, Benchmark
 from oodkernels.evaluation.benchmarks.sources import OpenSet, identity_of
 from oodkernels.evaluation.results import software
-from oodkernels.evaluation.scoring import fit_detectors, score_sets
+from oodkernels.evaluation.scoring import score_sets
 from oodkernels.groups import Groups
 
 __all__ = ["BenchmarkModel", "BenchmarkRun"]
