@@ -17,7 +17,16 @@ T = TypeVar("T")
 Features: TypeAlias = Tensor | Mapping[str, Tensor]
 """(N, d), or by the name of the layer for a detector that reads several."""
 
-__all__ = ["Batch", "Features", "as_batch", "check_axes", "check_kept", "joined", "present"]
+__all__ = [
+    "Batch",
+    "Features",
+    "as_batch",
+    "blocks",
+    "check_axes",
+    "check_kept",
+    "joined",
+    "present",
+]
 
 
 class Batch:
@@ -243,6 +252,11 @@ def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | Non
     if not tensors:
         return None
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(device)
+
+
+def blocks(x: Tensor, rows: int) -> Sequence[Tensor]:
+    """Rows of a tensor in blocks of at most so many; in one where a program is made of it."""
+    return (x,) if torch.compiler.is_compiling() else x.split(rows)
 
 
 def present(value: T | None) -> T:
