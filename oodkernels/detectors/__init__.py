@@ -53,6 +53,9 @@ from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReA
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.detectors.subspaces import NECO, CoP, CoRP, Residual, ViM
+from oodkernels.detectors.sweeps import sweep
+from oodkernels.detectors.tuning import Figures, SweptDetector, Tuning
+from oodkernels.detectors.walk import fit_detectors
 
 __all__ = [
     "ASHB",
@@ -88,6 +91,7 @@ __all__ = [
     "Energy",
     "Entropy",
     "FeatureModel",
+    "Figures",
     "GradNorm",
     "Head",
     "HeadDetector",
@@ -111,16 +115,20 @@ __all__ = [
     "ReAct",
     "Relation",
     "Residual",
+    "SweptDetector",
     "TemperatureScaling",
+    "Tuning",
     "ViM",
     "WeightedEnergy",
     "applicable",
     "as_pytorch_ood",
     "extract",
+    "fit_detectors",
     "linear_head",
     "predict_batch",
     "register",
     "run",
     "score_all",
     "score_batch",
+    "sweep",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,8 +41,44 @@ def top_share(batch: Batch, percentile: float, *, rectified: bool = False) -> Te
     return batch.once(("top_share", k, rectified), compute)
 
 
-@register("scale", "B", "Xu et al., ICLR 2024")
-class SCALE(HeadDetector):
+def prepare_shares(batch: Batch, percentiles: Iterable[float], *, rectified: bool = False) -> None:
+    """Have :func:`top_share` of several percentiles computed from one sort of the rows."""
+    features = present(batch.features)
+    x = floats(features)
+    x = x.relu() if rectified else x
+    sums = x.sort(1, descending=True).values.double().cumsum(1)
+    for percentile in percentiles:
+        k = kept(features.shape[1], percentile)
+        share = x.sum(1) / sums[:, k - 1].to(x)
+        batch.once(("top_share", k, rectified), lambda share=share: share)  # type: ignore[misc]
+
+
+class _ByShare(OODDetector):
+    """A detector that reads :func:`top_share` at its percentile."""
+
+    _rectified: ClassVar[bool] = False
+    percentile: float
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        one_by_one = super()._scorer(where, settings)
+        percentiles = {float(one.get("percentile", self.percentile)) for one in settings}
+
+        def scores(batch: Batch) -> Tensor:
+            prepare_shares(batch, percentiles, rectified=self._rectified)
+            return one_by_one(batch)
+
+        return scores
+
+
+@register(
+    "scale",
+    "B",
+    "Xu et al., ICLR 2024",
+    grid={"percentile": (50, 55, 60, 65, 70, 75, 80, 85, 90, 95)},
+)
+class SCALE(_ByShare, HeadDetector):
     """Energy of the logits of features scaled by exp(r), r = sum / sum of the largest.
 
     Xu, Chen, Franchi & Yao, Scaling for Training Time and Post-hoc Out-of-distribution Detection
@@ -79,7 +115,7 @@ class SCALE(HeadDetector):
 
 
 @register("lts", "B", "Djurisic et al., MVA 2025")
-class LTS(OODDetector):
+class LTS(_ByShare):
     """Energy of the logits times (sum / sum of the largest) squared.
 
     Djurisic, Liu & Nikolic, Logit Scaling for Out-of-Distribution Detection, MVA 2025. Sums are of
@@ -92,6 +128,7 @@ class LTS(OODDetector):
     """
 
     needs = frozenset({"features", "logits"})
+    _rectified = True
 
     def __init__(
         self, percentile: float = 95.0, *, absent: int | None = None, model: Model | None = None
@@ -192,7 +229,13 @@ class _Mean(_Sums):
         self._add(where, features, torch.zeros(len(features), dtype=torch.int64), 1)
 
 
-@register("fdbd", "B", "Liu & Qin, ICML 2024")
+@register(
+    "fdbd",
+    "B",
+    "Liu & Qin, ICML 2024",
+    grid={"normalize": ("mean", "norm")},
+    at_score=("normalize",),
+)
 class FDBD(_Mean):
     """Distances of the features to the decision boundaries, over their distance to the mean.
 
@@ -260,7 +303,13 @@ def _inverse_distances(weight: Tensor, classes: Tensor) -> Tensor:
     return torch.where(square > tiny, square.rsqrt(), 0).to(weight)
 
 
-@register("nci", "B", "Liu & Qin, CVPR 2025")
+@register(
+    "nci",
+    "B",
+    "Liu & Qin, CVPR 2025",
+    grid={"alpha": (1e-4, 1e-3, 1e-2, 1e-1)},
+    at_score=("alpha",),
+)
 class NCI(_Mean):
     """Projection of the centred features on the predicted class's row, plus alpha times |h|_1.
 
@@ -296,7 +345,12 @@ class NCI(_Mean):
         return projected + self.alpha * floats(present(batch.features)).norm(1, dim=1)
 
 
-@register("she", "B", "Zhang et al., ICLR 2023")
+@register(
+    "she",
+    "B",
+    "Zhang et al., ICLR 2023",
+    at_score=("metric",),
+)
 class SHE(_Sums):
     """Inner product with the predicted class's mean of correctly classified training features.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -103,6 +104,10 @@ class OODDetector:
     threshold: Threshold | None = None
     _status: str = "unfitted"  # then "pending", seen data but not finished; then "fitted"
     _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
+    _carried: ClassVar[frozenset[str]] = frozenset({"num_classes", "width", "statistics", "_new"})
+    # What fitting sets, of what ``__init__`` sets too.
+    _loaded = False  # from a file
+    _lent = False  # what was fitted is another's, too
     _least: float = -math.inf  # no score is below it
     _finer: str = ""  # what to do where many have it
 
@@ -199,6 +204,10 @@ class OODDetector:
             if ood.any():
                 batch, labels = batch.rows(~ood), labels[~ood]
         self._check(where, batch)
+        if self._lent:
+            own = {*self._tensors, *self._carried, "_sample", "_statistics"} & vars(self).keys()
+            vars(self).update({name: copy.deepcopy(vars(self)[name]) for name in own})
+            self._lent = False
         with torch.no_grad():
             self._update(where, batch, labels)
         self._status = "pending"
@@ -306,6 +315,49 @@ class OODDetector:
         score, label, group = (joined(p, batch.device) for p in zip(*parts, strict=True))
         score = present(score)
         return Prediction(label, group, score, self.threshold.predict(score))
+
+    def varied(self, **settings: Any) -> Self:
+        """The detector with other settings, fitted to the same data, which are not read again.
+
+        Args:
+            **settings: Options by name; the others stay as they are.
+
+        Returns:
+            Another detector, without threshold; weights of layers are to be fitted anew.
+
+        Raises:
+            ValueError: An option is unknown or out of its range, or one that the pass over the
+                training data depends on (:attr:`DetectorSpec.at_fit`), or the detector is from a
+                file, in which there is no more of the data than its own settings need.
+            TypeError: An option is of a wrong type.
+        """
+        where, spec = f"{type(self).__name__}.varied", self.spec
+        if unknown := settings.keys() - spec.options.keys():
+            raise ValueError(
+                f"{where}: {self.name} has no option {min(unknown)!r}, only "
+                f"{', '.join(spec.options) or None}"
+            )
+        mine = self._arguments()
+        changed = {name for name, value in settings.items() if value != mine.get(name)}
+        fitted = bool(self.trained_on) and self._status != "unfitted"
+        if fitted and (bound := changed & spec.at_fit):
+            raise ValueError(
+                f"{where}: {min(bound)} must be {mine[min(bound)]!r}, as in the fit, which depends "
+                f"on it: fit another detector"
+            )
+        if fitted and self._loaded and (bound := changed - spec.at_score):
+            raise ValueError(
+                f"{where}: {min(bound)} must be {mine[min(bound)]!r}, as in the file: fit the "
+                f"detector again"
+            )
+        other = type(self)._from_settings({**self._settings(), **settings}, self.model)
+        fresh = vars(other).keys() - self._carried
+        vars(other).update({n: v for n, v in vars(self).items() if n not in fresh})
+        other.threshold, other._status = None, self._status
+        self._lent = other._lent = True
+        if fitted and other.trained_on:
+            other._settle(where, changed - spec.at_score)
+        return other
 
     def check_threshold(self, threshold: Threshold, where: str = "check_threshold") -> None:
         """Refuse a threshold of other scores; one that says nothing of its own is the user's.
@@ -433,7 +485,7 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
-            detector._status = "fitted"
+            detector._status, detector._loaded = "fitted", True
             if detector.threshold is not None:
                 detector.check_threshold(detector.threshold, "threshold")
         except KeyError as error:
@@ -469,9 +521,29 @@ class OODDetector:
         if batch.logits is not None:
             batch.absent_column(where, self.absent)
 
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        """Bring what was fitted in line with options that were changed; refuse what it cannot."""
+        if changed:
+            self._status = "pending"
+            self._ready(where)
+
+    def _every(self, option: str) -> Sequence[Any] | None:
+        """All values that an option can have, after the fit; None where that means nothing."""
+        return None
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        """What gives the scores of a batch under each of several settings, (N, settings)."""
+        variants = [self.varied(**one) for one in settings]
+        for variant in variants:
+            variant._ready(where)
+        return lambda batch: torch.stack([variant._score(batch) for variant in variants], 1)
+
     def _reset(self) -> None:
         """Forget what was learnt."""
         self._status = "unfitted"
+        self._loaded = self._lent = False
         self.num_classes = self.width = self.threshold = None
         for name in self._tensors:
             vars(self).pop(name, None)
@@ -612,7 +684,15 @@ DETECTORS: dict[str, type[OODDetector]] = {}
 D = TypeVar("D", bound=OODDetector)
 
 
-def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]:
+def register(
+    name: str,
+    family: str,
+    paper: str,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    at_fit: Iterable[str] = (),
+    at_score: Iterable[str] = (),
+) -> Callable[[type[D]], type[D]]:
     """Put a detector's class into :data:`DETECTORS`, from which commands, files and docs take it.
 
     Example:
@@ -623,6 +703,10 @@ def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]
         name: The paper's short name in lower case; a variant's behind a hyphen.
         family: What it reads, a key of :data:`FAMILIES`.
         paper: Authors, venue and year.
+        grid: Option -> values that :func:`sweep` tries where it is not told any: those that the
+            authors choose from, as far as they say.
+        at_fit: Options on which the pass over the training data depends; ``absent`` always is.
+        at_score: Options that matter in scoring alone.
 
     Raises:
         ValueError: There is one of that name, or no such family.
@@ -634,7 +718,10 @@ def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]
 
     def add(detector: type[D]) -> type[D]:
         detector.name = name
-        detector.spec = DetectorSpec(name, detector, family, paper)
+        bound = frozenset({"absent", *at_fit})
+        detector.spec = DetectorSpec(
+            name, detector, family, paper, dict(grid or {}), bound, frozenset(at_score)
+        )
         DETECTORS[name] = detector
         return detector
 

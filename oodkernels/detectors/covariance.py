@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -37,7 +37,13 @@ class _Space(NamedTuple):
     centroids: Tensor  # (C, d)
 
 
-@register("mahalanobis", "D", "Lee et al., NeurIPS 2018")
+@register(
+    "mahalanobis",
+    "D",
+    "Lee et al., NeurIPS 2018",
+    at_fit=("layers", "axis", "classes"),
+    at_score=("eps", "std"),
+)
 class Mahalanobis(OODDetector):
     """Half the squared Mahalanobis distance to the nearest class mean, negated.
 
@@ -87,6 +93,7 @@ class Mahalanobis(OODDetector):
 
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
+    _carried = OODDetector._carried | {"_whitening", "shrinkages"}
     weights: Tensor | None
 
     def __init__(
@@ -221,6 +228,10 @@ class Mahalanobis(OODDetector):
             check_samples(where, statistics)
             self._whiten(where, name, self.shrinkage)
         self._set_shape()
+
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        self._whitening, self.shrinkages = dict(self._whitening), dict(self.shrinkages)
+        super()._settle(where, changed)
 
     @torch.inference_mode(False)
     def _whiten(self, where: str, name: str, shrinkage: float | None) -> None:

@@ -33,6 +33,7 @@ class _Gaussians(OODDetector):
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
     _tensors: ClassVar[Mapping[str, str]] = {"counts": "C", "means": "C d", "scatter": "d d"}
+    _carried = OODDetector._carried | {"_maps"}
     _unit: ClassVar[bool]
     _relative: ClassVar[bool]
     _maps: list[Tensor]
@@ -135,7 +136,12 @@ class _Gaussians(OODDetector):
         self._finish("load")
 
 
-@register("rmds", "D", "Ren et al., arXiv 2106.09022")
+@register(
+    "rmds",
+    "D",
+    "Ren et al., arXiv 2106.09022",
+    at_fit=("classes",),
+)
 class RMDS(_Gaussians):
     """Squared Mahalanobis distance to the nearest class mean less that to the mean of all, negated.
 
@@ -152,7 +158,12 @@ class RMDS(_Gaussians):
     _unit, _relative = False, True
 
 
-@register("mahalanobis++", "D", "Mueller & Hein, ICML 2025")
+@register(
+    "mahalanobis++",
+    "D",
+    "Mueller & Hein, ICML 2025",
+    at_fit=("classes",),
+)
 class MahalanobisPlusPlus(_Gaussians):
     """Squared Mahalanobis distance to the nearest class mean of normalised features, negated.
 
@@ -164,7 +175,12 @@ class MahalanobisPlusPlus(_Gaussians):
     _unit, _relative = True, False
 
 
-@register("rmds++", "D", "Mueller & Hein, ICML 2025")
+@register(
+    "rmds++",
+    "D",
+    "Mueller & Hein, ICML 2025",
+    at_fit=("classes",),
+)
 class RMDSPlusPlus(_Gaussians):
     """:class:`RMDS` of normalised features.
 
