@@ -48,7 +48,8 @@ class Inputs:
             "--detector",
             "-d",
             metavar="NAME[:SETTING=VALUE,...]",
-            help="A detector, with settings other than its own, as in knn:k=10; or a file of one "
+            help="A detector, with settings other than its own, as in knn:k=10; or steps of "
+            "others before it, as in react:percentile=85+gen; or a file of one "
             "that was saved; or `all` that can score what there is; give it again for more. There "
             "are {detectors}; what they need and can be set to: `oodk info --detectors`. By "
             "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
@@ -169,7 +170,8 @@ class Inputs:
             tuned: File of `oodk tune` with settings for detectors that have none of their own.
         """
         from oodkernels._digest import StreamDigest
-        from oodkernels.detectors import DETECTORS, OODDetector, fit_detectors
+        from oodkernels.detectors import OODDetector, fit_detectors
+        from oodkernels.detectors.compose import spec_of
 
         tuning = None if tuned is None else read_tuning(tuned)
         if tuning is not None:
@@ -196,15 +198,9 @@ class Inputs:
                 with step("read", path):
                     found[label] = OODDetector.load(path, model)
                 continue
-            name, _, settings = text.partition(":")
-            if name not in DETECTORS:
-                raise ValueError(
-                    f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}"
-                )
-            options: dict[str, Any] = dict(
-                pairs("--detector", settings.split(",")) if settings else chosen.get(name, {})
-            )
-            spec = DETECTORS[name].spec
+            name, given = read_detector(text)
+            spec = spec_of("--detector", name)
+            options: dict[str, Any] = given or chosen.get(name, {})
             found[label] = spec.make("--detector", options, groups=groups, model=model)
             if found[label].trained_on:
                 unfitted[label] = found[label]
@@ -233,6 +229,23 @@ class Inputs:
             head=model is not None and linear_head(model) is not None,
             absent=getattr(model, "absent_column", None) is not None,
         )
+
+
+def read_detector(text: str) -> tuple[str, dict[str, Any]]:
+    """A detector as `--detector` has it: its name, and its settings as texts.
+
+    Of a composition, `react:percentile=85+gen`, the settings are `react.percentile`.
+    """
+    from oodkernels.detectors.compose import split_parts
+
+    names, options = [], {}
+    parts = split_parts(text)
+    for part in parts:
+        name, _, settings = part.partition(":")
+        names.append(name)
+        own = pairs("--detector", settings.split(",") if settings else ())
+        options.update({f"{name}.{k}" if len(parts) > 1 else k: v for k, v in own.items()})
+    return "+".join(names), options
 
 
 def read_tuning(path: Path) -> Tuning:
