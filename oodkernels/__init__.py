@@ -105,6 +105,7 @@ __all__ = [
     "DOSSelection",
     "EnergyBoundedLoss",
     "Evaluation",
+    "FeatureStats",
     "Groups",
     "JointGANLoss",
     "KMeans",

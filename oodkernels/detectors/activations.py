@@ -85,7 +85,7 @@ class SCALE(HeadDetector):
 
     @property
     def row_percentiles(self) -> Sequence[float]:
-        """As for :class:`OODDetector`."""
+        """Its percentile."""
         return (self.percentile,)
 
     def _score(self, batch: Batch) -> Tensor:
@@ -117,7 +117,7 @@ class LTS(OODDetector):
 
     @property
     def row_percentiles(self) -> Sequence[float]:
-        """As for :class:`OODDetector`."""
+        """Its percentile."""
         return (self.percentile,)
 
     def _score(self, batch: Batch) -> Tensor:

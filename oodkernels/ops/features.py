@@ -20,7 +20,7 @@ class FeatureStats(NamedTuple):
     l2: Tensor
     """(...,) Euclidean norm."""
     sum: Tensor
-    """(...,)"""
+    """(...,) sum of the features."""
     threshold: Tensor
     """(..., P) least of the features that lie above each percentile."""
     top_sum: Tensor
