@@ -1,5 +1,6 @@
 """What goes into production: decisions with guarantees."""
 
+from oodkernels.deploy.bundle import Bundle, Decision
 from oodkernels.deploy.conformal import (
     LORD,
     SAFFRON,
@@ -15,7 +16,9 @@ from oodkernels.deploy.conformal import (
 __all__ = [
     "LORD",
     "SAFFRON",
+    "Bundle",
     "ConformalPValues",
+    "Decision",
     "Discoveries",
     "RiskControl",
     "benjamini_hochberg",

@@ -150,6 +150,16 @@ class ConformalPValues:
             out[rows] = levels[rank.astype(np.int64) + 1]
         return out
 
+    def steps(self) -> dict[Any, tuple[Floats, Floats]]:
+        """P-values as step functions, by group: ascending scores (m,) and p-values (m + 1,).
+
+        A score's p-value is entry ``numpy.searchsorted(scores, score, side="right")``.
+        """
+        return {
+            name: (ordered.copy(), levels[below.astype(np.int64) + 1])
+            for name, (ordered, below, levels) in self._sorted.items()
+        }
+
     def too_few(self, alpha: float) -> dict[Any, int]:
         """Groups that can give no p-value <= alpha, and how many calibration scores each has."""
         return {name: self.counts[name] for name, p in self.least.items() if p > alpha}

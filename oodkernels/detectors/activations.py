@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from oodkernels._checks import check_flag, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, in_blocks, present
+from oodkernels.detectors.batch import Batch, blocks, in_blocks, present
 from oodkernels.detectors.head import HEAD, Head, HeadDetector, check_percentile, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
@@ -53,8 +53,36 @@ def scaled_energy(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tenso
     return in_blocks(energy, z, scale)
 
 
-@register("scale", "B", "Xu et al., ICLR 2024")
-class SCALE(HeadDetector):
+class _ByShare(OODDetector):
+    """A detector that reads the sum above its percentile."""
+
+    percentile: float
+
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Its percentile."""
+        return (self.percentile,)
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        one_by_one = super()._scorer(where, settings)
+        percentiles = [float(one.get("percentile", self.percentile)) for one in settings]
+
+        def scores(batch: Batch) -> Tensor:
+            batch.percentiles.update(percentiles)
+            return one_by_one(batch)
+
+        return scores
+
+
+@register(
+    "scale",
+    "B",
+    "Xu et al., ICLR 2024",
+    grid={"percentile": (50, 55, 60, 65, 70, 75, 80, 85, 90, 95)},
+)
+class SCALE(_ByShare, HeadDetector):
     """Energy of the logits of features scaled by exp(r), r = sum / sum of the largest.
 
     Xu, Chen, Franchi & Yao, Scaling for Training Time and Post-hoc Out-of-distribution Detection
@@ -83,11 +111,6 @@ class SCALE(HeadDetector):
         super().__init__(head, model, absent)
         self.percentile = check_percentile("SCALE", percentile)
 
-    @property
-    def row_percentiles(self) -> Sequence[float]:
-        """Its percentile."""
-        return (self.percentile,)
-
     def _score(self, batch: Batch) -> Tensor:
         scale = top_share(batch, self.percentile).exp()
         _, bias = self._linear(batch)
@@ -95,7 +118,7 @@ class SCALE(HeadDetector):
 
 
 @register("lts", "B", "Djurisic et al., MVA 2025")
-class LTS(OODDetector):
+class LTS(_ByShare):
     """Energy of the logits times (sum / sum of the largest) squared.
 
     Djurisic, Liu & Nikolic, Logit Scaling for Out-of-Distribution Detection, MVA 2025. Sums are of
@@ -114,11 +137,6 @@ class LTS(OODDetector):
     ) -> None:
         super().__init__(model, absent)
         self.percentile = check_percentile("LTS", percentile)
-
-    @property
-    def row_percentiles(self) -> Sequence[float]:
-        """Its percentile."""
-        return (self.percentile,)
 
     def _score(self, batch: Batch) -> Tensor:
         found = batch.feature_stats(self.percentile, rectified=True)
@@ -214,7 +232,13 @@ class _Mean(_Sums):
         self._add(where, features, torch.zeros(len(features), dtype=torch.int64), 1)
 
 
-@register("fdbd", "B", "Liu & Qin, ICML 2024")
+@register(
+    "fdbd",
+    "B",
+    "Liu & Qin, ICML 2024",
+    grid={"normalize": ("mean", "norm")},
+    at_score=("normalize",),
+)
 class FDBD(_Mean):
     """Distances of the features to the decision boundaries, over their distance to the mean.
 
@@ -252,7 +276,7 @@ class FDBD(_Mean):
         best, label = z.max(1)
         out = torch.empty_like(best)
         order = label.argsort(stable=True)  # so that a block has few classes
-        for rows in order.split(max(1, _CHUNK // z.shape[1])):
+        for rows in blocks(order, max(1, _CHUNK // z.shape[1])):
             classes, place = label[rows].unique(return_inverse=True)
             apart = self._inverse_distances(batch, classes)[place]
             out[rows] = ((best[rows, None] - z[rows]) * apart).sum(1)
@@ -282,7 +306,13 @@ def _inverse_distances(weight: Tensor, classes: Tensor) -> Tensor:
     return torch.where(square > tiny, square.rsqrt(), 0).to(weight)
 
 
-@register("nci", "B", "Liu & Qin, CVPR 2025")
+@register(
+    "nci",
+    "B",
+    "Liu & Qin, CVPR 2025",
+    grid={"alpha": (1e-4, 1e-3, 1e-2, 1e-1)},
+    at_score=("alpha",),
+)
 class NCI(_Mean):
     """Projection of the centred features on the predicted class's row, plus alpha times |h|_1.
 
@@ -318,7 +348,12 @@ class NCI(_Mean):
         return projected + self.alpha * batch.feature_stats().l1
 
 
-@register("she", "B", "Zhang et al., ICLR 2023")
+@register(
+    "she",
+    "B",
+    "Zhang et al., ICLR 2023",
+    at_score=("metric",),
+)
 class SHE(_Sums):
     """Inner product with the predicted class's mean of correctly classified training features.
 
@@ -487,7 +522,7 @@ class PNML(HeadDetector):
         check_finite(where, features)
         self.width = features.shape[1]
         self._factor = None
-        for rows in features.split(max(1, _CHUNK // self.width)):
+        for rows in blocks(features, max(1, _CHUNK // self.width)):
             u = normalize(rows.double(), dim=1)
             self.gram = u.T @ u + vars(self).get("gram", 0)
 

@@ -28,6 +28,7 @@ __all__ = [
     "Batch",
     "Features",
     "as_batch",
+    "blocks",
     "check_axes",
     "check_kept",
     "in_blocks",
@@ -290,8 +291,8 @@ def in_blocks(compute: Callable[..., Tensor], *rows: Tensor, size: int = _BLOCK)
         size: Numbers of a block of the widest of them.
     """
     width = max(1, *(t[:1].numel() for t in rows))
-    blocks = zip(*(t.split(max(1, size // width)) for t in rows), strict=True)
-    return torch.cat([compute(*block) for block in blocks])
+    parts = zip(*(blocks(t, max(1, size // width)) for t in rows), strict=True)
+    return torch.cat([compute(*part) for part in parts])
 
 
 def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
@@ -300,6 +301,11 @@ def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | Non
     if not tensors:
         return None
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(device)
+
+
+def blocks(x: Tensor, rows: int) -> Sequence[Tensor]:
+    """Rows of a tensor in blocks of at most so many; in one where a program is made of it."""
+    return (x,) if torch.compiler.is_compiling() else x.split(rows)
 
 
 def present(value: T | None) -> T:
