@@ -62,6 +62,7 @@ from oodkernels.ops import (
     mos_predict,
     mos_score,
     nearest_centroid,
+    nearest_neighbors,
     outlier_cross_entropy,
     roc_metrics,
 )
@@ -155,6 +156,7 @@ __all__ = [
     "mos_predict",
     "mos_score",
     "nearest_centroid",
+    "nearest_neighbors",
     "ood_metrics",
     "open_samples",
     "outlier_cross_entropy",
