@@ -24,6 +24,7 @@ oodk_add_module(_cuda
   csrc/cuda/outlier.cu
   csrc/cuda/histogram.cu
   csrc/cuda/kmeans.cu
+  csrc/cuda/neighbors.cu
   csrc/cuda/dos.cu
   csrc/cuda/roc.cu)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " _architectures)

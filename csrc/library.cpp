@@ -69,6 +69,11 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "nearest_centroid(Tensor x, Tensor centroids, bool normalize=False) -> "
       "(Tensor labels, Tensor distance)");
 
+  // The k nearest rows of a bank (N, d), exact; see ops/neighbors.h.
+  m.def(
+      "nearest_neighbors(Tensor queries, Tensor bank, int k, bool normalize=False) -> "
+      "(Tensor distances, Tensor indices)");
+
   // DOS, Jiang et al., ICLR 2024: see ops/dos.h.
   m.def("cluster_argmax(Tensor labels, Tensor scores, int k, int m=1) -> Tensor");
   m.def(

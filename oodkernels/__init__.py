@@ -60,6 +60,7 @@ from oodkernels.ops import (
     mos_predict,
     mos_score,
     nearest_centroid,
+    nearest_neighbors,
     outlier_cross_entropy,
     roc_metrics,
 )
@@ -151,6 +152,7 @@ __all__ = [
     "mos_predict",
     "mos_score",
     "nearest_centroid",
+    "nearest_neighbors",
     "ood_metrics",
     "open_samples",
     "outlier_cross_entropy",

@@ -278,6 +278,20 @@ def nearest_centroid(
     return torch.where(found, best, -1).view(x.shape[:-1]), distance.view(x.shape[:-1])
 
 
+def nearest_neighbors(
+    queries: Tensor, bank: Tensor, k: int, normalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Squared distances to the k nearest rows of the bank, and these rows; NaN and -1 if bad."""
+    points, valid = kmeans_points(queries.reshape(-1, queries.shape[-1]), normalize)
+    rows, known = kmeans_points(bank, normalize)
+    d2 = torch.where(known, _squared_distances(points, rows.to(points)), math.inf)
+    near = torch.sort(d2, dim=-1, stable=True)
+    distances = torch.where(valid[:, None], near.values[:, :k], math.nan)
+    indices = torch.where(valid[:, None], near.indices[:, :k], -1)
+    shape = (*queries.shape[:-1], k)
+    return distances.reshape(shape), indices.reshape(shape)
+
+
 def lloyd(
     points: Tensor, centroids: Tensor, max_iter: int, tol: float, renormalize: bool
 ) -> tuple[Tensor, Tensor, float, int]:

@@ -435,6 +435,64 @@ def nearest_refused(device: str) -> Iterator[Refused]:
         yield Refused((x, bad), ValueError, r"centroids must have shape \(k, d\), .* x \(6, 3\)")
 
 
+def neighbor_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for q, n, d, k in ((37, 70, 9, 5), (3, 40, 33, 40), (1, 1, 1, 1), (20, 300, 130, 7)):
+        x = points_of(q, d, device=device, dtype=dtype)
+        bank = points_of(n, d, device=device, dtype=dtype, seed=1)
+        yield Sample((x, bank, k), name=f"{q, n, d, k}")
+        yield Sample((x, bank, k, True), name=f"{q, n, d, k}, directions")
+    bank = points_of(90, 11, device=device, dtype=dtype, seed=1)
+    yield Sample((special_points(device, dtype), bank, 6), name="special")
+    yield Sample((special_points(device, dtype), bank, 6, True), name="special, directions")
+    far = (points_of(30, 11, device=device, dtype=dtype).float() + 400).to(dtype)
+    yield Sample((far, (bank.float() + 400).to(dtype), 4), name="far from 0")
+    same = torch.ones(70, 4, device=device, dtype=dtype)
+    yield Sample((same[:9], same, 50), name="all equal")
+    for shape in ((11,), (0, 11), (2, 3, 11), (2, 0, 11)):
+        x = logits_of(shape[:-1], 11, device, dtype)
+        yield Sample((x, bank, 3), {"normalize": True}, name=f"queries {shape}")
+
+
+def neighbor_refused(device: str) -> Iterator[Refused]:
+    x, bank = torch.randn(6, 3, device=device), torch.randn(5, 3, device=device)
+    yield Refused((x.long(), bank, 2), TypeError, "queries must be float64")
+    yield Refused((x[0, 0], bank, 2), ValueError, "queries must have at least one dimension")
+    yield Refused((x, bank.long(), 2), TypeError, "bank must be float64")
+    yield Refused(
+        (x, bank.double(), 2), TypeError, "bank must be float64 where queries are, .* got"
+    )
+    yield Refused(
+        (x.double(), bank, 2), TypeError, "bank must be float64 where queries are, .* got"
+    )
+    yield Refused((x[:, :0], bank[:, :0], 2), ValueError, "queries must have at least one feature")
+    for bad in (bank[0], bank[:, :2], bank[None]):
+        yield Refused((x, bad, 1), ValueError, r"bank must have shape \(N, d\) .* queries, 3, got")
+    for k in (0, -1, 6):
+        yield Refused((x, bank, k), ValueError, f"at most the rows of bank, 5, got {k}")
+    for value in (NAN, INF, 1e30):
+        bad = bank.clone()
+        bad[3, 1] = value
+        message = "bank must be finite, squared norms too, .* row 3"
+        yield Refused((x, bad, 1), ValueError, message, contents=True)
+    if device != "cpu":
+        yield Refused((x, bank.cpu(), 2), ValueError, "bank must be on the device of queries")
+
+
+def compare_neighbors(sample: Sample, actual: Any, expected: Any) -> None:
+    """Rows may differ only among those whose distances the precision cannot tell apart."""
+    d2, rows = (a.reshape(-1, a.shape[-1]) for a in expected)
+    found = actual[1].reshape(rows.shape)
+    assert torch.equal(found < 0, rows < 0), sample.name
+    assert all(len(set(r)) == len(r) or r[0] < 0 for r in found.tolist()), sample.name
+    gap = 1e-4 * (1 + d2[:, :-1].abs()) if rows.shape[1] > 1 else d2[:, :0]
+    apart = d2.diff(dim=1) > gap
+    edge = torch.ones_like(found[:, :1], dtype=torch.bool)
+    clear = torch.cat([edge, apart], 1) & torch.cat([apart, ~edge], 1)
+    assert torch.equal(found[clear], rows[clear]), sample.name
+    if sample.name == "all equal":
+        assert torch.equal(found, rows)
+
+
 def kmeans_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return (1e-12, 1e-12) if dtype == torch.float64 else (2e-5, 2e-6)
 
@@ -876,6 +934,14 @@ OPS = [
         nearest_samples,
         nearest_refused,
         kmeans_tolerance,
+    ),
+    Op(
+        "nearest_neighbors",
+        reference.nearest_neighbors,
+        neighbor_samples,
+        neighbor_refused,
+        kmeans_tolerance,
+        compare=compare_neighbors,
     ),
     Op(
         "cluster_argmax",
