@@ -16,7 +16,8 @@ from oodk._output import printable
 from oodk._registries import REGISTRIES
 
 _ORDER = (
-    *("demo", "extract", "group", "train", "tune", "eval", "score", "threshold", "bundle"),
+    *("demo", "extract", "group", "train", "tune", "eval", "benchmark", "compare"),
+    *("score", "threshold", "bundle"),
     "convert",
     "info",
 )

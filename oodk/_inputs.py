@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
@@ -170,8 +170,7 @@ class Inputs:
             tuned: File of `oodk tune` with settings for detectors that have none of their own.
         """
         from oodkernels._digest import StreamDigest
-        from oodkernels.detectors import OODDetector, fit_detectors
-        from oodkernels.detectors.compose import spec_of
+        from oodkernels.detectors import fit_detectors
 
         tuning = None if tuned is None else read_tuning(tuned)
         if tuning is not None:
@@ -183,27 +182,11 @@ class Inputs:
                 raise typer.BadParameter("is needed for features", param_hint="'--detector'")
             return None
         groups = self.groups_of(model, samples)
-        found: dict[str, OODDetector] = {}
-        unfitted = {}
         asked = list(self.detector or chosen)
         if "all" in asked:
             at = asked.index("all")
             asked[at : at + 1] = self.all_names(samples, model, groups)
-        for text in asked:
-            path = Path(text)
-            label = path.stem if path.suffix == ".safetensors" else text
-            if label in found:
-                raise typer.BadParameter(f"{label!r} is there twice", param_hint="'--detector'")
-            if path.suffix == ".safetensors":
-                with step("read", path):
-                    found[label] = OODDetector.load(path, model)
-                continue
-            name, given = read_detector(text)
-            spec = spec_of("--detector", name)
-            options: dict[str, Any] = given or chosen.get(name, {})
-            found[label] = spec.make("--detector", options, groups=groups, model=model)
-            if found[label].trained_on:
-                unfitted[label] = found[label]
+        found, unfitted = named_detectors(asked, model, groups, chosen)
         if unfitted and self.train is None:
             raise typer.BadParameter(f"is needed for {', '.join(unfitted)}", param_hint="'--train'")
         if unfitted:
@@ -246,6 +229,43 @@ def read_detector(text: str) -> tuple[str, dict[str, Any]]:
         own = pairs("--detector", settings.split(",") if settings else ())
         options.update({f"{name}.{k}" if len(parts) > 1 else k: v for k, v in own.items()})
     return "+".join(names), options
+
+
+def named_detectors(
+    asked: Iterable[str],
+    model: nn.Module | None,
+    groups: Groups | None,
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[dict[str, OODDetector], dict[str, OODDetector]]:
+    """The detectors that texts stand for, by label; and those of them that are yet to be fitted.
+
+    Args:
+        asked: NAME, NAME:SETTING=VALUE,... or a file of one that was saved.
+        model: For those that read it, or its head.
+        groups: For those that read logits by group.
+        chosen: Name -> settings, for those that are asked for without any.
+    """
+    from oodkernels.detectors import OODDetector
+    from oodkernels.detectors.compose import spec_of
+
+    found: dict[str, OODDetector] = {}
+    unfitted = {}
+    for text in asked:
+        path = Path(text)
+        label = path.stem if path.suffix == ".safetensors" else text
+        if label in found:
+            raise typer.BadParameter(f"{label!r} is there twice", param_hint="'--detector'")
+        if path.suffix == ".safetensors":
+            with step("read", path):
+                found[label] = OODDetector.load(path, model)
+            continue
+        name, settings = read_detector(text)
+        options = settings or (chosen or {}).get(name, {})
+        spec = spec_of("--detector", name)
+        found[label] = spec.make("--detector", options, groups=groups, model=model)
+        if found[label].trained_on:
+            unfitted[label] = found[label]
+    return found, unfitted
 
 
 def read_tuning(path: Path) -> Tuning:

@@ -42,8 +42,8 @@ class Composed(OODDetector):
     and :class:`ASHS` the features, :class:`DICE` the head's weights, :class:`SCALE` the features'
     scale, :class:`LTS` that of the logits, :class:`ODIN` the input, in scoring alone. The logits
     are then the head's of the features as they are after the step. What comes after a step is
-    fitted to the training data after that step too: where both have something to learn, ``fit`` goes over the
-    data once for each, and :meth:`partial_fit` is refused.
+    fitted to the training data after that step too: where both have something to learn, ``fit``
+    goes over the data once for each, and :meth:`partial_fit` is refused.
 
     Args:
         parts: The steps in their order, and last the detector that scores.
@@ -296,7 +296,7 @@ class _ComposedSpec(DetectorSpec):
         }
 
     def make(self, where: str, options: Mapping[str, Any] | None = None, **offered: Any) -> Any:
-        """As :meth:`DetectorSpec.make`."""
+        """Make the composition, arguments as for :meth:`DetectorSpec.make`."""
         given, known = options or {}, self.options
         if unknown := given.keys() - known.keys():
             raise ValueError(

@@ -209,6 +209,10 @@ class Ensemble(_Combined):
         if own:  # each runs its own model on x
             self.needs = frozenset({"x"})
 
+    def _check(self, where: str, batch: Batch) -> None:
+        for member in () if self._apart else self.members:
+            member._check(where, batch)
+
     def _own(self, member: int, batch: Batch) -> Batch:
         if not self._apart:
             return batch
@@ -280,12 +284,10 @@ class LayerEnsemble(_Combined):
     def _own(self, member: int, batch: Batch) -> Batch:
         layer = self.layers[member]
         axis = batch.axes.get(layer) if self.axis is None else self.axis
-        where = f"LayerEnsemble: layer {layer!r}"
-        features = positions_mean(
-            "LayerEnsemble", f"layer {layer!r}", present(batch.layers[layer]), axis
-        )
+        what = f"layer {layer!r}"
+        features = positions_mean("LayerEnsemble", what, present(batch.layers[layer]), axis)
         found = Batch(features=features)
-        self.members[member]._check(where, found)
+        self.members[member]._check(f"LayerEnsemble: {what}", found)
         return batch.once((self, layer), lambda: found)
 
     @classmethod
