@@ -7,20 +7,25 @@ from oodkernels.deploy.conformal import (
     ConformalPValues,
     Discoveries,
     RiskControl,
+    Steps,
     benjamini_hochberg,
     control_risk,
     least_cost_threshold,
     storey,
 )
+from oodkernels.deploy.monitor import Alarm, Monitor
 
 __all__ = [
     "LORD",
     "SAFFRON",
+    "Alarm",
     "Bundle",
     "ConformalPValues",
     "Decision",
     "Discoveries",
+    "Monitor",
     "RiskControl",
+    "Steps",
     "benjamini_hochberg",
     "control_risk",
     "least_cost_threshold",

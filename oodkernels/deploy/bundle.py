@@ -129,7 +129,7 @@ class Bundle(nn.Module):
         self.register_buffer("cut", torch.tensor(torch.nan, dtype=torch.float64))
         for name in ("scores", "steps"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
-        for name in ("begins", "rows"):
+        for name in ("begins", "rows", "counts"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64))
         self.threshold: Threshold | None = None
         self.p_value_info: dict[str, Any] | None = None
@@ -216,8 +216,7 @@ class Bundle(nn.Module):
         if not parts:
             raise ValueError("Bundle.predict: data must give a batch, got none")
         columns: list[Any] = [
-            None if column[0] is None else torch.cat(column)  # type: ignore[arg-type]
-            for column in zip(*parts, strict=True)
+            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
         ]
         return Decision(*columns)
 
@@ -525,6 +524,7 @@ class Bundle(nn.Module):
     cut: Tensor
     scores: Tensor
     steps: Tensor
+    counts: Tensor
     begins: Tensor
     rows: Tensor
 
@@ -601,10 +601,10 @@ class Bundle(nn.Module):
         rows = torch.full((size if grouped else 0,), -1)
         for row, name in enumerate(steps if grouped else ()):
             rows[name] = row
-        lengths = [len(scores) for scores, _ in steps.values()]
+        lengths = [len(part.scores) for part in steps.values()]
+        columns = map(np.concatenate, zip(*steps.values(), strict=True))
         found = {
-            "scores": torch.from_numpy(np.concatenate([scores for scores, _ in steps.values()])),
-            "steps": torch.from_numpy(np.concatenate([p for _, p in steps.values()])),
+            **dict(zip(("scores", "steps", "counts"), map(torch.from_numpy, columns), strict=True)),
             "begins": torch.tensor([0, *lengths]).cumsum(0),
             "rows": rows,
         }
@@ -634,7 +634,7 @@ class Bundle(nn.Module):
         return torch.where(known, self.steps[low + row], 1.0)
 
 
-_BUFFERS = ("cut", "scores", "steps", "begins", "rows")
+_BUFFERS = ("cut", "scores", "steps", "counts", "begins", "rows")
 
 
 class _Fitted(nn.Module):

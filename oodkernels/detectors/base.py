@@ -115,6 +115,11 @@ class OODDetector:
         self.model = model
         self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
 
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Percentiles, in per cent, at which it reads :meth:`Batch.feature_stats`."""
+        return ()
+
     # --- fitting ------------------------------------------------------------------------------
 
     def fit(
