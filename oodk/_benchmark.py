@@ -86,6 +86,13 @@ def benchmark(
         list[str] | None,
         typer.Option(metavar="NAME", help="A detector to leave out of `all`; give it again."),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            help="Choose settings on the validation sets, where the benchmark has one of ID and "
+            "one of OOD, for detectors that are asked for without settings and have a grid."
+        ),
+    ] = True,
     without: Annotated[
         list[str] | None,
         typer.Option(
@@ -180,7 +187,8 @@ def benchmark(
         with step("run in", out):
             run = BenchmarkRun(found, sets, out, made, _head(head, how))
             on_first(lambda: write_config(ctx, out))
-            _steps(run, detector or ["all"], exclude or [], (batch_size, part_size, workers), quiet)
+            sizes = {"batch_size": batch_size, "part_size": part_size, "workers": workers}
+            _steps(run, detector or ["all"], exclude or [], tune, sizes, quiet)
             if rank:
                 return
             label = model or (head.stem if head is not None else "model")
@@ -298,21 +306,34 @@ def _steps(
     run: BenchmarkRun,
     asked: list[str],
     exclude: list[str],
-    how: tuple[int, int, int],
+    tune: bool,
+    sizes: dict[str, int],
     quiet: bool,
 ) -> None:
-    """Extract, fit and score."""
-    images = {key: _Count(each.identity.count) for key, each in run.sets.items()}
-    batch_size, part_size, workers = how
-    with watching(quiet, images) as on_batch:
-        run.extract(batch_size=batch_size, part_size=part_size, workers=workers, on_batch=on_batch)
-    detectors = _detectors(run, list(asked), exclude)
+    """Extract, choose settings, fit and score."""
+    with watching(quiet, {key: _Count(s.identity.count) for key, s in run.sets.items()}) as shown:
+        run.extract(**sizes, on_batch=shown)
+    model = run.model.network if run.model is not None else run.head
+    names = _asked(run, asked, exclude, model)
+    _check(run, named_detectors(names, model, run.groups)[0])
+    tuning = None
+    if tune:
+        with watching(quiet, _validation(run)) as shown:
+            tuning = run.tune(names, shown)
+    chosen = {} if tuning is None else tuning.settings
+    detectors, _ = named_detectors(names, model, run.groups, chosen)
     if not quiet:
         typer.echo(f"{len(detectors)} detectors: {', '.join(detectors)}", err=True)
     run.fit(detectors, detectors.keys() - set(asked))
     tested = {f"score {key}": _Count(run.samples[key].num_samples) for key in run.tested}
-    with watching(quiet, tested) as on_batch:
-        run.score(lambda key, done: on_batch(f"score {key}", done))
+    with watching(quiet, tested) as shown:
+        run.score(lambda key, done: shown(f"score {key}", done))
+
+
+def _validation(run: BenchmarkRun) -> dict[str, _Count]:
+    sets = {"ID": "id/val", "ood/val": "ood/val"}
+    found = {name: run.samples.get(key) for name, key in sets.items()}
+    return {name: _Count(None if s is None else s.num_samples) for name, s in found.items()}
 
 
 class _Count:
@@ -320,36 +341,47 @@ class _Count:
         self.num_samples = num_samples
 
 
-def _detectors(run: BenchmarkRun, asked: list[str], exclude: list[str]) -> dict[str, OODDetector]:
+def _reads(run: BenchmarkRun) -> set[str]:
+    """What detectors can read."""
+    if run.head is not None:
+        return {"logits", "features"}
+    return {*run.samples["id/test"].arrays} - {"labels"}
+
+
+def _asked(
+    run: BenchmarkRun, asked: list[str], exclude: list[str], model: nn.Module | None
+) -> list[str]:
+    """Names of detectors, ``all`` spelt out."""
     from oodkernels.detectors import DETECTORS, applicable, linear_head
 
-    model = run.model.network if run.model is not None else run.head
-    test, train = run.samples["id/test"], run.samples.get("id/train")
-    reads = {"logits", "features"} if run.head is not None else {*test.arrays} - {"labels"}
-    fits = set()
-    if train is not None:
-        fits = reads | ({"labels"} & train.arrays.keys())
-    absent = getattr(model, "absent_column", None)
     if unknown := set(exclude) - DETECTORS.keys():
         raise typer.BadParameter(f"there is no {min(unknown)!r}", param_hint="'--exclude'")
-    if "all" in asked:
-        at = asked.index("all")
-        every = applicable(
-            reads,
-            trained_on=fits,
-            groups=run.groups,
-            head=model is not None and linear_head(model) is not None,
-            absent=(test.absent_column if model is None else absent) is not None,
-        )
-        asked[at : at + 1] = [name for name in every if name not in exclude]
-    found, _ = named_detectors(asked, model, run.groups)
-    for label, one in found.items():
+    if "all" not in asked:
+        return asked
+    test, train = run.samples["id/test"], run.samples.get("id/train")
+    reads = _reads(run)
+    fits = set() if train is None else reads | ({"labels"} & train.arrays.keys())
+    absent = test.absent_column if model is None else getattr(model, "absent_column", None)
+    every = applicable(
+        reads,
+        trained_on=fits,
+        groups=run.groups,
+        head=model is not None and linear_head(model) is not None,
+        absent=absent is not None,
+    )
+    at = asked.index("all")
+    own = [name for name in every if name not in exclude and name not in asked]
+    return [*asked[:at], *own, *asked[at + 1 :]]
+
+
+def _check(run: BenchmarkRun, detectors: dict[str, OODDetector]) -> None:
+    reads = _reads(run)
+    for label, one in detectors.items():
         if lacking := one.needs - reads:
             raise ValueError(
                 f"{label} reads {', '.join(sorted(lacking))}, which is not among what is "
                 f"extracted, {', '.join(sorted(reads))}: oodk eval runs it on images"
             )
-    return found
 
 
 def _print(result: BenchmarkResult) -> None:

@@ -13,6 +13,7 @@ import typer
 from oodk import (
     _benchmark,
     _bundle,
+    _compare,
     _convert,
     _demo,
     _evaluate,
@@ -71,6 +72,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": _tune.tune,
     "eval": _evaluate.evaluate,
     "benchmark": _benchmark.benchmark,
+    "compare": _compare.compare,
     "score": _evaluate.score,
     "threshold": _evaluate.threshold,
     "bundle": _bundle.bundle,

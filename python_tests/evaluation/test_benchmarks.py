@@ -27,12 +27,15 @@ from oodk.app import app
 from oodkernels import ood_metrics
 from oodkernels._files import locked
 from oodkernels.data import Preprocess, open_samples
+from oodkernels.detectors import DETECTORS as DETECTORS_BY_NAME
+from oodkernels.detectors import Tuning
 from oodkernels.evaluation.benchmarks import (
     BENCHMARKS,
     BenchmarkResult,
     open_sets,
     read_benchmark,
 )
+from oodkernels.metrics import paired_test
 
 MODULE = """
 import torch
@@ -301,6 +304,12 @@ def test_all_detectors_and_those_left_out(here: Path, whole: Path) -> None:
     (note,) = [note for note in record["notes"] if "temperature" in note]
     assert note.startswith("temperature-scaling is left out: TemperatureScaling.save: labels must")
     assert "temperature-scaling" not in names
+    (note,) = [note for note in record["notes"] if note.startswith("Settings of")]
+    assert "ash" in note
+    assert note.endswith("are chosen by auroc on id.val and ood.val.")
+    (tuned,) = (here / "run/tuned").iterdir()
+    chosen = Tuning.load(tuned).settings["scale"]
+    assert record["identity"]["detectors"]["scale"] == repr(DETECTORS_BY_NAME["scale"](**chosen))
     refused = oodk(*given("run", detectors=("temperature-scaling",)))
     assert refused.exit_code == 1
     assert "labels must fit one temperature" in refused.stderr
@@ -426,3 +435,95 @@ def test_a_second_process_is_refused(here: Path) -> None:
         found = oodk(*given("run"))
     assert found.exit_code == 1
     assert "is being written by process" in found.stderr
+
+
+# --- side by side -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(whole: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Beside the whole run, as ``a``, one of another model, ``b``."""
+    shutil.copytree(whole, "a")
+    import bench_models
+
+    def other() -> torch.nn.Module:
+        model = bench_models.Net()
+        torch.nn.init.normal_(model.body.weight)
+        return model
+
+    monkeypatch.setattr(bench_models, "make", other)
+    run("b", detectors=("msp", "energy"))
+    return here
+
+
+def test_runs_side_by_side(two: Path) -> None:
+    Path("ood.csv").write_text(
+        "dataset,FPR@95,AUROC,AUPR_IN,AUPR_OUT,ACC\nnearood,50,80,70,60,95\nfarood,40,90,80,70,95\n"
+    )
+    found = oodk("compare", "a", "b", "--published", "paper=ood.csv", "--out", "c.json")
+    assert found.exit_code == 0, found.output
+    assert "differs: model.weights: " in found.stdout
+    assert "= not told from the best" in found.stdout
+    (line,) = [line for line in found.stdout.splitlines() if "published: paper" in line]
+    assert line.split()[2:] == ["80.00", "-", "50.00", "90.00", "-", "40.00", "-", "-", "-"]
+    record = json.loads(Path("c.json").read_text())
+    assert {(row["run"], row["score"]) for row in record["results"]} == {
+        (run, score) for run in "ab" for score in ("msp", "energy")
+    }
+    pair = record["pairs"][0]
+    assert (pair["a"], pair["b"]) == ("a: msp", "a: energy")
+    scores = {}
+    for label in ("msp", "energy"):
+        for key in ("id-test", "near-cifar100"):
+            (path,) = Path("a/scores", key).glob(f"{label}-*.npy")
+            scores[label, key] = np.load(path)
+    tested = paired_test(
+        (scores["msp", "id-test"], scores["energy", "id-test"]),
+        (scores["msp", "near-cifar100"], scores["energy", "near-cifar100"]),
+    )
+    assert pair["auroc_difference"] == tested.auroc_difference
+    assert pair["auroc_p_holm"] >= tested.auroc_p
+
+
+def test_means_are_of_replicates_on_the_same_data(two: Path) -> None:
+    found = oodk("compare", "a", "b", "--mean", "--json")
+    assert found.exit_code == 0, found.output
+    record = json.loads(found.stdout)
+    rows = [
+        row["auroc"]
+        for row in record["results"]
+        if (row["score"], row["ood_set"], row["spectrum"]) == ("msp", "far", "standard")
+    ]
+    assert record["mean"]["far"]["auroc"]["msp"] == [np.mean(rows), np.std(rows, ddof=1)]
+    results = Path("b/results.json")
+    content = json.loads(results.read_text())
+    content["identity"]["preprocessing"] = "another"
+    results.write_text(json.dumps(content))
+    found = oodk("compare", "a", "b", "--mean")
+    assert found.exit_code == 1
+    assert "no replicates of each other: preprocessing: Preprocess(" in found.stderr
+
+
+def test_runs_on_different_data_are_refused(two: Path) -> None:
+    results = Path("b/results.json")
+    whole = json.loads(results.read_text())
+    for change, message in (
+        ({"digest": "0"}, "different data: data.near/tin.digest: "),
+        ({"count": 11}, "different data: data.near/tin.count: 12 and 11"),
+    ):
+        content = json.loads(json.dumps(whole))
+        content["identity"]["data"]["near/tin"] |= change
+        results.write_text(json.dumps(content))
+        found = oodk("compare", "a", "b")
+        assert found.exit_code == 1
+        assert message in found.stderr
+    content = json.loads(json.dumps(whole))
+    content["identity"]["skipped"] = {"near/tin": ["x.png"]}
+    results.write_text(json.dumps(content))
+    assert "data.near/tin.skipped" in oodk("compare", "a", "b").stderr
+    found = oodk("compare", "a", "a")
+    assert "each name once" in found.stderr
+    found = oodk("compare", "a", "data")
+    assert "data has no results of oodk benchmark" in found.stderr
+    found = oodk("compare", "a", "x=a", "-d", "odin")
+    assert "no run has the detector 'odin'" in found.stderr

@@ -1,5 +1,11 @@
 """The field's benchmarks, and one's own, run from images or extracted files to tables."""
 
+from oodkernels.evaluation.benchmarks.compare import (
+    FinishedRun,
+    RunComparison,
+    compare_runs,
+    read_finished,
+)
 from oodkernels.evaluation.benchmarks.definition import (
     BENCHMARKS,
     Benchmark,
@@ -18,9 +24,13 @@ __all__ = [
     "BenchmarkResult",
     "BenchmarkRow",
     "BenchmarkRun",
+    "FinishedRun",
     "MissingDataError",
     "OpenSet",
+    "RunComparison",
     "SetDefinition",
+    "compare_runs",
     "open_sets",
     "read_benchmark",
+    "read_finished",
 ]

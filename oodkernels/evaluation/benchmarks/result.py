@@ -28,6 +28,7 @@ __all__ = ["FIGURES", "BenchmarkResult", "BenchmarkRow"]
 FIGURES = ("fpr95", "fpr95_ood", "auroc", "aupr_in", "aupr_out")
 STANDARD, FULL = "standard", "full-spectrum"
 RESULT_FORMAT = "oodkernels.benchmark.results"
+_CHOSEN_ON = "id.val and ood.val"
 DRAWN = 8
 """Detectors in the report's pictures."""
 
@@ -98,6 +99,7 @@ class BenchmarkResult:
         correct: "id/test" and shifted sets -> whether each sample is classified right; without
             those that have no labels.
         notes: What was left out or decided, a sentence each.
+        files: Detector -> path of its scores in the run's folder, "{set}" in place of the set.
     """
 
     name: str
@@ -108,6 +110,7 @@ class BenchmarkResult:
     scores: Mapping[str, Mapping[str, Tensor]]
     correct: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: BenchmarkRun, model: str, notes: Sequence[str] = ()) -> BenchmarkResult:
@@ -121,12 +124,16 @@ class BenchmarkResult:
             if answer is not None and known:
                 correct[key] = answer == samples.read("labels")
         told = [*notes, *(f"{label} is left out: {why}" for label, why in run.left_out.items())]
+        if run.tuning is not None:
+            names = ", ".join(run.tuning.settings)
+            told.append(f"Settings of {names} are chosen by {run.tuning.by} on {_CHOSEN_ON}.")
         for key, each in run.sets.items():
             gone, bad = len(each.missing), len(run.skipped.get(key, ()))
             if gone or bad:
                 told.append(f"{key}: {gone} images are missing and {bad} cannot be read.")
         identity = {
             **run.identity,
+            "detectors": run.settings,
             "skipped": {key: sorted(names) for key, names in run.skipped.items()},
         }
         return cls(
@@ -138,6 +145,7 @@ class BenchmarkResult:
             {name: run.scores(f"{kind}/{name}") for name, kind in kinds.items()},
             correct,
             told,
+            run.files,
         )
 
     @property
@@ -257,6 +265,7 @@ class BenchmarkResult:
             },
             "not_told_from_best": alike,
             "notes": list(self.notes),
+            "files": self.files,
         }
         return {"format": RESULT_FORMAT, "version": 1, **plain(record)}
 

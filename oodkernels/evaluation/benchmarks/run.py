@@ -1,4 +1,4 @@
-"""A benchmark's steps: extract, fit, score. Each is done once, and kept in the run's folder.
+"""A benchmark's steps: extract, tune, fit, score. Each is done once, and kept in the run's folder.
 
 Where ``torch.distributed`` is initialised, ranks share all of them: parts of sets are extracted,
 detectors fitted and sets scored by one rank each, so that no figure depends on their number.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,15 @@ from oodkernels._files import read_json, write_text
 from oodkernels._ranks import gathered, on_first, ranks
 from oodkernels.data import ExtractionPlan, Samples, extract_images, open_samples, save_arrays
 from oodkernels.data.arrays import PathLike
-from oodkernels.detectors import Batch, OODDetector, fit_detectors
+from oodkernels.detectors import (
+    DETECTORS,
+    Batch,
+    OODDetector,
+    Tuning,
+    fit_detectors,
+    linear_head,
+    sweep,
+)
 from oodkernels.evaluation.benchmarks.definition import OOD_KINDS, Benchmark
 from oodkernels.evaluation.benchmarks.sources import OpenSet, identity_of
 from oodkernels.evaluation.results import software
@@ -91,6 +99,7 @@ class BenchmarkRun:
     Attributes:
         identity: What the figures are of: data, preprocessing, model and versions.
         samples: Key of a set -> what was extracted from it; after :meth:`extract`.
+        tuning: What :meth:`tune` has chosen, if anything.
         left_out: Label of a detector that could not be fitted -> why; after :meth:`fit`.
 
     Raises:
@@ -124,6 +133,7 @@ class BenchmarkRun:
         self._keys: dict[str, str] = {}
         self._detectors: dict[str, OODDetector] = {}
         self.left_out: dict[str, str] = {}
+        self.tuning: Tuning | None = None
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -239,6 +249,57 @@ class BenchmarkRun:
                         f"0..{classes - 1}, got {wrong}"
                     )
 
+    def tune(
+        self,
+        names: Sequence[str],
+        on_batch: Callable[[str, int], None] = lambda name, done: None,
+    ) -> Tuning | None:
+        """Choose detectors' settings on the validation sets of ID and OOD, from their own grids.
+
+        Args:
+            names: Of the detectors; those without a grid have nothing to choose.
+            on_batch: As for :func:`oodkernels.detectors.sweep`.
+
+        Returns:
+            What was chosen, as it is in ``tuned/``; None where a validation set is missing, or no
+            detector has a grid.
+
+        Raises:
+            ValueError: As :func:`oodkernels.detectors.sweep`.
+        """
+        chosen = [name for name in names if name in DETECTORS and DETECTORS[name].spec.grid]
+        sets = [self.samples.get(key) for key in ("id/val", "ood/val")]
+        inside, outside = sets
+        if not chosen or inside is None or outside is None:
+            return None
+        path = self.folder / "tuned" / f"{digest(*self._base, *chosen)}.json"
+
+        def find() -> Tuning:
+            if path.exists():
+                return Tuning.load(path)
+            layer = None if self.model is None else linear_head(self.model.network)
+            found = sweep(
+                chosen,
+                id=inside,
+                ood_val={"ood/val": outside},
+                train=self.samples.get("id/train"),
+                model=self.head,
+                head=layer,
+                groups=self.groups,
+                on_batch=on_batch,
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+            return Tuning.load(path)
+
+        self.tuning = on_first(find)
+        return self.tuning
+
+    @property
+    def _base(self) -> list[str]:
+        """What everything that is computed depends on."""
+        return [json.dumps(self.identity, sort_keys=True), json.dumps(self.skipped)]
+
     def fit(
         self, detectors: Mapping[str, OODDetector], optional: Collection[str] = ()
     ) -> dict[str, OODDetector]:
@@ -263,8 +324,7 @@ class BenchmarkRun:
                 f"{self.benchmark.name} has no id.train, which {', '.join(fitted)} must be fitted "
                 "to"
             )
-        base = [json.dumps(self.identity, sort_keys=True), json.dumps(self.skipped)]
-        self._keys = {label: digest(*base, label, repr(d)) for label, d in detectors.items()}
+        self._keys = {label: digest(*self._base, label, repr(d)) for label, d in detectors.items()}
         mine = {
             label: d
             for i, (label, d) in enumerate(fitted.items())
@@ -315,6 +375,17 @@ class BenchmarkRun:
         """Keys of the sets that figures are of, the ID test set first."""
         kinds = [each.key for each in self.benchmark.of("shifted", *OOD_KINDS)]
         return ["id/test", *kinds]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Label -> the detector in words."""
+        return {label: repr(detector) for label, detector in self._detectors.items()}
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Label -> path of the scores in the folder, with "{set}" for the set."""
+        keys = self._keys
+        return {label: f"scores/{{set}}/{slug(label)}-{keys[label]}.npy" for label in self.settings}
 
     def scores(self, key: str) -> dict[str, Tensor]:
         """Label -> (N,) scores of a set."""
@@ -367,8 +438,7 @@ class BenchmarkRun:
         return self._file(label).with_suffix(".txt")
 
     def _scores_file(self, key: str, label: str) -> Path:
-        folder = self.folder / "scores" / key.replace("/", "-")
-        return folder / f"{slug(label)}-{self._keys[label]}.npy"
+        return self.folder / self.files[label].format(set=key.replace("/", "-"))
 
     def _predictions_file(self, key: str) -> Path:
         return self.folder / "scores" / key.replace("/", "-") / "predictions.npy"
