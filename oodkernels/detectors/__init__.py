@@ -42,7 +42,15 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
-from oodkernels.detectors.model import FeatureModel, Model, Outputs, OutputsModule, extract, run
+from oodkernels.detectors.model import (
+    FeatureModel,
+    Model,
+    Outputs,
+    OutputsModule,
+    Walk,
+    extract,
+    run,
+)
 from oodkernels.detectors.passes import predict_batch, score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
@@ -124,6 +132,7 @@ __all__ = [
     "TemperatureScaling",
     "Tuning",
     "ViM",
+    "Walk",
     "WeightedEnergy",
     "applicable",
     "as_pytorch_ood",

@@ -257,11 +257,11 @@ class OODDetector:
         where = f"{type(self).__name__}.score"
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
-            if x is None:
-                return self._score(*completed(where, (self,), batch))
-            return present(
-                joined([self._score(p) for p in self._parts(where, batch)], batch.device)
-            )
+            if x is not None and len(batch) > self.batch_size:
+                parts = [self._score(part) for part in self._parts(where, batch)]
+                return present(joined(parts, batch.device))
+            score = self._score(*completed(where, (self,), batch))
+            return score if x is None or score.device == x.device else score.to(x.device)
 
     def calibrate(
         self, id_scores: Scores, tpr: float = 0.95, confidence: float = 0.95
@@ -330,15 +330,17 @@ class OODDetector:
             )
         self.check_threshold(self.threshold, where)
         batch = as_batch(where, x, logits, features, confidence)
-        score: Tensor | None
         with torch.no_grad():
-            if x is None:
-                (own,) = completed(where, (self,), batch)
-                score, (label, group) = self._score(own), self._label(own)
-            else:
+            if x is not None and len(batch) > self.batch_size:
                 parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
-                score, label, group = (joined(p, batch.device) for p in zip(*parts, strict=True))
-                score = present(score)
+            else:
+                (own,) = completed(where, (self,), batch)
+                parts = [(self._score(own), *self._label(own))]
+            score, label, group = parts[0]
+            if len(parts) > 1 or score.device != batch.device:
+                columns = zip(*parts, strict=True)
+                found, label, group = (joined(column, batch.device) for column in columns)
+                score = present(found)
             return Prediction(label, group, score, is_below(score, self.threshold.value, where))
 
     def varied(self, **settings: Any) -> Self:

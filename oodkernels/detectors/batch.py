@@ -265,9 +265,7 @@ def _checked(where: str, name: str, tensor: Any) -> Tensor:
     """A tensor, or an array as one, that is floating-point and has the right number of axes."""
     if not isinstance(tensor, Tensor):
         if not isinstance(tensor, np.ndarray):
-            raise TypeError(
-                f"{where}: {name} must be a tensor or an array, got {type(tensor).__name__}"
-            )
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
         tensor = torch.from_numpy(np.require(tensor, requirements="W"))
     if name != "x" and not tensor.is_floating_point():
         raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")

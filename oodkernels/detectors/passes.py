@@ -169,8 +169,9 @@ def _run(
 
 
 def _walk(detector: Detector, model: Model) -> Walk | None:
-    """The walk over its model that a detector keeps."""
-    walk = detector._walk
-    if walk is None or not walk.is_of(model):
-        walk = detector._walk = Walk(model) if isinstance(model, nn.Module) else None
-    return walk
+    """The walk over its model that a detector keeps, as it is now."""
+    if not isinstance(model, nn.Module):
+        return None
+    if detector._walk is None or not detector._walk.is_of(model):
+        detector._walk = Walk(model)
+    return detector._walk.current()
