@@ -48,6 +48,7 @@ def _options(found: Any) -> str:
 
 
 REGISTRIES = {
+    "benchmarks": Registry("oodkernels.evaluation.benchmarks", "BENCHMARKS"),
     "conventions": Registry("oodkernels.metrics.ood", "CONVENTIONS"),
     "detectors": Registry("oodkernels.detectors", "DETECTORS"),
     "extract_formats": Registry("oodkernels.data", "EXTRACT_FORMATS"),

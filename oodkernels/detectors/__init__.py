@@ -40,8 +40,8 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
-from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
-from oodkernels.detectors.passes import score_batch
+from oodkernels.detectors.model import FeatureModel, Model, Outputs, OutputsModule, extract, run
+from oodkernels.detectors.passes import predict_batch, score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
     KLMatching,
@@ -53,6 +53,9 @@ from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReA
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.detectors.subspaces import NECO, CoP, CoRP, Residual, ViM
+from oodkernels.detectors.sweeps import sweep
+from oodkernels.detectors.tuning import Figures, SweptDetector, Tuning
+from oodkernels.detectors.walk import fit_detectors
 
 __all__ = [
     "ASHB",
@@ -88,6 +91,7 @@ __all__ = [
     "Energy",
     "Entropy",
     "FeatureModel",
+    "Figures",
     "GradNorm",
     "Head",
     "HeadDetector",
@@ -104,21 +108,27 @@ __all__ = [
     "OptFS",
     "Option",
     "Outputs",
+    "OutputsModule",
     "Prediction",
     "PytorchOODDetector",
     "RMDSPlusPlus",
     "ReAct",
     "Relation",
     "Residual",
+    "SweptDetector",
     "TemperatureScaling",
+    "Tuning",
     "ViM",
     "WeightedEnergy",
     "applicable",
     "as_pytorch_ood",
     "extract",
+    "fit_detectors",
     "linear_head",
+    "predict_batch",
     "register",
     "run",
     "score_all",
     "score_batch",
+    "sweep",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -103,12 +104,21 @@ class OODDetector:
     threshold: Threshold | None = None
     _status: str = "unfitted"  # then "pending", seen data but not finished; then "fitted"
     _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
+    _carried: ClassVar[frozenset[str]] = frozenset({"num_classes", "width", "statistics", "_new"})
+    # What fitting sets, of what ``__init__`` sets too.
+    _loaded = False  # from a file
+    _lent = False  # what was fitted is another's, too
     _least: float = -math.inf  # no score is below it
     _finer: str = ""  # what to do where many have it
 
     def __init__(self, model: Model | None = None, absent: int | None = None) -> None:
         self.model = model
         self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
+
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Percentiles, in per cent, at which it reads :meth:`Batch.feature_stats`."""
+        return ()
 
     # --- fitting ------------------------------------------------------------------------------
 
@@ -199,6 +209,10 @@ class OODDetector:
             if ood.any():
                 batch, labels = batch.rows(~ood), labels[~ood]
         self._check(where, batch)
+        if self._lent:
+            own = {*self._tensors, *self._carried, "_sample", "_statistics"} & vars(self).keys()
+            vars(self).update({name: copy.deepcopy(vars(self)[name]) for name in own})
+            self._lent = False
         with torch.no_grad():
             self._update(where, batch, labels)
         self._status = "pending"
@@ -299,7 +313,7 @@ class OODDetector:
             raise NotFittedError(
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
-        self._verify(where, self.threshold)
+        self.check_threshold(self.threshold, where)
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
@@ -307,7 +321,100 @@ class OODDetector:
         score = present(score)
         return Prediction(label, group, score, self.threshold.predict(score))
 
+    def varied(self, **settings: Any) -> Self:
+        """The detector with other settings, fitted to the same data, which are not read again.
+
+        Args:
+            **settings: Options by name; the others stay as they are.
+
+        Returns:
+            Another detector, without threshold; weights of layers are to be fitted anew.
+
+        Raises:
+            ValueError: An option is unknown or out of its range, or one that the pass over the
+                training data depends on (:attr:`DetectorSpec.at_fit`), or the detector is from a
+                file, in which there is no more of the data than its own settings need.
+            TypeError: An option is of a wrong type.
+        """
+        where, spec = f"{type(self).__name__}.varied", self.spec
+        if unknown := settings.keys() - spec.options.keys():
+            raise ValueError(
+                f"{where}: {self.name} has no option {min(unknown)!r}, only "
+                f"{', '.join(spec.options) or None}"
+            )
+        mine = self._arguments()
+        changed = {name for name, value in settings.items() if value != mine.get(name)}
+        fitted = bool(self.trained_on) and self._status != "unfitted"
+        if fitted and (bound := changed & spec.at_fit):
+            raise ValueError(
+                f"{where}: {min(bound)} must be {mine[min(bound)]!r}, as in the fit, which depends "
+                f"on it: fit another detector"
+            )
+        if fitted and self._loaded and (bound := changed - spec.at_score):
+            raise ValueError(
+                f"{where}: {min(bound)} must be {mine[min(bound)]!r}, as in the file: fit the "
+                f"detector again"
+            )
+        other = type(self)._from_settings({**self._settings(), **settings}, self.model)
+        fresh = vars(other).keys() - self._carried
+        vars(other).update({n: v for n, v in vars(self).items() if n not in fresh})
+        other.threshold, other._status = None, self._status
+        self._lent = other._lent = True
+        if fitted and other.trained_on:
+            other._settle(where, changed - spec.at_score)
+        return other
+
+    def check_threshold(self, threshold: Threshold, where: str = "check_threshold") -> None:
+        """Refuse a threshold of other scores; one that says nothing of its own is the user's.
+
+        Args:
+            threshold: That scores of this detector are to be compared with.
+            where: What errors start with.
+
+        Raises:
+            ValueError: It is of another detector, other settings, groups or another model.
+        """
+        key = (threshold, self.model, self._plain_settings())
+        if threshold.source is None or (
+            self._verified is not None
+            and self._verified[0] is threshold
+            and self._verified[1] is self.model
+            and self._verified[2] == key[2]
+        ):
+            return
+        mine = self.source()
+        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
+            mine = replace(mine, model=threshold.source.model)
+        threshold.check_source(mine, where)
+        self._verified = key
+
     # --- keeping ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that were fitted, by name.
+
+        Raises:
+            NotFittedError: ``fit`` has not been called.
+        """
+        self._ready(f"{type(self).__name__}.state_dict")
+        return self._state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take in the tensors of a detector with the same settings, classes and width.
+
+        Raises:
+            ValueError: They are others, or not of the same shapes.
+        """
+        where = f"{type(self).__name__}.load_state_dict"
+        self._ready(where)
+        device = next((t.device for t in self._state().values()), None)
+        try:
+            self._load_state(dict(state))
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        if device is not None:
+            self.to(device)
+        self.threshold = None  # it was of other scores
 
     def to(self, device: torch.device | str | int) -> Self:
         """Move what was fitted; the model is left where it is."""
@@ -383,9 +490,9 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
-            detector._status = "fitted"
+            detector._status, detector._loaded = "fitted", True
             if detector.threshold is not None:
-                detector._verify("threshold", detector.threshold)
+                detector.check_threshold(detector.threshold, "threshold")
         except KeyError as error:
             raise ValueError(f"{where}: {error} is missing") from None
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -419,9 +526,29 @@ class OODDetector:
         if batch.logits is not None:
             batch.absent_column(where, self.absent)
 
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        """Bring what was fitted in line with options that were changed; refuse what it cannot."""
+        if changed:
+            self._status = "pending"
+            self._ready(where)
+
+    def _every(self, option: str) -> Sequence[Any] | None:
+        """All values that an option can have, after the fit; None where that means nothing."""
+        return None
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        """What gives the scores of a batch under each of several settings, (N, settings)."""
+        variants = [self.varied(**one) for one in settings]
+        for variant in variants:
+            variant._ready(where)
+        return lambda batch: torch.stack([variant._score(batch) for variant in variants], 1)
+
     def _reset(self) -> None:
         """Forget what was learnt."""
         self._status = "unfitted"
+        self._loaded = self._lent = False
         self.num_classes = self.width = self.threshold = None
         for name in self._tensors:
             vars(self).pop(name, None)
@@ -462,22 +589,6 @@ class OODDetector:
     def _plain_settings(self) -> dict[str, Any]:
         """The settings without the groups, whose digest says as much."""
         return {k: v for k, v in self._arguments().items() if k != "groups"}
-
-    def _verify(self, where: str, threshold: Threshold) -> None:
-        """Refuse a threshold of other scores; one that says nothing of its own is the user's."""
-        key = (threshold, self.model, self._plain_settings())
-        if threshold.source is None or (
-            self._verified is not None
-            and self._verified[0] is threshold
-            and self._verified[1] is self.model
-            and self._verified[2] == key[2]
-        ):
-            return
-        mine = self.source()
-        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
-            mine = replace(mine, model=threshold.source.model)
-        threshold.check_source(mine, where)
-        self._verified = key
 
     def _ready(self, where: str) -> None:
         """Finish a fit that is pending; NotFittedError if there is none."""
@@ -578,7 +689,15 @@ DETECTORS: dict[str, type[OODDetector]] = {}
 D = TypeVar("D", bound=OODDetector)
 
 
-def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]:
+def register(
+    name: str,
+    family: str,
+    paper: str,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    at_fit: Iterable[str] = (),
+    at_score: Iterable[str] = (),
+) -> Callable[[type[D]], type[D]]:
     """Put a detector's class into :data:`DETECTORS`, from which commands, files and docs take it.
 
     Example:
@@ -589,6 +708,10 @@ def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]
         name: The paper's short name in lower case; a variant's behind a hyphen.
         family: What it reads, a key of :data:`FAMILIES`.
         paper: Authors, venue and year.
+        grid: Option -> values that :func:`sweep` tries where it is not told any: those that the
+            authors choose from, as far as they say.
+        at_fit: Options on which the pass over the training data depends; ``absent`` always is.
+        at_score: Options that matter in scoring alone.
 
     Raises:
         ValueError: There is one of that name, or no such family.
@@ -600,7 +723,10 @@ def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]
 
     def add(detector: type[D]) -> type[D]:
         detector.name = name
-        detector.spec = DetectorSpec(name, detector, family, paper)
+        bound = frozenset({"absent", *at_fit})
+        detector.spec = DetectorSpec(
+            name, detector, family, paper, dict(grid or {}), bound, frozenset(at_score)
+        )
         DETECTORS[name] = detector
         return detector
 

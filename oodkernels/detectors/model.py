@@ -17,7 +17,16 @@ from oodkernels._checks import accumulate_type
 Model: TypeAlias = Callable[[Tensor], Any]
 """A callable of a batch: an ``nn.Module``, or one that gives logits, a pair or ``Outputs``."""
 
-__all__ = ["FeatureModel", "Model", "Outputs", "extract", "positions_mean", "run", "to_model"]
+__all__ = [
+    "FeatureModel",
+    "Model",
+    "Outputs",
+    "OutputsModule",
+    "extract",
+    "positions_mean",
+    "run",
+    "to_model",
+]
 
 
 class Outputs(NamedTuple):
@@ -35,6 +44,13 @@ class Outputs(NamedTuple):
     """Axis of the features in ``layers``, for those of which the module tells."""
     absent: int | None = None
     """Column of the logits that stands for no class: the model's ``absent_column``, if any."""
+
+
+class OutputsModule(nn.Module):
+    """A module that gives :class:`Outputs` by itself, with all layers and features one wants.
+
+    It is in evaluation mode. Nothing of it is hooked.
+    """
 
 
 class FeatureModel(nn.Module):
@@ -269,7 +285,9 @@ def run(model: Model, x: Tensor, layers: Sequence[str] = (), features: bool = Tr
         TypeError: As :func:`as_outputs`.
     """
     if isinstance(model, nn.Module):
-        return extract(model, to_model(model, x), layers, None if features else False)
+        x = to_model(model, x)
+        if not isinstance(model, OutputsModule):
+            return extract(model, x, layers, None if features else False)
     outputs = as_outputs(model(x))
     missing = [name for name in layers if name not in outputs.layers]
     if missing:

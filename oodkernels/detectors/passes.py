@@ -11,7 +11,7 @@ from torch import Tensor
 from oodkernels.detectors.batch import Batch, joined, present
 from oodkernels.detectors.model import Model, absent_column, run, to_model
 
-__all__ = ["Detector", "completed", "score_batch"]
+__all__ = ["Detector", "completed", "predict_batch", "score_batch"]
 
 
 class Detector(Protocol):
@@ -23,10 +23,16 @@ class Detector(Protocol):
     layers: Sequence[str]
     batch_size: int
 
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Percentiles at which it reads :meth:`Batch.feature_stats`."""
+        ...
+
     def _ready(self, where: str) -> None: ...
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]: ...
     def _check(self, where: str, batch: Batch) -> None: ...
     def _score(self, batch: Batch) -> Tensor: ...
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def score_batch(
@@ -58,10 +64,35 @@ def score_batch(
     scores: list[list[Tensor]] = [[] for _ in used]
     with torch.no_grad():
         for part in batch.chunks(chunk):
-            for i, own in enumerate(completed(where, used, part)):
+            mine = completed(where, used, part)
+            for detector, own in zip(used, mine, strict=True):
+                own.percentiles.update(detector.row_percentiles)
+            for i, own in enumerate(mine):
                 scores[i].append(used[i]._score(own))
     found = [present(joined(parts, batch.device)) for parts in scores]
     return dict(zip(detectors, found, strict=True))
+
+
+def predict_batch(
+    detector: Detector, batch: Batch, *, where: str = "predict_batch"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores of a batch with predicted classes and groups, whatever the threshold.
+
+    Args:
+        detector: The detector.
+        batch: As for :func:`score_batch`; it goes through in one piece.
+        where: What errors start with.
+
+    Returns:
+        Score, label and group as in :class:`Prediction`.
+
+    Raises:
+        ValueError: As :func:`score_batch`.
+        NotFittedError: As there.
+    """
+    with torch.no_grad():
+        (own,) = completed(where, [detector], batch)
+        return detector._score(own), *detector._label(own)
 
 
 def completed(

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oodkernels.detectors import Batch, Model
+from oodkernels._digest import StreamDigest
+from oodkernels.detectors import Batch, Model, Tuning
+from oodkernels.detectors.walk import Data, Part, identity
 from oodkernels.evaluation.methods import (
     OTHER,
     OWN,
@@ -23,7 +26,7 @@ from oodkernels.evaluation.methods import (
     StreamedMethodResult,
 )
 from oodkernels.evaluation.results import Evaluation
-from oodkernels.evaluation.scoring import Data, Detectors, ScoredBatch, as_detectors, score_sets
+from oodkernels.evaluation.scoring import Detectors, ScoredBatch, as_detectors, score_sets
 from oodkernels.evaluation.tables import AVERAGE, printable
 from oodkernels.groups import Groups
 from oodkernels.metrics.ood import CONVENTIONS
@@ -49,6 +52,7 @@ def evaluate(
     model_name: str = "model",
     memory: int | str | None = None,
     convention: str = "default",
+    tuning: Tuning | None = None,
     on_batch: Callable[[str, int], None] = lambda name, samples: None,
 ) -> Evaluation:
     """Detectors on one ID set and any number of OOD sets, each read once for all of them.
@@ -82,6 +86,8 @@ def evaluate(
         memory: Size of the metrics' state for each detector, as in "16MiB": see
             :class:`oodkernels.OODMetrics`. By default scores are kept, and all figures exact.
         convention: Of :func:`oodkernels.ood_metrics`; with ``memory`` only the default.
+        tuning: Of the sweep that the detectors' settings come from: for the report, and so that
+            none of the sets is one that they were chosen on.
         on_batch: Told the data set and the number of its samples done, "ID" for the ID set.
 
     Returns:
@@ -90,7 +96,8 @@ def evaluate(
     Raises:
         ValueError: A set has no samples, an OOD set a name that is not allowed, a score is NaN
             (with set, sample and where the NaN comes from), a label is no class id, or a detector
-            is unknown, not fitted, or needs what the batches do not have.
+            is unknown, not fitted, or needs what the batches do not have; or the settings were
+            chosen on one of the sets, or for another model.
         TypeError: A batch is none of the above.
         ImportError: torchmetrics is needed and missing.
     """
@@ -121,10 +128,18 @@ def evaluate(
     id_data, why = _comparable(id_loader, model, groups)
     sets = {ID: id_data, **{printable(name): data for name, data in ood_loaders.items()}}
     found = _Tally(groups, memory, list(sets)[1:], why)
+    seen = {name: StreamDigest() for name in sets}
+    if tuning is not None:
+        tuning.check_model("evaluate", model)
     for batch in score_sets("evaluate", sets, chosen, model=model, groups=groups):
         found.take(batch)
+        if tuning is not None:
+            seen[batch.name].add(**identity(Part(batch.batch)))
         on_batch(batch.name, batch.done)
-    return found.result(model_name, convention)
+    if tuning is not None:
+        for name, read in seen.items():
+            tuning.check_test("evaluate", name, read.found())
+    return replace(found.result(model_name, convention), tuning=tuning)
 
 
 def _comparable(data: Any, model: Model | None, groups: Groups | None) -> tuple[Any, str | None]:

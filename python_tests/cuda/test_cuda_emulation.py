@@ -48,8 +48,7 @@ class Sample:
     gap: int = 0  # values between the rows
     offset: int = 0  # values before the first row
     index: torch.dtype = torch.int64
-    shared: int = 228  # KiB of the emulated device: the less, the shorter the spans of rows
-    processors: int = 1  # of the emulated device: the more, the fewer rows to a block
+    processors: int = 1  # of the emulated device: the fewer, the more rows to a block
 
     def __str__(self) -> str:
         sizes = "+".join(map(str, self.sizes))
@@ -123,7 +122,6 @@ class Sample:
             "offset": self.offset,
             "groups": len(self.sizes),
             "wide_offsets": int(self.index == torch.int64),
-            "shared_bytes": self.shared << 10,
             "processors": self.processors,
         }
 
@@ -140,10 +138,10 @@ SAMPLES = [
     Sample(800, (5, 6), torch.bfloat16),  # a row to a thread
     Sample(300, (3, 4, 4), index=torch.int32),
     Sample(2, (1501,), torch.bfloat16, offset=1),  # one huge group over all threads
-    Sample(20, (700, 2, 799), shared=8, gap=3),  # rows in spans
-    Sample(6, (100, 2, 2, 2500, 9), torch.float16, shared=8, offset=5),
+    Sample(2, (4000, 2, 4500), gap=3),  # rows in spans
+    Sample(2, (100, 2, 2, 8190, 9, 10000), torch.float16, offset=5),
     Sample(3, (3, 2) * 1000, torch.bfloat16, index=torch.int32),  # many tiny groups
-    Sample(5, (3, 2) * 1000, shared=8, kind="special"),
+    Sample(3, (3, 2) * 1000, torch.float64, kind="special", offset=1),
     Sample(40, (100, 30), torch.bfloat16, processors=4),
     Sample(8300, (2, 2), torch.bfloat16),  # more rows than the grid has threads
     Sample(900, (5, 9, 70)),  # as much shared memory as there is
@@ -354,6 +352,72 @@ def test_logit_scores(emulator: Emulator, sample: Sample, temperature: float) ->
     *expected, expected_label = reference.logit_scores(sample.logits.double(), temperature)
     assert_close(found, expected)
     torch.testing.assert_close(label, expected_label)
+
+
+# --- the same row, the same bits ------------------------------------------------------------------
+
+FORWARD = {
+    "mos_score": ("score",),
+    "mos_predict": ("score", "log_odds", "prob"),
+    "mos_log_others": ("log_others", "stats"),
+    "mos_loss": ("loss", "stats"),
+    "outlier_cross_entropy": ("loss", "logsumexp", "stats"),
+    "logit_scores": ("msp", "max_logit", "energy", "entropy"),
+}
+INDICES = {"mos_predict": ("label", "group"), "logit_scores": ("label",)}
+WIDTHS = {
+    416: ((24, 160, 8, 224), 37),  # sizes of groups, rows: several of them to a block
+    9003: ((4000, 3, 5000), 3),  # a row in spans
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", FORWARD)
+def test_a_row_keeps_its_bits(
+    emulator: Emulator, kernel: str, dtype: torch.dtype, width: int
+) -> None:
+    """In any batch, at any alignment, whatever the number of multiprocessors."""
+    sizes, n = WIDTHS[width]
+    rows = Sample(n, sizes, dtype).logits
+    target = torch.arange(n) % (width - len(sizes))
+
+    def run(take: slice, gap: int = 0, offset: int = 0, processors: int = 1) -> list[Tensor]:
+        sample = Sample(len(rows[take]), sizes, dtype, "normal", gap, offset)
+        storage = torch.zeros(len(sample.storage), dtype=dtype)
+        sample.view(storage).copy_(rows[take])
+        outputs = dict.fromkeys(FORWARD[kernel], sample.accumulated)
+        outputs |= dict.fromkeys(INDICES.get(kernel, ()), torch.int64)
+        values = {**sample.values(), "processors": processors, "orders": 1}
+        inputs = sample.inputs(target=target[take])
+        inputs["logits"] = storage
+        found = emulator.run(kernel, inputs, outputs, ignore_index=-100, temperature=1.0, **values)
+        return [x.view(sample.rows, -1) for x in found]
+
+    whole = run(slice(None), processors=132)
+    others = [
+        (slice(None), run(slice(None), gap=1, offset=1)),
+        (slice(1, n - 1), run(slice(1, n - 1), gap=2, offset=3)),
+        (slice(2, 3), run(slice(2, 3))),
+    ]
+    for take, found in others:
+        for x, expected in zip(found, whole, strict=True):
+            torch.testing.assert_close(x, expected[take], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", FORWARD)
+def test_rows_beyond_2_31_values(emulator: Emulator, kernel: str, dtype: torch.dtype) -> None:
+    """Three rows of a view of a tensor of many GiB, of which only they take memory."""
+    sample = Sample(3, (5, 7), dtype)
+    outputs = dict.fromkeys(FORWARD[kernel], sample.accumulated)
+    outputs |= dict.fromkeys(INDICES.get(kernel, ()), torch.int64)
+    inputs = sample.inputs(target=torch.tensor([1, 0, 3]))
+    values = {**sample.values(), "orders": 1, "ignore_index": -100, "temperature": 1.0}
+    near = emulator.run(kernel, inputs, outputs, **values)
+    far = emulator.run(kernel, inputs, outputs, **{**values, "stride": 2**31 - 16, "far": 1})
+    for x, expected in zip(far, near, strict=True):
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
 
 
 # --- ROC ------------------------------------------------------------------------------------------
@@ -666,6 +730,15 @@ def test_missing_wait_is_caught(emulator: Emulator) -> None:
     done = emulator.start("missing_wait", {})
     assert done.returncode == 0
     assert unwritten(emulator.output("out", torch.int32)).all()
+
+
+def test_unwritten_shared_memory_is_caught(emulator: Emulator) -> None:
+    done = emulator.start("unwritten_shared", {}, orders=1)
+    assert done.returncode == 0
+    out = emulator.output("out", torch.int32).view(2, -1)
+    expected = torch.arange(out.size(1), dtype=torch.int32)
+    expected[1::2] = -1
+    assert torch.equal(out, torch.stack([expected, torch.full_like(expected, -1)]))
 
 
 def test_unwritten_output_is_caught(emulator: Emulator) -> None:

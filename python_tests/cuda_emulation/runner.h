@@ -4,6 +4,8 @@
 // for each of `orders` seeds, which must give the same bits.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -66,6 +68,21 @@ class Run {
     ASAN_POISON_MEMORY_REGION(array.data(), skip / 8 * 8);
     return reinterpret_cast<const T*>(array.data() + skip);
   }
+  // Rows of logits: the file as it is, from `offset` values on, or, where they are `far`, row after
+  // row of it, `stride` values apart in memory that is only reserved.
+  const void* logits() {
+    if (!values_.contains("far"))
+      return input("logits", integer("offset") * in_size());
+    const size_t row = integer("width") * in_size(), step = integer("stride") * in_size();
+    const char* const file = input<char>("logits");
+    char* const data = static_cast<char*>(mmap(nullptr, integer("rows") * step,
+        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (data == MAP_FAILED)
+      throw std::runtime_error("no address space");
+    for (int64_t r = 0; r < integer("rows"); ++r)
+      std::memcpy(data + r * step, file + r * row, row);
+    return data;
+  }
   template <typename T = void>
   T* output(const std::string& name, size_t bytes, unsigned char fill = emulation::poison) {
     const Array& array = outputs_.try_emplace(name, bytes).first->second;
@@ -116,7 +133,6 @@ inline int run(int argc, char** argv, const Kernels& kernels) {
       values[argument.substr(0, equals)] = argument.substr(equals + 1);
     }
     emulation::settings.processors = std::stoi(values.at("processors"));
-    emulation::settings.shared_bytes = std::stoi(values.at("shared_bytes"));
     for (int seed = 0; seed < std::stoi(values.at("orders")); ++seed) {
       emulation::settings.seed = unsigned(seed);
       Run run(argv[2], values);
