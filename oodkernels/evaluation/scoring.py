@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from oodkernels._digest import digest
 from oodkernels.data import ROLES, Samples
 from oodkernels.detectors import DETECTORS, Batch, Model, OODDetector
+from oodkernels.detectors.compose import spec_of
 from oodkernels.detectors.walk import GIVEN, Alike, Data, parts_of, score_part, tell_absent
 from oodkernels.groups import Groups
 from oodkernels.metrics import ThresholdSource
@@ -138,12 +139,7 @@ def as_detectors(
                 "in {'name': detector}"
             )
         if isinstance(detector, str):
-            if detector not in DETECTORS:
-                raise ValueError(
-                    f"{where}: there is no detector {detector!r}, only "
-                    f"{', '.join(sorted(DETECTORS))}"
-                )
-            detector = DETECTORS[detector].spec.make(where, groups=groups, model=model)
+            detector = spec_of(where, detector).make(where, groups=groups, model=model)
         found[label] = detector
         if not isinstance(found[label], OODDetector):
             raise TypeError(
