@@ -177,7 +177,7 @@ class Gram(_Maps):
         self._held, self._count = [], 0
 
     def _sums(self, batch: Batch) -> list[Tensor]:
-        """Of each layer (N, powers x channels)."""
+        """The roots of the row sums of each layer, (N, powers x channels)."""
         found = []
         for layer in self.layers:
             maps = self._read(batch, layer).double()
