@@ -527,3 +527,24 @@ def test_runs_on_different_data_are_refused(two: Path) -> None:
     assert "data has no results of oodk benchmark" in found.stderr
     found = oodk("compare", "a", "x=a", "-d", "odin")
     assert "no run has the detector 'odin'" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_model_of_timm_with_its_own_transform(here: Path, name: str) -> None:
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10)
+    torch.save(network.state_dict(), "w.pt")
+    given = ("benchmark", "openood-cifar10", "--data", "data", "--other-counts", "--out", "run")
+    given = (*given, "--model", name, "--weights", "w.pt", "--preprocess", "model", "--json", "-q")
+    found = oodk(*given, "-d", "energy", "-d", "knn:k=5", "-d", "vim:dim=8")
+    assert found.exit_code == 0, found.output
+    record = json.loads(found.stdout)
+    assert "Normalize" in record["identity"]["preprocessing"]
+    samples = open_samples("run/sets/id-test")
+    assert samples["logits"].shape == (40, 10)
+    features = samples.read("features")
+    torch.testing.assert_close(
+        network.eval().get_classifier()(features), samples.read("logits"), atol=1e-4, rtol=1e-4
+    )
