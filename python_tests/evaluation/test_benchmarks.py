@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -548,3 +549,33 @@ def test_a_model_of_timm_with_its_own_transform(here: Path, name: str) -> None:
     torch.testing.assert_close(
         network.eval().get_classifier()(features), samples.read("logits"), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_torchrun(whole: Path, here: Path, copy_of: Path) -> None:
+    """Every command that takes several processes, by torchrun itself."""
+    sets = whole / "sets"
+    (knn,) = (whole / "detectors").glob("knn*")
+    images = ("--model", "bench_models:make", "--size", 32, "-d", "odin")
+    commands: dict[str, tuple[object, ...]] = {
+        "eval": ("eval", "--id", sets / "id-test", "--ood", sets / "far-svhn", "-d", knn, "--json"),
+        "score": ("score", "--data", "data/images_classic/svhn far", *images, "-q"),
+        "benchmark": given("run", "--json"),
+    }
+    path = os.pathsep.join([str(copy_of), os.environ.get("PYTHONPATH", "")])
+    for command in commands.values():
+        alone = oodk(*command)
+        assert alone.exit_code == 0, alone.output
+        shutil.rmtree("run", ignore_errors=True)
+        start = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oodkernels")
+        done = subprocess.run(
+            [sys.executable, *start, *map(str, command)],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == alone.stdout
+    assert content("run") == content(str(whole))
