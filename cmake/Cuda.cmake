@@ -21,6 +21,7 @@ oodk_add_module(_cuda
   csrc/errors.cpp
   csrc/cuda/mos.cu
   csrc/cuda/logits.cu
+  csrc/cuda/features.cu
   csrc/cuda/outlier.cu
   csrc/cuda/histogram.cu
   csrc/cuda/kmeans.cu

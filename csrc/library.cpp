@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
 
+  // Norms of rows of features, and of each percentile the threshold and the sum above it.
+  m.def(
+      "feature_stats(Tensor features, Tensor percentiles, bool rectified=False) -> "
+      "(Tensor l1, Tensor l2, Tensor sum, Tensor threshold, Tensor top_sum)");
+
   // Cross entropy of ID samples, uniform cross entropy where target is -1, and logsumexp: made of
   // the two below; `stats` is (..., 2), see ops/outlier.h.
   m.def("outlier_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor logsumexp)");

@@ -48,7 +48,8 @@ class Inputs:
             "--detector",
             "-d",
             metavar="NAME[:SETTING=VALUE,...]",
-            help="A detector, with settings other than its own, as in knn:k=10; or a file of one "
+            help="A detector, with settings other than its own, as in knn:k=10; or steps of "
+            "others before it, as in react:percentile=85+gen; or a file of one "
             "that was saved; or `all` that can score what there is; give it again for more. There "
             "are {detectors}; what they need and can be set to: `oodk info --detectors`. By "
             "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
@@ -213,6 +214,23 @@ class Inputs:
         )
 
 
+def read_detector(text: str) -> tuple[str, dict[str, Any]]:
+    """A detector as `--detector` has it: its name, and its settings as texts.
+
+    Of a composition, `react:percentile=85+gen`, the settings are `react.percentile`.
+    """
+    from oodkernels.detectors.compose import split_parts
+
+    names, options = [], {}
+    parts = split_parts(text)
+    for part in parts:
+        name, _, settings = part.partition(":")
+        names.append(name)
+        own = pairs("--detector", settings.split(",") if settings else ())
+        options.update({f"{name}.{k}" if len(parts) > 1 else k: v for k, v in own.items()})
+    return "+".join(names), options
+
+
 def named_detectors(
     asked: Iterable[str],
     model: nn.Module | None,
@@ -227,7 +245,8 @@ def named_detectors(
         groups: For those that read logits by group.
         chosen: Name -> settings, for those that are asked for without any.
     """
-    from oodkernels.detectors import DETECTORS, OODDetector
+    from oodkernels.detectors import OODDetector
+    from oodkernels.detectors.compose import spec_of
 
     found: dict[str, OODDetector] = {}
     unfitted = {}
@@ -240,13 +259,9 @@ def named_detectors(
             with step("read", path):
                 found[label] = OODDetector.load(path, model)
             continue
-        name, _, settings = text.partition(":")
-        if name not in DETECTORS:
-            raise ValueError(f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}")
-        options: dict[str, Any] = dict(
-            pairs("--detector", settings.split(",")) if settings else (chosen or {}).get(name, {})
-        )
-        spec = DETECTORS[name].spec
+        name, settings = read_detector(text)
+        options = settings or (chosen or {}).get(name, {})
+        spec = spec_of("--detector", name)
         found[label] = spec.make("--detector", options, groups=groups, model=model)
         if found[label].trained_on:
             unfitted[label] = found[label]

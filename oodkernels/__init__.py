@@ -46,6 +46,7 @@ from oodkernels.nn import (
 )
 from oodkernels.ops import (
     DOSSelection,
+    FeatureStats,
     KMeansResult,
     LogitScores,
     MOSPrediction,
@@ -53,6 +54,7 @@ from oodkernels.ops import (
     ROCMetricsResult,
     cluster_argmax,
     dos_select,
+    feature_stats,
     kmeans_init,
     logit_scores,
     mos_log_others,
@@ -104,6 +106,7 @@ __all__ = [
     "DOSSelection",
     "EnergyBoundedLoss",
     "Evaluation",
+    "FeatureStats",
     "Groups",
     "JointGANLoss",
     "KMeans",
@@ -142,6 +145,7 @@ __all__ = [
     "evaluate",
     "expected_calibration_error",
     "extract",
+    "feature_stats",
     "joint_gan_loss",
     "kmeans",
     "kmeans_init",

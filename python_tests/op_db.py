@@ -244,6 +244,46 @@ def logit_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return [(0.0, 2e-6), (0.0, 0.0), (2e-6, 2e-6), (1e-5, 4e-6), (0.0, 0.0)][output]
 
 
+def feature_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    some = torch.tensor([85.0, 0.0, 50.0, 100.0, 90.0, 90.0], dtype=torch.float64, device=device)
+    for width in (1, 2, 7, 31, 64, 65, 200, 1008):
+        for name, x in (
+            ("normal", logits_of((37,), width, device, dtype)),
+            ("zeros and ties", logits_of((37,), width, device, dtype).relu().mul(4).round()),
+            ("long tail", logits_of((11,), width, device, dtype).mul(2).exp()),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            yield Sample((x, some), name=f"{width} {name}")
+            yield Sample((x, some[:1], True), name=f"{width} {name}, rectified")
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        x = logits_of(shape, 100, device, dtype)
+        yield Sample((x, some[:0]), name=f"rows {shape}, none")
+        own = torch.rand(*shape, 3, dtype=torch.float64).mul(100).to(device)
+        yield Sample((x, own), name=f"rows {shape}, their own")
+
+
+def feature_refused(device: str) -> Iterator[Refused]:
+    x = torch.randn(4, 6, device=device)
+    p = torch.tensor([90.0, 50.0], dtype=torch.float64, device=device)
+    yield Refused((x.long(), p), TypeError, "features must be float64")
+    yield Refused((x[0, 0], p), ValueError, "features must have at least one dimension")
+    yield Refused((x[:, :0], p), ValueError, r"at least one feature, got shape \(4, 0\)")
+    yield Refused((x, p.float()), TypeError, "percentiles must be float64")
+    for bad in (p[0], p.expand(3, 2), p.expand(1, 4, 2)):
+        yield Refused((x, bad), ValueError, r"percentiles must have shape \(P,\), or .*\(4, 6\)")
+    for bad in (NAN, -1.0, 100.5):
+        yield Refused((x, p * 0 + bad), ValueError, "in per cent, in 0..100", contents=True)
+    if device != "cpu":
+        yield Refused((x, p.cpu()), ValueError, "percentiles must be on the device of features")
+
+
+def feature_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    if output == 3:
+        return 0.0, 0.0
+    # In float64 the reference's sums are no better where positive and negative values cancel.
+    return (1e-10, 1e-10) if dtype == torch.float64 else (2e-7, 1e-9)
+
+
 def outlier_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for sample in logit_samples(device, dtype):
         if len(sample.args) == 1 and not sample.kwargs:
@@ -899,6 +939,13 @@ OPS = [
         logit_samples,
         logit_refused,
         logit_tolerance,
+    ),
+    Op(
+        "feature_stats",
+        reference.feature_stats,
+        feature_samples,
+        feature_refused,
+        feature_tolerance,
     ),
     Op(
         "outlier_cross_entropy",

@@ -26,7 +26,9 @@ from oodkernels.detectors.base import (
 )
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.choice import applicable
+from oodkernels.detectors.compose import Composed
 from oodkernels.detectors.covariance import Mahalanobis
+from oodkernels.detectors.ensembles import Ensemble, LayerEnsemble
 from oodkernels.detectors.gaussians import RMDS, MahalanobisPlusPlus, RMDSPlusPlus
 from oodkernels.detectors.gradients import ODIN
 from oodkernels.detectors.head import Head, HeadDetector, linear_head
@@ -86,9 +88,11 @@ __all__ = [
     "ClassStatistics",
     "CoP",
     "CoRP",
+    "Composed",
     "ConfidenceBranch",
     "DetectorSpec",
     "Energy",
+    "Ensemble",
     "Entropy",
     "FeatureModel",
     "Figures",
@@ -96,6 +100,7 @@ __all__ = [
     "Head",
     "HeadDetector",
     "KLMatching",
+    "LayerEnsemble",
     "MOSLogOdds",
     "Mahalanobis",
     "MahalanobisPlusPlus",

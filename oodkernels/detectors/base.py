@@ -108,12 +108,19 @@ class OODDetector:
     # What fitting sets, of what ``__init__`` sets too.
     _loaded = False  # from a file
     _lent = False  # what was fitted is another's, too
+    passes = 1
+    """How many passes over the training data a fit takes."""
     _least: float = -math.inf  # no score is below it
     _finer: str = ""  # what to do where many have it
 
     def __init__(self, model: Model | None = None, absent: int | None = None) -> None:
         self.model = model
         self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
+
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Percentiles, in per cent, at which it reads :meth:`Batch.feature_stats`."""
+        return ()
 
     # --- fitting ------------------------------------------------------------------------------
 
@@ -146,12 +153,18 @@ class OODDetector:
         where = f"{type(self).__name__}.fit"
         self._reset()
         if data is None:
-            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
+            for i in range(self.passes):
+                if i:
+                    self._next_pass(where)
+                self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
         else:
-            for batch, y in self._training_batches(where, data):
-                self.fit_batch(batch, y, where=where)
-            if self._status == "unfitted":
-                raise ValueError(f"{where}: data must give a batch, got none")
+            for i in range(self.passes):
+                if i:
+                    self._next_pass(where)
+                for batch, y in self._training_batches(where, data):
+                    self.fit_batch(batch, y, where=where)
+                if self._status == "unfitted":
+                    raise ValueError(f"{where}: data must give a batch, got none")
         self._ready(where)
         return self
 
@@ -468,7 +481,7 @@ class OODDetector:
         where = f"{cls.__name__}.load: {os.fspath(path)}"
         content, tensors = read_tensors(where, path, _FORMAT, _VERSION)
         try:
-            known = DETECTORS if cls is OODDetector else {cls.name: cls}
+            known = {**DETECTORS, **COMPOUNDS} if cls is OODDetector else {cls.name: cls}
             if content["detector"] not in known:
                 name = str(content["detector"])[:80]
                 raise ValueError(f"detector must be one of {sorted(known)}, got {name!r}")
@@ -551,6 +564,9 @@ class OODDetector:
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         """Learn from a batch, OOD samples left out; errors start with ``where``."""
         raise NotImplementedError
+
+    def _next_pass(self, where: str) -> None:
+        """Called between two passes over the training data."""
 
     def _finish(self, where: str) -> None:
         """Set the attributes in ``_tensors`` from all batches; errors start with ``where``."""
@@ -680,6 +696,9 @@ def score_all(
 
 DETECTORS: dict[str, type[OODDetector]] = {}
 """Short name -> class, of all that were registered; ``DETECTORS[name].spec`` says more."""
+
+COMPOUNDS: dict[str, type[OODDetector]] = {}
+"""What is made of detectors, by the name that files give it."""
 
 D = TypeVar("D", bound=OODDetector)
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from oodkernels.detectors.model import Outputs
 from oodkernels.groups import Groups
-from oodkernels.ops import LogitScores, MOSPrediction, logit_scores, mos_predict
+from oodkernels.ops import (
+    FeatureStats,
+    LogitScores,
+    MOSPrediction,
+    feature_stats,
+    logit_scores,
+    mos_predict,
+)
 
 T = TypeVar("T")
 Features: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -24,9 +31,12 @@ __all__ = [
     "blocks",
     "check_axes",
     "check_kept",
+    "in_blocks",
     "joined",
     "present",
 ]
+
+_BLOCK = 1 << 18  # numbers of a block that stays in cache
 
 
 class Batch:
@@ -40,6 +50,7 @@ class Batch:
         confidence: (N,) logit of the confidence, or None.
         axes: Axis of the features in ``layers``, for those of which the module tells.
         absent: Column of ``logits`` that stands for no class, >= 0, or None.
+        percentiles: Those at which :meth:`feature_stats` will be asked for, all found at once.
     """
 
     def __init__(
@@ -60,6 +71,7 @@ class Batch:
         self.confidence = confidence
         self.axes = axes or {}
         self.absent = absent
+        self.percentiles: set[float] = set()
         self._known: dict[Hashable, Any] = {}
 
     @classmethod
@@ -165,6 +177,30 @@ class Batch:
             lambda: logit_scores(self.class_logits(absent), temperature),
         )
 
+    def feature_stats(
+        self, percentile: float | None = None, rectified: bool = False
+    ) -> FeatureStats:
+        """:func:`oodkernels.feature_stats` of the features, each (N,).
+
+        Args:
+            percentile: In per cent; None where neither threshold nor the sum above it is read.
+            rectified: Whether negative features count as 0.
+        """
+        features = present(self.features)
+        if self._known.get("negative features") is False:
+            rectified = False
+        key = ("feature_stats", rectified)
+        asked, found = self._known.get(key, ((), None))
+        if found is None or (percentile is not None and percentile not in asked):
+            more = self.percentiles if percentile is None else {*self.percentiles, percentile}
+            asked = tuple(sorted({*asked, *more}))
+            found = feature_stats(features, asked, rectified)
+            self._known[key] = asked, found
+        if percentile is None:
+            return found
+        at = asked.index(percentile)
+        return found._replace(threshold=found.threshold[:, at], top_sum=found.top_sum[:, at])
+
     def mos_predict(self, groups: Groups) -> MOSPrediction:
         """:func:`oodkernels.mos_predict` of the logits."""
         logits = present(self.logits)
@@ -244,6 +280,19 @@ def check_axes(
                 f"{name} must be ({', '.join(wanted)}) with {known}, got {tuple(tensor.shape)}"
             )
         known.update(zip(wanted, tensor.shape, strict=True))
+
+
+def in_blocks(compute: Callable[..., Tensor], *rows: Tensor, size: int = _BLOCK) -> Tensor:
+    """``compute`` of blocks of rows of some tensors, put together.
+
+    Args:
+        compute: Gives a tensor of as many rows as it is given.
+        *rows: (N, ...) each.
+        size: Numbers of a block of the widest of them.
+    """
+    width = max(1, *(t[:1].numel() for t in rows))
+    parts = zip(*(blocks(t, max(1, size // width)) for t in rows), strict=True)
+    return torch.cat([compute(*part) for part in parts])
 
 
 def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:

@@ -23,6 +23,11 @@ class Detector(Protocol):
     layers: Sequence[str]
     batch_size: int
 
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Percentiles at which it reads :meth:`Batch.feature_stats`."""
+        ...
+
     def _ready(self, where: str) -> None: ...
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]: ...
     def _check(self, where: str, batch: Batch) -> None: ...
@@ -59,7 +64,10 @@ def score_batch(
     scores: list[list[Tensor]] = [[] for _ in used]
     with torch.no_grad():
         for part in batch.chunks(chunk):
-            for i, own in enumerate(completed(where, used, part)):
+            mine = completed(where, used, part)
+            for detector, own in zip(used, mine, strict=True):
+                own.percentiles.update(detector.row_percentiles)
+            for i, own in enumerate(mine):
                 scores[i].append(used[i]._score(own))
     found = [present(joined(parts, batch.device)) for parts in scores]
     return dict(zip(detectors, found, strict=True))

@@ -13,6 +13,7 @@ from oodkernels._digest import digest
 from oodkernels._ranks import gathered, ranks
 from oodkernels.data import ROLES, Samples
 from oodkernels.detectors import DETECTORS, Batch, Model, OODDetector
+from oodkernels.detectors.compose import spec_of
 from oodkernels.detectors.walk import (
     GIVEN,
     Alike,
@@ -218,12 +219,7 @@ def as_detectors(
                 "in {'name': detector}"
             )
         if isinstance(detector, str):
-            if detector not in DETECTORS:
-                raise ValueError(
-                    f"{where}: there is no detector {detector!r}, only "
-                    f"{', '.join(sorted(DETECTORS))}"
-                )
-            detector = DETECTORS[detector].spec.make(where, groups=groups, model=model)
+            detector = spec_of(where, detector).make(where, groups=groups, model=model)
         found[label] = detector
         if not isinstance(found[label], OODDetector):
             raise TypeError(

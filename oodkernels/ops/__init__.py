@@ -1,6 +1,7 @@
 """The ops as Python functions; as torch ops they are ``torch.ops.oodk.*``."""
 
 from oodkernels.ops.dos import DOSSelection, cluster_argmax, dos_select
+from oodkernels.ops.features import FeatureStats, feature_stats
 from oodkernels.ops.histogram import roc_histogram_
 from oodkernels.ops.kmeans import KMeansResult, kmeans_init, kmeans_lloyd, nearest_centroid
 from oodkernels.ops.logits import LogitScores, logit_scores
@@ -11,6 +12,7 @@ from oodkernels.ops.roc import ROCMetricsResult, roc_metrics
 
 __all__ = [
     "DOSSelection",
+    "FeatureStats",
     "KMeansResult",
     "LogitScores",
     "MOSPrediction",
@@ -19,6 +21,7 @@ __all__ = [
     "ROCMetricsResult",
     "cluster_argmax",
     "dos_select",
+    "feature_stats",
     "kmeans_init",
     "kmeans_lloyd",
     "logit_scores",

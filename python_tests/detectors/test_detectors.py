@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import run_code
 from pytorch_ood_package import pytorch_ood
 from torch import nn
 
@@ -508,7 +508,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 2**10 / z.
 """
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KiB on Linux")
-    assert float(python("-c", code).stdout) < 0.25
+    assert float(run_code(code).stdout) < 0.25
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -959,7 +959,7 @@ def test_repr_shows_the_settings():
 
 def test_import_brings_no_extra():
     code = "import sys, oodkernels.detectors; print(*(m for m in sys.modules))"
-    modules = set(python("-c", code).stdout.split())
+    modules = set(run_code(code).stdout.split())
     assert "oodkernels.detectors" in modules
     assert not modules & {"safetensors", "torchmetrics", "sklearn", "pytorch_ood", "faiss"}
 

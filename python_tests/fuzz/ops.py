@@ -219,6 +219,17 @@ def _(draw: Draw) -> Case:
     return Case(draw.laid_out(z), draw.random.choice((1.0, 1.0, 0.5, 10.0)))
 
 
+@case("feature_stats")
+def _(draw: Draw) -> Case:
+    x = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    batch = draw.random.choice(((), tuple(x.shape[:-1])))
+    p = draw.integers(0, 101, (*batch, draw.random.choice((0, 1, 3, 9)))).double()
+    good = not (p.numel() and draw.one_in(8))
+    if not good:
+        p.view(-1)[0] = draw.random.choice((-1.0, 100.1, NAN, INF))
+    return Case(draw.laid_out(x), draw.laid_out(p), draw.one_in(2), good=good)
+
+
 def classified(draw: Draw) -> tuple[Tensor, Tensor, bool]:
     z = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))), False)
     target, good = draw.classes(-1, z.shape[-1], z.shape[:-1])
