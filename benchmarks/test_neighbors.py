@@ -5,15 +5,21 @@
 GFLOP/s count the products: 2 x queries x bank x features. "torch.mm" is the product and no more,
 in blocks that stay in the caches, and so what no search by products can beat; "torch" takes the k
 largest of each block. Every peer is first held against our distances. Group "score": the k-NN
-detector by each of its backends.
+detector by each of its backends. Group "disk": a bank in a file of 10 GB, with the most memory that
+the process took.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from clustering import QUICK, directions, features, measure, median
@@ -24,6 +30,7 @@ from oodkernels.detectors import KNN
 
 Shape = tuple[int, int, int, int]  # queries, rows of the bank, features, k
 ALL: tuple[Shape, ...] = ((2_000, 50_000, 512, 50), (10_000, 200_000, 512, 50))
+DISK: Shape = (40, 3_000, 16, 5) if QUICK else (500, 10_000_000, 512, 50)
 QUERIES, BLOCK = 2048, 8192  # rows and columns of a product
 
 shapes = pytest.mark.parametrize(
@@ -99,3 +106,43 @@ def test_score(benchmark: Any, shape: Shape, peer: Any) -> None:
     x, bank = problem(*shape[:3])
     detector = KNN(shape[3], peer).fit(features=bank)
     measure(benchmark, lambda: detector.score(features=x), peer=peer)
+
+
+SEARCH = """
+import json, resource, sys, time
+import torch
+from oodkernels.data import open_arrays
+from oodkernels.ops import nearest_neighbors
+queries, k, threads = map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+(bank,) = open_arrays(sys.argv[1]).values()
+x = torch.randn(queries, bank.shape[1], generator=torch.Generator().manual_seed(1))
+start = time.perf_counter()
+nearest_neighbors(x, bank.chunks(100_000), k, normalize=True)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"search s": seconds, "peak MiB": peak}))
+"""
+
+
+def test_disk(benchmark: Any, tmp_path: Path) -> None:
+    """A bank of float16 in a ``.npy`` file, read in chunks by a process of its own."""
+    queries, rows, d, k = DISK
+    benchmark.group = f"disk {DISK}"
+    block = features(min(rows, 100_000), d).half().numpy()
+    path = tmp_path / "bank.npy"
+    bank = np.lib.format.open_memmap(path, "w+", np.float16, (rows, d))
+    for i in range(0, rows, len(block)):
+        bank[i : i + len(block)] = np.roll(block, i // len(block), 1)[: rows - i]
+    del bank
+    arguments = [str(path), *map(str, (queries, k, torch.get_num_threads()))]
+
+    def search() -> dict[str, float]:
+        done = subprocess.run(
+            [sys.executable, "-c", SEARCH, *arguments], check=True, capture_output=True, text=True
+        )
+        found: dict[str, float] = json.loads(done.stdout)
+        return found
+
+    found = benchmark.pedantic(search, rounds=1)
+    benchmark.extra_info.update(found, peer="oodkernels", threads=torch.get_num_threads())

@@ -658,7 +658,7 @@ class OODDetector:
 
 
 @cache
-def _parameters(detector: type[OODDetector]) -> tuple[str, ...]:
+def _parameters(detector: type[object]) -> tuple[str, ...]:
     """Names of the constructor's arguments but for the model."""
     return tuple(name for name in inspect.signature(detector).parameters if name != "model")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import python
+from processes import run_code
 
 from oodkernels.metrics.calibration import (
     calibration_bins,
@@ -296,7 +296,7 @@ def test_without_extras():
         "try: reliability_diagram([0.5], [True])\n"
         "except ImportError as error: print(error)\n"
     )
-    out = python("-c", code)
+    out = run_code(code)
     assert out.returncode == 0, out.stderr
     first, second, third = out.stdout.splitlines()
     assert first == "0.5"
