@@ -606,7 +606,8 @@ class OODDetector:
     # --- shared -------------------------------------------------------------------------------
 
     def _arguments(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _parameters(type(self))}
+        names: tuple[str, ...] = _parameters(type(self))  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
 
     def _plain_settings(self) -> dict[str, Any]:
         """The settings without the groups, whose digest says as much."""
@@ -658,7 +659,7 @@ class OODDetector:
 
 
 @cache
-def _parameters(detector: type[object]) -> tuple[str, ...]:
+def _parameters(detector: type[OODDetector]) -> tuple[str, ...]:
     """Names of the constructor's arguments but for the model."""
     return tuple(name for name in inspect.signature(detector).parameters if name != "model")
 
