@@ -388,7 +388,7 @@ def _print(result: BenchmarkResult) -> None:
     """The averages, in per cent, the best in bold."""
     from rich.text import Text
 
-    from oodkernels.evaluation.tables import METRIC_NAMES, lines, ood_sets
+    from oodkernels.evaluation.tables import EVERY_NAME, lines, ood_sets
 
     metrics = ("fpr95", "fpr95_ood", "auroc")
     rows = result.summary()
@@ -397,5 +397,5 @@ def _print(result: BenchmarkResult) -> None:
     for line in lines(rows, metrics):
         cells = [Text(c.percent, "bold green" if c.best else "") for c in line.cells]
         shown.append([line.score, line.accuracy.percent, *cells])
-    names = [f"{name} {METRIC_NAMES[metric]}" for name in columns for metric in metrics]
+    names = [f"{name} {EVERY_NAME[metric]}" for name in columns for metric in metrics]
     print_table(["score", "acc.", *names], shown, numbers=1 + len(names))

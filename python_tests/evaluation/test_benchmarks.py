@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -527,3 +528,54 @@ def test_runs_on_different_data_are_refused(two: Path) -> None:
     assert "data has no results of oodk benchmark" in found.stderr
     found = oodk("compare", "a", "x=a", "-d", "odin")
     assert "no run has the detector 'odin'" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_model_of_timm_with_its_own_transform(here: Path, name: str) -> None:
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10)
+    torch.save(network.state_dict(), "w.pt")
+    given = ("benchmark", "openood-cifar10", "--data", "data", "--other-counts", "--out", "run")
+    given = (*given, "--model", name, "--weights", "w.pt", "--preprocess", "model", "--json", "-q")
+    found = oodk(*given, "-d", "energy", "-d", "knn:k=5", "-d", "vim:dim=8")
+    assert found.exit_code == 0, found.output
+    record = json.loads(found.stdout)
+    assert "Normalize" in record["identity"]["preprocessing"]
+    samples = open_samples("run/sets/id-test")
+    assert samples["logits"].shape == (40, 10)
+    features = samples.read("features")
+    torch.testing.assert_close(
+        network.eval().get_classifier()(features), samples.read("logits"), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_torchrun(whole: Path, here: Path, copy_of: Path) -> None:
+    """Every command that takes several processes, by torchrun itself."""
+    sets = whole / "sets"
+    (knn,) = (whole / "detectors").glob("knn*")
+    images = ("--model", "bench_models:make", "--size", 32, "-d", "odin")
+    commands: dict[str, tuple[object, ...]] = {
+        "eval": ("eval", "--id", sets / "id-test", "--ood", sets / "far-svhn", "-d", knn, "--json"),
+        "score": ("score", "--data", "data/images_classic/svhn far", *images, "-q"),
+        "benchmark": given("run", "--json"),
+    }
+    path = os.pathsep.join([str(copy_of), os.environ.get("PYTHONPATH", "")])
+    for command in commands.values():
+        alone = oodk(*command)
+        assert alone.exit_code == 0, alone.output
+        shutil.rmtree("run", ignore_errors=True)
+        start = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oodkernels")
+        done = subprocess.run(
+            [sys.executable, *start, *map(str, command)],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == alone.stdout
+    assert content("run") == content(str(whole))
