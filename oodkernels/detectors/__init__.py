@@ -47,7 +47,15 @@ from oodkernels.detectors.logits import (
 from oodkernels.detectors.magnitude import Objectosphere
 from oodkernels.detectors.maps import Gram, RankFeat
 from oodkernels.detectors.mixtures import GMM
-from oodkernels.detectors.model import FeatureModel, Model, Outputs, OutputsModule, extract, run
+from oodkernels.detectors.model import (
+    FeatureModel,
+    Model,
+    Outputs,
+    OutputsModule,
+    Walk,
+    extract,
+    run,
+)
 from oodkernels.detectors.passes import predict_batch, score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
@@ -137,6 +145,7 @@ __all__ = [
     "TemperatureScaling",
     "Tuning",
     "ViM",
+    "Walk",
     "WeightedEnergy",
     "applicable",
     "as_pytorch_ood",
