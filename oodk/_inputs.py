@@ -281,6 +281,10 @@ def _head_name(path: Path) -> str:
     return path.stem if path.stem != "head" else path.absolute().parent.name
 
 
+_SHARED = ("evaluate", "score", "threshold")
+"""Commands that torchrun's processes share."""
+
+
 def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the options of :class:`Inputs` in place of its parameter ``inputs``."""
     hints = get_type_hints(Inputs, include_extras=True)
@@ -300,8 +304,13 @@ def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**given: Any) -> None:
+        from oodkernels._ranks import joined
+
         mine = {f.name: given.pop(f.name) for f in fields(Inputs)}
-        command(**given, inputs=Inputs(**mine))
+        with joined("oodk") as (_, world):
+            if world > 1 and command.__name__ not in _SHARED:
+                raise ValueError("is for one process: start it without torchrun")
+            command(**given, inputs=Inputs(**mine))
 
     del run.__wrapped__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -311,10 +320,11 @@ def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def watching(quiet: bool, sets: Mapping[str, Any]) -> Iterator[Callable[[str, int], None]]:
-    """A bar for each data set."""
+    """A bar for each data set, on the first rank."""
     from oodkernels._progress import progress
+    from oodkernels._ranks import ranks
 
-    with progress(not quiet) as shown:
+    with progress(not quiet and not ranks()[0]) as shown:
         tasks = {
             name: shown.add_task(printable(name), total=samples.num_samples, start=False)
             for name, samples in sets.items()

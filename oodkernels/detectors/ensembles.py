@@ -126,9 +126,9 @@ class _Combined(OODDetector):
         self._pass += 1
 
     def _ready(self, where: str) -> None:
-        super()._ready(where)
-        for member in self.members:
+        for member in self.members:  # which may have been fitted by themselves
             member._ready(where)
+        self._status = "fitted"
 
     def _reset(self) -> None:
         super()._reset()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -950,6 +951,19 @@ def test_registry():
         assert cls.needs <= {"x", "logits", "features", "confidence"}
         assert cls.needs
         assert cls.__doc__
+
+
+def test_every_detector_of_pytorch_ood_has_its_counterpart_or_a_reason():
+    detectors = pytorch_ood("detector")
+    page = Path(__file__).parents[2] / "docs" / "migrating.md"
+    table = page.read_text(encoding="utf-8").split("<!-- pytorch-ood -->")[1].split("<!-- end")[0]
+    rows = [line.strip("| ").split(" |") for line in table.strip().splitlines()[2:]]
+    theirs = {name for name in detectors.__all__ if isinstance(getattr(detectors, name), type)}
+    assert {row[0].strip(" `") for row in rows} == theirs
+    for row in rows:
+        names = [cell.strip(" `").split(":")[0] for cell in row[1].split(",")]
+        assert all(name in DETECTORS for name in names) or (names == ["none"] and row[2].strip())
+    assert len(DETECTORS) > 40
 
 
 def test_repr_shows_the_settings():

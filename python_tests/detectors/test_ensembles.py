@@ -54,6 +54,10 @@ def rule_of(rule: str, test: np.ndarray, held: np.ndarray) -> np.ndarray:
 def test_it_is_the_rule(rule: Any, tmp_path: Path) -> None:
     ensemble = Ensemble(members(), rule).fit(**TRAIN)
     alone = [member.fit(**TRAIN) for member in members()]
+    assert torch.equal(
+        Ensemble(alone, "mean").score(**TEST),
+        Ensemble(members(), "mean").fit(**TRAIN).score(**TEST),
+    )
     test, held = (torch.stack([m.score(**data) for m in alone], 1).numpy() for data in (TEST, HELD))
     if rule != "mean":
         with pytest.raises(NotFittedError, match="fit_reference must come first"):
