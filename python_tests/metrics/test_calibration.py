@@ -18,14 +18,6 @@ from oodkernels.metrics.calibration import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def answers(n=5000, seed=0, power=0.5, dtype=torch.float32):
     """Confidences piled up at 1, right with another probability."""
     g = torch.Generator().manual_seed(seed)

@@ -17,14 +17,6 @@ from oodkernels.metrics.ood import ood_metrics
 from oodkernels.metrics.threshold import Threshold
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def answers(n=3000, seed=0, dtype=torch.float32):
     """Confidence, predicted class and class, a third of them OOD (-1)."""
     g = torch.Generator().manual_seed(seed)

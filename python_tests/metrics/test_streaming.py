@@ -17,16 +17,6 @@ from oodkernels.metrics.streaming import OODMetrics
 from oodkernels.metrics.streaming._sketch import Layout, Sketch
 from oodkernels.metrics.threshold import Threshold
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The state is small; on a busy machine threads would wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 FIGURES = list(ood_metrics([1.0], [0.0]).as_dict())
 
 
