@@ -26,6 +26,7 @@ from oodkernels.metrics.ood import (
     OODResults,
     compare_conventions,
     fpr_name,
+    higher_is_better,
     ood_metrics,
     precision_recall_areas,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "delong",
     "expected_calibration_error",
     "fpr_name",
+    "higher_is_better",
     "holm",
     "misclassification_metrics",
     "ood_metrics",
