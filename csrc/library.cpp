@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
 
+  // GEN, Liu et al., CVPR 2023, for each pair of gamma and m. Not one of logit_scores: as many
+  // outputs as settings, and finding the m largest costs more than all that logit_scores does.
+  m.def("gen_scores(Tensor logits, float[] gamma, int[] m) -> Tensor");
+
   // Norms of rows of features, and of each percentile the threshold and the sum above it.
   m.def(
       "feature_stats(Tensor features, Tensor percentiles, bool rectified=False) -> "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -98,6 +99,18 @@ def logit_scores(
     energy = temperature * (z / temperature).logsumexp(-1)
     negative_entropy = -torch.special.entr(p).sum(-1)
     return p.amax(-1), z.amax(-1), energy, negative_entropy, z.argmax(-1)
+
+
+def gen_scores(logits: Tensor, gamma: Sequence[float], m: Sequence[int]) -> Tensor:
+    """GEN, -sum of (p (1 - p))^gamma over the m largest p, of each pair of gamma and m."""
+    z = _accumulated(logits)
+    top = z.topk(min(max(m, default=1), z.shape[-1]))
+    every = z.logsumexp(-1, keepdim=True)
+    log_p = top.values - every
+    others = z.scatter(-1, top.indices[..., :1], -math.inf).logsumexp(-1, keepdim=True) - every
+    logs = log_p + torch.cat([others, torch.log1p(-log_p[..., 1:].exp())], -1)
+    found = [-(g * logs[..., :k]).exp().sum(-1) for g, k in zip(gamma, m, strict=True)]
+    return torch.stack(found, -1) if found else z.new_empty((*z.shape[:-1], 0))
 
 
 def feature_stats(

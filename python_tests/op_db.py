@@ -244,6 +244,38 @@ def logit_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return [(0.0, 2e-6), (0.0, 0.0), (2e-6, 2e-6), (1e-5, 4e-6), (0.0, 0.0)][output]
 
 
+def gen_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    gamma, m = [0.1, 0.1, 2.0, 0.5], [100, 3, 1000, 7]
+    for width in (1, 2, 7, 16, 33, 65, 200, 1008):
+        for name, z in (
+            ("normal", logits_of((37,), width, device, dtype)),
+            ("confident", logits_of((37,), width, device, dtype) * 10),
+            ("ties", logits_of((37,), width, device, dtype).round()),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            yield Sample((z, gamma, m), name=f"{width} {name}")
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        z = logits_of(shape, 100, device, dtype)
+        yield Sample((z, gamma[:1], [10]), name=f"rows {shape}")
+        yield Sample((z, [], []), name=f"rows {shape}, none")
+
+
+def gen_refused(device: str) -> Iterator[Refused]:
+    z = torch.randn(4, 6, device=device)
+    yield Refused((z.long(), [0.1], [3]), TypeError, "logits must be float64")
+    yield Refused((z[0, 0], [0.1], [3]), ValueError, "at least one dimension")
+    yield Refused((z[:, :0], [0.1], [3]), ValueError, r"at least one class, got shape \(4, 0\)")
+    yield Refused((z, [0.1], [3, 4]), ValueError, "gamma and m must be as many, got 1 and 2")
+    yield Refused((z, [0.1], [0]), ValueError, "m must be at least 1, got 0")
+    for gamma in (0.0, -1.0, NAN, INF):
+        yield Refused((z, [gamma], [3]), ValueError, "gamma must be positive and finite, got")
+
+
+def gen_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    # Of a logit of 1e4, float32 knows the logarithm of its probability to 1e-3.
+    return (1e-10, 1e-10) if dtype == torch.float64 else (4e-6, 1e-6)
+
+
 def feature_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     some = torch.tensor([85.0, 0.0, 50.0, 100.0, 90.0, 90.0], dtype=torch.float64, device=device)
     for width in (1, 2, 7, 31, 64, 65, 200, 1008):
@@ -940,6 +972,7 @@ OPS = [
         logit_refused,
         logit_tolerance,
     ),
+    Op("gen_scores", reference.gen_scores, gen_samples, gen_refused, gen_tolerance),
     Op(
         "feature_stats",
         reference.feature_stats,

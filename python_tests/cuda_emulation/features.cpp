@@ -1,4 +1,5 @@
 #include "cuda/features_kernel.cuh"
+#include "cuda/gen_kernel.cuh"
 
 #include "runner.h"
 
@@ -19,8 +20,16 @@ void feature_stats(Run& run) {
       per_row("top_sum", count));
 }
 
+void gen_scores(Run& run) {
+  const int64_t rows = run.integer("rows"), count = run.integer("count");
+  oodk::cuda::gen_scores({run.input("logits", run.integer("offset") * run.in_size()), run.dtype(),
+                             rows, run.integer("width"), run.integer("stride"), nullptr},
+      run.input<double>("gamma"), run.input<int64_t>("m"), count,
+      run.output("scores", rows * count * run.out_size()));
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
-  return runner::run(argc, argv, {{"feature_stats", feature_stats}});
+  return runner::run(argc, argv, {{"feature_stats", feature_stats}, {"gen_scores", gen_scores}});
 }

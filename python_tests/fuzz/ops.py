@@ -219,6 +219,14 @@ def _(draw: Draw) -> Case:
     return Case(draw.laid_out(z), draw.random.choice((1.0, 1.0, 0.5, 10.0)))
 
 
+@case("gen_scores")
+def _(draw: Draw) -> Case:
+    z = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    n = draw.random.randint(0, 4)
+    gamma = [draw.random.choice((0.1, 0.5, 2.0)) for _ in range(n)]
+    return Case(draw.laid_out(z), gamma, [draw.random.choice((1, 2, 10, 100, 999)) for _ in gamma])
+
+
 @case("feature_stats")
 def _(draw: Draw) -> Case:
     x = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
