@@ -23,6 +23,7 @@ oodk_add_module(_cuda
   csrc/cuda/logits.cu
   csrc/cuda/features.cu
   csrc/cuda/gen.cu
+  csrc/cuda/shape.cu
   csrc/cuda/outlier.cu
   csrc/cuda/histogram.cu
   csrc/cuda/kmeans.cu

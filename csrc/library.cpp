@@ -37,6 +37,11 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "feature_stats(Tensor features, Tensor percentiles, bool rectified=False) -> "
       "(Tensor l1, Tensor l2, Tensor sum, Tensor threshold, Tensor top_sum)");
 
+  // Features as ReAct (clip), VRA, ASH and SCALE shape them, in place.
+  m.def(
+      "shape_features_(Tensor(a!) features, str shape, float? percentile=None, Tensor? low=None, "
+      "Tensor? high=None) -> ()");
+
   // Cross entropy of ID samples, uniform cross entropy where target is -1, and logsumexp: made of
   // the two below; `stats` is (..., 2), see ops/outlier.h.
   m.def("outlier_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor logsumexp)");

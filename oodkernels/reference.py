@@ -129,6 +129,32 @@ def feature_stats(
     return x.abs().sum(-1), x.norm(dim=-1), x.sum(-1), threshold, top
 
 
+def shape_features(
+    features: Tensor,
+    shape: str,
+    percentile: float | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> Tensor:
+    """Features as ReAct (clip), VRA, ASH and SCALE shape them; ``shape_features_`` of a copy."""
+    x = _accumulated(features)
+    if high is not None:
+        y = x.minimum(high)
+        return (y if low is None else torch.where(x < low, 0, y)).to(features.dtype)
+    n = x.shape[-1]
+    k = max(1, n - round(n * (percentile or 0.0) / 100))
+    least = x.topk(k).values[..., -1:]
+    above, equal = x > least, x == least
+    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    total = x.sum(-1, keepdim=True)
+    factor = (total / torch.where(kept, x, 0).sum(-1, keepdim=True)).exp()
+    y = {"ash-p": x, "ash-b": (total / k).expand_as(x), "ash-s": x * factor, "scale": x * factor}[
+        shape
+    ]
+    y = y if shape == "scale" else torch.where(kept, y, 0)
+    return torch.where(x.isnan().any(-1, keepdim=True), math.nan, y).to(features.dtype)
+
+
 def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
     """The fields of ``ops.ROCMetricsResult`` in one vector, from counts at each distinct score."""
     x, y = (t.double().flatten().contiguous() for t in (id_scores, ood_scores))

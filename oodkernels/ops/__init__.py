@@ -1,7 +1,7 @@
 """The ops as Python functions; as torch ops they are ``torch.ops.oodk.*``."""
 
 from oodkernels.ops.dos import DOSSelection, cluster_argmax, dos_select
-from oodkernels.ops.features import FeatureStats, feature_stats
+from oodkernels.ops.features import FeatureStats, feature_stats, shape_features_
 from oodkernels.ops.histogram import roc_histogram_
 from oodkernels.ops.kmeans import KMeansResult, kmeans_init, kmeans_lloyd, nearest_centroid
 from oodkernels.ops.logits import LogitScores, gen_scores, logit_scores
@@ -36,4 +36,5 @@ __all__ = [
     "outlier_cross_entropy",
     "roc_histogram_",
     "roc_metrics",
+    "shape_features_",
 ]

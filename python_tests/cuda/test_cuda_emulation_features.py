@@ -87,3 +87,32 @@ def test_gen_scores(emulator: Emulator, sample: Sample) -> None:
     expected = gen_scores(sample.logits.double(), gamma, m).flatten()
     rtol = 1e-10 if sample.dtype == torch.float64 else 4e-6
     torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "sample",
+    [Sample(6, (300,), torch.float32, "ties"), Sample(4, (37,), torch.bfloat16)],
+    ids=str,
+)
+def test_shape_features(emulator: Emulator, sample: Sample, shape: str) -> None:
+    x = sample.logits.abs()
+    x[0, 3] = torch.nan
+    ranked = SHAPES.index(shape) > 1
+    low = torch.tensor([0.5]) if shape == "vra" else None
+    high = None if ranked else torch.linspace(1, 3, sample.width)
+    k = sample.width - round(sample.width * 0.8)
+    inputs = {"features": x} | {n: t for n, t in (("low", low), ("high", high)) if t is not None}
+    (found,) = emulator.run(
+        "shape_features",
+        inputs,
+        {"shaped": sample.dtype},
+        **sample.values(),
+        **{"shape": SHAPES.index(shape), "k": k, "low": int(low is not None)},
+        high=int(high is not None),
+    )
+    expected = reference.shape_features(x, shape, 80.0 if ranked else None, low, high).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6, equal_nan=True)
