@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -619,6 +620,75 @@ def dos_rows(s: Setting) -> Iterator[Row]:
         )
 
 
+# --- rows: features and banks ---------------------------------------------------------------------
+
+
+def sorted_stats(x: Tensor, percentiles: Tensor) -> tuple[Tensor, ...]:
+    """feature_stats from a sorted copy of the rows."""
+    x = x.float()
+    k = (x.shape[-1] * (1 - percentiles / 100)).round().long().clamp(min=1)
+    ordered = x.sort(-1, descending=True).values
+    top = ordered.cumsum(-1)[:, k - 1]
+    return x.abs().sum(-1), x.norm(dim=-1), x.sum(-1), ordered[:, k - 1], top
+
+
+def searched(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """nearest_neighbors by products and topk, a part of the queries at a time."""
+    norms = bank.float().square().sum(-1)
+    parts = []
+    for q in queries.split(max(1, (1 << 28) // len(bank))):
+        distance = norms - 2 * (q @ bank.T).float() + q.float().square().sum(-1, keepdim=True)
+        parts.append(distance.topk(k, largest=False))
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def posthoc_rows(s: Setting) -> Iterator[Row]:
+    for n, d in s.shapes((65536, 2048), (65536, 512), tiny=(64, 48)):
+        for dtype, count in itertools.product(FLOATS, (1, 20)):
+            percentiles = torch.linspace(50, 95, count, dtype=torch.float64, device=s.device)
+            inputs = [
+                (logits_of(n, d, dtype, s.device, seed).relu(),)
+                for seed in range(s.sets(n * d * dtype.itemsize))
+            ]
+            yield Row(
+                "feature_stats",
+                f"{n} x {d}, {count} %",
+                dtype,
+                lambda x, p=percentiles: ops.feature_stats(x, p),
+                inputs,
+                n * d * dtype.itemsize,
+                peers={
+                    "compiled": peers.bind(peers.compiled(sorted_stats), percentiles),
+                    "eager": peers.bind(sorted_stats, percentiles),
+                },
+                difference=lambda ours, theirs: far(ours.threshold, theirs[3]),
+                tolerance=1e-6,
+                wanted={"share": 0.5},
+            )
+    for n, m, d, k in s.shapes(
+        (10_000, 200_000, 512, 50), (256, 1_281_167, 768, 1), tiny=(20, 300, 16, 5)
+    ):
+        generator = torch.Generator(s.device).manual_seed(0)
+        bank = torch.randn(m, d, generator=generator, device=s.device)
+        queries = [
+            torch.randn(n, d, generator=generator, device=s.device)
+            for _ in range(s.sets(4 * m * d))
+        ]
+        yield Row(
+            "nearest_neighbors",
+            f"{n} x {m} x {d}, {k}",
+            torch.float32,
+            lambda q, bank, k=k: ops.nearest_neighbors(q, bank, k),
+            [(q, bank) for q in queries],
+            flop=2.0 * n * m * d,
+            peers={"eager": partial(searched, k=k)},
+            difference=lambda ours, theirs: float(
+                (ours.distances - theirs[0]).abs().max() / ours.distances.max()
+            ),
+            tolerance=1e-3,  # cancellation in the peer
+        )
+
+
 GROUPS = {
     "mos": mos_rows,
     "mos_loss": mos_loss_rows,
@@ -628,6 +698,7 @@ GROUPS = {
     "streaming": streaming_rows,
     "kmeans": kmeans_rows,
     "dos": dos_rows,
+    "posthoc": posthoc_rows,
 }
 
 

@@ -48,7 +48,8 @@ class Inputs:
             "--detector",
             "-d",
             metavar="NAME[:SETTING=VALUE,...]",
-            help="A detector, with settings other than its own, as in knn:k=10; or a file of one "
+            help="A detector, with settings other than its own, as in knn:k=10; or steps of "
+            "others before it, as in react:percentile=85+gen; or a file of one "
             "that was saved; or `all` that can score what there is; give it again for more. There "
             "are {detectors}; what they need and can be set to: `oodk info --detectors`. By "
             "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
@@ -213,6 +214,23 @@ class Inputs:
         )
 
 
+def read_detector(text: str) -> tuple[str, dict[str, Any]]:
+    """A detector as `--detector` has it: its name, and its settings as texts.
+
+    Of a composition, `react:percentile=85+gen`, the settings are `react.percentile`.
+    """
+    from oodkernels.detectors.compose import split_parts
+
+    names, options = [], {}
+    parts = split_parts(text)
+    for part in parts:
+        name, _, settings = part.partition(":")
+        names.append(name)
+        own = pairs("--detector", settings.split(",") if settings else ())
+        options.update({f"{name}.{k}" if len(parts) > 1 else k: v for k, v in own.items()})
+    return "+".join(names), options
+
+
 def named_detectors(
     asked: Iterable[str],
     model: nn.Module | None,
@@ -227,7 +245,8 @@ def named_detectors(
         groups: For those that read logits by group.
         chosen: Name -> settings, for those that are asked for without any.
     """
-    from oodkernels.detectors import DETECTORS, OODDetector
+    from oodkernels.detectors import OODDetector
+    from oodkernels.detectors.compose import spec_of
 
     found: dict[str, OODDetector] = {}
     unfitted = {}
@@ -240,13 +259,9 @@ def named_detectors(
             with step("read", path):
                 found[label] = OODDetector.load(path, model)
             continue
-        name, _, settings = text.partition(":")
-        if name not in DETECTORS:
-            raise ValueError(f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}")
-        options: dict[str, Any] = dict(
-            pairs("--detector", settings.split(",")) if settings else (chosen or {}).get(name, {})
-        )
-        spec = DETECTORS[name].spec
+        name, settings = read_detector(text)
+        options = settings or (chosen or {}).get(name, {})
+        spec = spec_of("--detector", name)
         found[label] = spec.make("--detector", options, groups=groups, model=model)
         if found[label].trained_on:
             unfitted[label] = found[label]
@@ -264,6 +279,10 @@ def read_tuning(path: Path) -> Tuning:
 def _head_name(path: Path) -> str:
     """``oodk train`` calls all of them head.safetensors; their folders tell them apart."""
     return path.stem if path.stem != "head" else path.absolute().parent.name
+
+
+_SHARED = ("evaluate", "score", "threshold")
+"""Commands that torchrun's processes share."""
 
 
 def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
@@ -285,8 +304,13 @@ def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**given: Any) -> None:
+        from oodkernels._ranks import joined
+
         mine = {f.name: given.pop(f.name) for f in fields(Inputs)}
-        command(**given, inputs=Inputs(**mine))
+        with joined("oodk") as (_, world):
+            if world > 1 and command.__name__ not in _SHARED:
+                raise ValueError("is for one process: start it without torchrun")
+            command(**given, inputs=Inputs(**mine))
 
     del run.__wrapped__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -296,10 +320,11 @@ def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def watching(quiet: bool, sets: Mapping[str, Any]) -> Iterator[Callable[[str, int], None]]:
-    """A bar for each data set."""
+    """A bar for each data set, on the first rank."""
     from oodkernels._progress import progress
+    from oodkernels._ranks import ranks
 
-    with progress(not quiet) as shown:
+    with progress(not quiet and not ranks()[0]) as shown:
         tasks = {
             name: shown.add_task(printable(name), total=samples.num_samples, start=False)
             for name, samples in sets.items()

@@ -9,7 +9,7 @@ import typer
 
 from oodk._command import step
 from oodk._common import ConfigOption, JsonOption, QuietOption, pairs, require_writable_file
-from oodk._inputs import DATA, Inputs, watching, with_inputs
+from oodk._inputs import DATA, Inputs, read_detector, watching, with_inputs
 from oodk._output import print_json, print_path, print_table, printable
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def tune(
     """Choose detectors' settings on validation data, from one walk over them.
 
     `--detector` names options with values to try, separated by `/`, or `all` for every dimension:
-    `-d scale:percentile=80/85/90`, `-d vim:dim=all`. Without options a detector's own grid is
-    tried, and `-d all`, the default, tries those of all detectors that have one.
+    `-d scale:percentile=80/85/90`, `-d vim:dim=all`, `-d react:percentile=85/90+gen`. Without
+    options a detector's own grid is tried, and `-d all`, the default, tries those of all detectors
+    that have one.
 
     What settings share is computed once, so that hundreds cost little more than one. The file says
     on what data, with which training data and for which model they were chosen; `oodk eval` refuses
@@ -128,6 +129,7 @@ def _grid(
 ) -> dict[str, Any]:
     """Detector -> option -> values; None for its own grid."""
     from oodkernels.detectors import DETECTORS
+    from oodkernels.detectors.compose import spec_of
 
     asked = list(inputs.detector or ["all"])
     if "all" in asked:
@@ -136,21 +138,19 @@ def _grid(
         asked[at : at + 1] = [name for name in every if DETECTORS[name].spec.grid]
     grid: dict[str, Any] = {}
     for text in asked:
-        name, _, settings = text.partition(":")
+        name, settings = read_detector(text)
         if name in grid:
             raise typer.BadParameter(f"{name!r} is there twice", param_hint="'--detector'")
-        grid[name] = None
-        if settings and name in DETECTORS:
-            known = DETECTORS[name].spec.options
-            grid[name] = {}
-            for option, values in pairs("--detector", settings.split(",")).items():
-                if option not in known:
-                    raise ValueError(
-                        f"--detector: {name} has no option {option!r}, only {', '.join(known)}"
-                    )
-                grid[name][option] = (
-                    values
-                    if values == "all"
-                    else [known[option].read("--detector", v) for v in values.split("/")]
+        known = spec_of("--detector", name).options
+        grid[name] = {} if settings else None
+        for option, values in settings.items():
+            if option not in known:
+                raise ValueError(
+                    f"--detector: {name} has no option {option!r}, only {', '.join(known)}"
                 )
+            grid[name][option] = (
+                values
+                if values == "all"
+                else [known[option].read("--detector", value) for value in values.split("/")]
+            )
     return grid

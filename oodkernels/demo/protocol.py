@@ -91,7 +91,7 @@ METHODS = {
             "entropy": Entropy,
             "ODIN": ODIN,
             "Mahalanobis": partial(Mahalanobis, shrinkage=0.01),
-            "k-NN": partial(KNN, backend="torch"),
+            "k-NN": KNN,
         },
     ),
     "mos": Method(

@@ -22,7 +22,7 @@ from oodkernels.data import ToTensor
 from oodkernels.deploy import exports
 from oodkernels.deploy.conformal import ConformalPValues
 from oodkernels.deploy.program import Network, Program
-from oodkernels.detectors import Batch, OODDetector, Outputs, predict_batch, run, score_batch
+from oodkernels.detectors import Batch, OODDetector, Outputs, Walk, predict_batch, run, score_batch
 from oodkernels.groups import Groups
 from oodkernels.metrics import Threshold
 
@@ -113,6 +113,7 @@ class Bundle(nn.Module):
         if isinstance(detectors, OODDetector):
             detectors = {detectors.name: detectors}
         self.model = model
+        self._walk: Walk | None = None
         self.fitted = nn.ModuleDict()
         self.detectors = _checked_detectors(detectors, model)
         for number, detector in enumerate(self.detectors.values()):
@@ -552,7 +553,12 @@ class Bundle(nn.Module):
         if not torch.compiler.is_compiling() and n == 0:
             x = self._example(1)
         layers, features = self._reads
-        return Batch.of(x, run(self.model, x, layers, features)), n
+        walk = None
+        if not torch.compiler.is_compiling():
+            if self._walk is None or not self._walk.is_of(self.model):
+                self._walk = Walk(self.model)
+            walk = self._walk.current()
+        return Batch.of(x, run(self.model, x, layers, features, walk)), n
 
     def _checked(self, x: Any) -> Tensor:
         if not isinstance(x, Tensor):

@@ -15,6 +15,7 @@ from oodkernels.detectors.activations import (
     GradNorm,
 )
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
+from oodkernels.detectors.adascale import AdaSCALEA, AdaSCALEL
 from oodkernels.detectors.bank import KNN, MCM, NNGuide, Relation
 from oodkernels.detectors.base import (
     DETECTORS,
@@ -26,7 +27,10 @@ from oodkernels.detectors.base import (
 )
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.choice import applicable
+from oodkernels.detectors.compose import Composed
 from oodkernels.detectors.covariance import Mahalanobis
+from oodkernels.detectors.coverage import NAC, MCDropout
+from oodkernels.detectors.ensembles import Ensemble, LayerEnsemble
 from oodkernels.detectors.gaussians import RMDS, MahalanobisPlusPlus, RMDSPlusPlus
 from oodkernels.detectors.gradients import ODIN
 from oodkernels.detectors.head import Head, HeadDetector, linear_head
@@ -40,7 +44,18 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
-from oodkernels.detectors.model import FeatureModel, Model, Outputs, OutputsModule, extract, run
+from oodkernels.detectors.magnitude import Objectosphere
+from oodkernels.detectors.maps import Gram, RankFeat
+from oodkernels.detectors.mixtures import GMM
+from oodkernels.detectors.model import (
+    FeatureModel,
+    Model,
+    Outputs,
+    OutputsModule,
+    Walk,
+    extract,
+    run,
+)
 from oodkernels.detectors.passes import predict_batch, score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
@@ -66,11 +81,13 @@ __all__ = [
     "FAMILIES",
     "FDBD",
     "GEN",
+    "GMM",
     "KNN",
     "LTS",
     "MCM",
     "MOS",
     "MSP",
+    "NAC",
     "NCI",
     "NECO",
     "ODIN",
@@ -81,21 +98,28 @@ __all__ = [
     "VRA",
     "AbnormalityModule",
     "AbsentClass",
+    "AdaSCALEA",
+    "AdaSCALEL",
     "Batch",
     "CADRef",
     "ClassStatistics",
     "CoP",
     "CoRP",
+    "Composed",
     "ConfidenceBranch",
     "DetectorSpec",
     "Energy",
+    "Ensemble",
     "Entropy",
     "FeatureModel",
     "Figures",
     "GradNorm",
+    "Gram",
     "Head",
     "HeadDetector",
     "KLMatching",
+    "LayerEnsemble",
+    "MCDropout",
     "MOSLogOdds",
     "Mahalanobis",
     "MahalanobisPlusPlus",
@@ -104,6 +128,7 @@ __all__ = [
     "NNGuide",
     "NotFittedError",
     "OODDetector",
+    "Objectosphere",
     "OpenMax",
     "OptFS",
     "Option",
@@ -112,6 +137,7 @@ __all__ = [
     "Prediction",
     "PytorchOODDetector",
     "RMDSPlusPlus",
+    "RankFeat",
     "ReAct",
     "Relation",
     "Residual",
@@ -119,6 +145,7 @@ __all__ = [
     "TemperatureScaling",
     "Tuning",
     "ViM",
+    "Walk",
     "WeightedEnergy",
     "applicable",
     "as_pytorch_ood",

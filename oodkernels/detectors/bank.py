@@ -18,7 +18,7 @@ from oodkernels.detectors.head import Reservoir, Sampled, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
-from oodkernels.ops import LogitScores, logit_scores
+from oodkernels.ops import LogitScores, logit_scores, nearest_neighbors
 
 __all__ = ["KNN", "MCM", "NNGuide", "Relation"]
 
@@ -40,14 +40,14 @@ class KNN(OODDetector):
     samples' z. It lies in [-2, 0]. The authors' code reports the squared distance, which ranks
     alike. A sample that was trained on counts itself as its nearest.
 
-    The neighbour is found by faiss on the CPU where it is installed, else by matrix products in
-    torch, block by block; its distance is then computed from differences in either case, so that
-    nothing cancels and both give the same scores.
+    The neighbour is that of :func:`oodkernels.nearest_neighbors`, exactly. faiss, and torch's
+    matrix products, may take another one that is as near but for their rounding; the distance is
+    then computed from differences, too, so that nothing cancels.
 
     Args:
         k: Which neighbour; the paper has 50 for CIFAR-10, 200 for CIFAR-100, 1000 for ImageNet.
-        backend: ``"faiss"``, ``"torch"``, or ``"auto"`` for faiss where it is installed and the
-            features are on the CPU.
+        backend: ``"native"`` for the op; ``"faiss"``, on the CPU; ``"torch"``, of which exported
+            and compiled programs are made whatever the backend.
         model: As for :class:`OODDetector`.
 
     Attributes:
@@ -66,13 +66,13 @@ class KNN(OODDetector):
     def __init__(
         self,
         k: int = 50,
-        backend: Literal["auto", "faiss", "torch"] = "auto",
+        backend: Literal["native", "faiss", "torch"] = "native",
         *,
         model: Model | None = None,
     ) -> None:
         super().__init__(model)
-        if backend not in ("auto", "faiss", "torch"):
-            raise ValueError(f"KNN: backend must be auto, faiss or torch, got {backend!r}")
+        if backend not in ("native", "faiss", "torch"):
+            raise ValueError(f"KNN: backend must be native, faiss or torch, got {backend!r}")
         self.k = check_count("KNN", "k", k)
         self.backend = backend
         self._reset()
@@ -113,10 +113,7 @@ class KNN(OODDetector):
         features = present(batch.features)
         if self.bank.device != features.device:
             self.to(features.device)
-        parts = blocks(features, _QUERIES)
-        return -torch.cat([self._distance(rows) for rows in parts]).to(
-            accumulate_type(features.dtype)
-        )
+        return -self._distances(features, [self.k])[:, 0].to(accumulate_type(features.dtype))
 
     def _scorer(
         self, where: str, settings: Sequence[Mapping[str, Any]]
@@ -128,19 +125,26 @@ class KNN(OODDetector):
 
         def scores(batch: Batch) -> Tensor:
             features = present(batch.features)
-            parts = [most._distances(x, [v.k for v in own]) for x in blocks(features, _QUERIES)]
-            return -torch.cat(parts).to(accumulate_type(features.dtype))
+            distances = most._distances(features, [v.k for v in own])
+            return -distances.to(accumulate_type(features.dtype))
 
         return scores
-
-    def _distance(self, features: Tensor) -> Tensor:
-        return self._distances(features, [self.k])[:, 0]
 
     def _distances(self, features: Tensor, ks: Sequence[int]) -> Tensor:
         """Distances to several of the k nearest, from one scan, (N, len(ks))."""
         z = _direction(features).to(self.bank)
-        rows = self._by_faiss(z) if self._uses_faiss(z) else self._nearest(z)
-        return torch.stack([(z - self.bank[rows[:, k - 1]]).norm(dim=1) for k in ks], 1)
+        program = torch.compiler.is_compiling()
+        if self.backend == "native" and not program:
+            found = nearest_neighbors(z, self.bank, self.k)
+            return found.distances[:, [k - 1 for k in ks]].sqrt()
+        find = self._by_faiss if self.backend == "faiss" and not program else self._nearest
+        parts = []
+        for part in blocks(z, _QUERIES):
+            rows = find(part)
+            parts.append(
+                torch.stack([(part - self.bank[rows[:, k - 1]]).norm(dim=1) for k in ks], 1)
+            )
+        return torch.cat(parts)
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Rows of the k nearest in the bank, (N, k): those of the largest z.b - |b|^2 / 2."""
@@ -158,24 +162,12 @@ class KNN(OODDetector):
                 best, rows = top.values, rows.gather(1, top.indices)
         return rows
 
-    def _uses_faiss(self, z: Tensor) -> bool:
-        if torch.compiler.is_compiling():  # a program has no faiss
-            return False
-        if self.backend == "torch" or (self.backend == "auto" and z.device.type != "cpu"):
-            return False
-        try:
-            faiss = require("faiss", "faiss", "KNN: backend='faiss'")
-        except ModuleNotFoundError:
-            if self.backend == "auto":
-                return False
-            raise
+    def _by_faiss(self, z: Tensor) -> Tensor:
+        faiss = require("faiss", "faiss", "KNN: backend='faiss'")
         if self._index is None:
             index = faiss.IndexFlatL2(self.bank.shape[1])
             index.add(self.bank.float().cpu().numpy())
             self._index = index  # whole, for other threads
-        return True
-
-    def _by_faiss(self, z: Tensor) -> Tensor:
         _, rows = self._index.search(z.float().cpu().numpy(), self.k)
         return torch.from_numpy(rows).to(z.device)
 
@@ -268,11 +260,7 @@ class NNGuide(_Bank):
     def _guided(self, batch: Batch, ks: Sequence[int]) -> Tensor:
         """Scores by several numbers of neighbours, from one scan, (N, len(ks))."""
         units = _direction(present(batch.features))
-        bank = self.bank.to(units)
-        best = units.new_full((units.shape[0], self.k), -torch.inf)
-        for i, near in _products(units, bank):
-            rows = slice(i, i + near.shape[0])
-            best[rows] = torch.cat([best[rows], near], 1).topk(self.k).values
+        best = _largest_products(units, self.bank.to(units), self.k)
         near = torch.stack([best[:, :k].mean(1) for k in ks], 1)
         scores = batch.logit_scores(absent=self.absent).energy.to(units)[:, None] * near
         return torch.where(units.isnan().any(1, keepdim=True), torch.nan, scores)
@@ -440,6 +428,26 @@ def _products(rows: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
             with torch.autocast(rows.device.type, enabled=False):
                 yield begin, part @ block.T
         begin += part.shape[0]
+
+
+def _largest_products(units: Tensor, bank: Tensor, k: int) -> Tensor:
+    """The k largest of each row of ``units @ bank.T``, descending."""
+    if torch.compiler.is_compiling():
+        best = units.new_full((units.shape[0], k), -torch.inf)
+        for i, near in _products(units, bank):
+            rows = slice(i, i + near.shape[0])
+            best[rows] = torch.cat([best[rows], near], 1).topk(k).values
+        return best
+    # The nearest, where one more column makes all rows of the bank as long as the longest, 1:
+    # |u - b|^2 = 2 - 2 u.b, for a zero row of units 1 - 2 u.b.
+    longest = bank.norm(dim=1).amax().clamp(min=torch.finfo(bank.dtype).tiny)
+    bank = bank / longest
+    missing = (1 - bank.double().square().sum(1, keepdim=True)).clamp(min=0).sqrt().to(bank)
+    found = nearest_neighbors(
+        torch.cat([units, units.new_zeros(len(units), 1)], 1), torch.cat([bank, missing], 1), k
+    )
+    lengths = 1 + units.square().sum(1, keepdim=True)
+    return (lengths - found.distances) / 2 * longest
 
 
 def _direction(features: Tensor) -> Tensor:

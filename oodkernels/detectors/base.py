@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -19,12 +20,12 @@ from oodkernels._checks import check_class_ids, check_int
 from oodkernels._digest import digest
 from oodkernels._safetensors import read_tensors, write_tensors
 from oodkernels.detectors.batch import Batch, Features, as_batch, check_axes, joined, present
-from oodkernels.detectors.model import Model
+from oodkernels.detectors.model import Model, Walk
 from oodkernels.detectors.passes import completed, score_batch
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
 from oodkernels.groups import Groups
 from oodkernels.metrics.ood import Scores
-from oodkernels.metrics.threshold import Threshold, ThresholdSource
+from oodkernels.metrics.threshold import Threshold, ThresholdSource, is_below
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,12 +103,15 @@ class OODDetector:
     num_classes: int | None = None
     width: int | None = None
     threshold: Threshold | None = None
+    _walk: Walk | None = None
     _status: str = "unfitted"  # then "pending", seen data but not finished; then "fitted"
     _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
     _carried: ClassVar[frozenset[str]] = frozenset({"num_classes", "width", "statistics", "_new"})
     # What fitting sets, of what ``__init__`` sets too.
     _loaded = False  # from a file
     _lent = False  # what was fitted is another's, too
+    passes = 1
+    """How many passes over the training data a fit takes."""
     _least: float = -math.inf  # no score is below it
     _finer: str = ""  # what to do where many have it
 
@@ -151,12 +155,18 @@ class OODDetector:
         where = f"{type(self).__name__}.fit"
         self._reset()
         if data is None:
-            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
+            for i in range(self.passes):
+                if i:
+                    self._next_pass(where)
+                self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
         else:
-            for batch, y in self._training_batches(where, data):
-                self.fit_batch(batch, y, where=where)
-            if self._status == "unfitted":
-                raise ValueError(f"{where}: data must give a batch, got none")
+            for i in range(self.passes):
+                if i:
+                    self._next_pass(where)
+                for batch, y in self._training_batches(where, data):
+                    self.fit_batch(batch, y, where=where)
+                if self._status == "unfitted":
+                    raise ValueError(f"{where}: data must give a batch, got none")
         self._ready(where)
         return self
 
@@ -246,7 +256,12 @@ class OODDetector:
         """
         where = f"{type(self).__name__}.score"
         batch = as_batch(where, x, logits, features, confidence)
-        return score_batch({"": self}, batch, where=where)[""]
+        with torch.no_grad():
+            if x is not None and len(batch) > self.batch_size:
+                parts = [self._score(part) for part in self._parts(where, batch)]
+                return present(joined(parts, batch.device))
+            score = self._score(*completed(where, (self,), batch))
+            return score if x is None or score.device == x.device else score.to(x.device)
 
     def calibrate(
         self, id_scores: Scores, tpr: float = 0.95, confidence: float = 0.95
@@ -316,10 +331,17 @@ class OODDetector:
         self.check_threshold(self.threshold, where)
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
-            parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
-        score, label, group = (joined(p, batch.device) for p in zip(*parts, strict=True))
-        score = present(score)
-        return Prediction(label, group, score, self.threshold.predict(score))
+            if x is not None and len(batch) > self.batch_size:
+                parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
+            else:
+                (own,) = completed(where, (self,), batch)
+                parts = [(self._score(own), *self._label(own))]
+            score, label, group = parts[0]
+            if len(parts) > 1 or score.device != batch.device:
+                columns = zip(*parts, strict=True)
+                found, label, group = (joined(column, batch.device) for column in columns)
+                score = present(found)
+            return Prediction(label, group, score, is_below(score, self.threshold.value, where))
 
     def varied(self, **settings: Any) -> Self:
         """The detector with other settings, fitted to the same data, which are not read again.
@@ -374,13 +396,11 @@ class OODDetector:
         Raises:
             ValueError: It is of another detector, other settings, groups or another model.
         """
+        if threshold.source is None:
+            return
         key = (threshold, self.model, self._plain_settings())
-        if threshold.source is None or (
-            self._verified is not None
-            and self._verified[0] is threshold
-            and self._verified[1] is self.model
-            and self._verified[2] == key[2]
-        ):
+        known = self._verified
+        if known and known[0] is threshold and known[1] is self.model and known[2] == key[2]:
             return
         mine = self.source()
         if not isinstance(self.model, nn.Module):  # scores may come from anywhere
@@ -473,7 +493,7 @@ class OODDetector:
         where = f"{cls.__name__}.load: {os.fspath(path)}"
         content, tensors = read_tensors(where, path, _FORMAT, _VERSION)
         try:
-            known = DETECTORS if cls is OODDetector else {cls.name: cls}
+            known = {**DETECTORS, **COMPOUNDS} if cls is OODDetector else {cls.name: cls}
             if content["detector"] not in known:
                 name = str(content["detector"])[:80]
                 raise ValueError(f"detector must be one of {sorted(known)}, got {name!r}")
@@ -557,6 +577,9 @@ class OODDetector:
         """Learn from a batch, OOD samples left out; errors start with ``where``."""
         raise NotImplementedError
 
+    def _next_pass(self, where: str) -> None:
+        """Called between two passes over the training data."""
+
     def _finish(self, where: str) -> None:
         """Set the attributes in ``_tensors`` from all batches; errors start with ``where``."""
 
@@ -583,8 +606,8 @@ class OODDetector:
     # --- shared -------------------------------------------------------------------------------
 
     def _arguments(self) -> dict[str, Any]:
-        parameters = inspect.signature(type(self)).parameters
-        return {name: getattr(self, name) for name in parameters if name != "model"}
+        names: tuple[str, ...] = _parameters(type(self))  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
 
     def _plain_settings(self) -> dict[str, Any]:
         """The settings without the groups, whose digest says as much."""
@@ -608,12 +631,12 @@ class OODDetector:
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]:
         """What of ``wanted`` a batch lacks."""
         missing = []
-        for name in sorted(wanted):
+        for name in wanted:
             if name == "features" and self.layers:
                 missing += [f"features[{n!r}]" for n in self.layers if n not in batch.layers]
             elif name != "labels" and getattr(batch, name) is None:
                 missing.append(name)
-        return missing
+        return sorted(missing) if missing else missing
 
     def _training_batches(
         self, where: str, data: Iterable[Sequence[Tensor]]
@@ -633,6 +656,12 @@ class OODDetector:
             with torch.no_grad():
                 (batch,) = completed(where, [self], as_batch(where, x), self.trained_on)
             yield batch, y
+
+
+@cache
+def _parameters(detector: type[OODDetector]) -> tuple[str, ...]:
+    """Names of the constructor's arguments but for the model."""
+    return tuple(name for name in inspect.signature(detector).parameters if name != "model")
 
 
 def score_all(
@@ -685,6 +714,9 @@ def score_all(
 
 DETECTORS: dict[str, type[OODDetector]] = {}
 """Short name -> class, of all that were registered; ``DETECTORS[name].spec`` says more."""
+
+COMPOUNDS: dict[str, type[OODDetector]] = {}
+"""What is made of detectors, by the name that files give it."""
 
 D = TypeVar("D", bound=OODDetector)
 

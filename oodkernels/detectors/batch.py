@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,12 +89,18 @@ class Batch:
         )
 
     def __len__(self) -> int:
-        return len(self.tensors()[0][1])
+        return self._first().shape[0]
 
     @property
     def device(self) -> torch.device:
         """Device of the first tensor there is."""
-        return self.tensors()[0][1].device
+        return self._first().device
+
+    def _first(self) -> Tensor:
+        for tensor in (self.x, self.logits, self.features, self.confidence):
+            if tensor is not None:
+                return tensor
+        return next(iter(self.layers.values()))
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Those that are there, by the name that errors give them."""
@@ -116,8 +123,7 @@ class Batch:
 
     def chunks(self, size: int | None) -> Iterator[Batch]:
         """The batch in parts of at most ``size`` rows; None: in one."""
-        n = len(self)
-        if size is None or n <= size:
+        if size is None or (n := len(self)) <= size:
             yield self
             return
         for begin in range(0, n, size):
@@ -220,32 +226,54 @@ def as_batch(
         ValueError: There is none, or one has the wrong shape.
         TypeError: One is no tensor, or not floating-point.
     """
+    layers = None
     if isinstance(features, Mapping):
-        batch = Batch(x, logits, None, features, confidence)
-    else:
-        batch = Batch(x, logits, features, None, confidence)
-    shapes = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
+        layers = {name: _checked(where, f"features[{name!r}]", f) for name, f in features.items()}
+        features = None
+    batch = Batch(
+        None if x is None else _checked(where, "x", x),
+        None if logits is None else _checked(where, "logits", logits),
+        None if features is None else _checked(where, "features", features),
+        layers,
+        None if confidence is None else _checked(where, "confidence", confidence),
+    )
+    others = features is not None or confidence is not None or layers
+    if not others and (x is None) != (logits is None):
+        return batch  # of one tensor
     tensors = batch.tensors()
     if not tensors:
         raise ValueError(f"{where}: x, logits, features or confidence must be given, got none")
+    first, n = tensors[0][0], len(tensors[0][1])
     for name, tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
-        if name != "x" and not tensor.is_floating_point():
-            raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
-        dim, shape = shapes.get(name, (None, "(N, ...)"))
-        if tensor.dim() == 0 or dim not in (None, tensor.dim()):
-            raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
-        if len(tensor) != len(tensors[0][1]):
+        if len(tensor) != n:
             raise ValueError(
-                f"{where}: {tensors[0][0]} and {name} must be of the same samples, got "
-                f"{len(tensors[0][1])} and {len(tensor)}"
+                f"{where}: {first} and {name} must be of the same samples, got {n} and "
+                f"{len(tensor)}"
             )
-    if confidence is not None and confidence.numel() != len(confidence):
+    confidence = batch.confidence
+    if confidence is not None and confidence.numel() != n:
         raise ValueError(
             f"{where}: confidence must be (N,) or (N, 1), got {tuple(confidence.shape)}"
         )
     return batch
+
+
+_SHAPES = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
+
+
+def _checked(where: str, name: str, tensor: Any) -> Tensor:
+    """A tensor, or an array as one, that is floating-point and has the right number of axes."""
+    if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, np.ndarray):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+        tensor = torch.from_numpy(np.require(tensor, requirements="W"))
+    if name != "x" and not tensor.is_floating_point():
+        raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
+    dim, shape = _SHAPES.get(name, (0, "(N, ...)"))
+    found = tensor.dim()
+    if found == 0 or (dim and found != dim):
+        raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
+    return tensor
 
 
 def check_kept(name: str, tensor: Tensor) -> None:

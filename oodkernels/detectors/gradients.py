@@ -141,7 +141,7 @@ def input_sign(
     x: Tensor,
     std: float | Sequence[float] | None,
 ) -> Tensor:
-    """The sign of a loss's gradient in x over ``std``, with gradients for nothing but x.
+    """The sign of :func:`input_gradient`, over ``std``.
 
     Args:
         where: What errors start with.
@@ -163,6 +163,23 @@ def input_sign(
                 f"{tuple(x.shape)}"
             )
         step = step.reshape(-1, *[1] * (x.dim() - 2))
+    return step * input_gradient(where, loss, x).sign()
+
+
+def input_gradient(where: str, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A loss's gradient in x, with gradients for nothing but x.
+
+    Args:
+        where: What errors start with.
+        loss: (N, ...) -> scalar, a sum over the samples.
+        x: (N, ...), floating-point.
+
+    Raises:
+        ValueError: The loss is not differentiable in x.
+        TypeError: ``x`` is not floating-point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"{where}: x must be floating-point, got {x.dtype}")
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x.detach()
         x.requires_grad_()
@@ -172,7 +189,7 @@ def input_sign(
             (gradient,) = torch.autograd.grad(value, x, allow_unused=True)
         if gradient is None:
             raise ValueError(f"{where}: model must be differentiable in x")
-    return step * gradient.sign()
+    return gradient
 
 
 def check_step(

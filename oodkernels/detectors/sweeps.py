@@ -11,11 +11,11 @@ from torch import Tensor
 
 from oodkernels._checks import check_int
 from oodkernels._digest import StreamDigest
-from oodkernels.detectors.base import DETECTORS, OODDetector
+from oodkernels.detectors.base import OODDetector
 from oodkernels.detectors.batch import Batch
+from oodkernels.detectors.compose import spec_of
 from oodkernels.detectors.head import Head, read_head
 from oodkernels.detectors.model import Model
-from oodkernels.detectors.specs import DetectorSpec
 from oodkernels.detectors.tuning import Figures, SweptDetector, Tuning, model_digest
 from oodkernels.detectors.walk import (
     Alike,
@@ -254,9 +254,9 @@ class _Swept(OODDetector):
         self.batch_size = min(base.batch_size for base in self.bases)
         self.layers = tuple(dict.fromkeys(layer for base in self.bases for layer in base.layers))
         kinds = [
-            type(b)._from_settings({**b._settings(), **s}, None)
-            for b, some in parts
-            for s in some[:64]
+            base.spec.make(where, {**base._arguments(), **one}, model=base.model)
+            for base, settings in parts
+            for one in settings[:64]
         ]
         self.needs = frozenset().union(*(kind.needs for kind in kinds))
         self._scorers = [base._scorer(where, settings) for base, settings in parts]
@@ -277,19 +277,6 @@ class _Swept(OODDetector):
                 return found
             index -= len(settings)
         raise IndexError
-
-
-def spec_of(where: str, name: str) -> DetectorSpec:
-    """The row of the registry for a name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if name not in DETECTORS:
-        raise ValueError(
-            f"{where}: there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}"
-        )
-    return DETECTORS[name].spec
 
 
 def _is_all(values: Any) -> bool:

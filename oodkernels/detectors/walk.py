@@ -105,7 +105,7 @@ def fit_detectors(
     model: Model | None = None,
     seen: StreamDigest | None = None,
 ) -> None:
-    """Detectors fitted together, in one pass over training samples.
+    """Detectors fitted together, in one pass over training samples, or as many as they take.
 
     Args:
         where: What errors start with.
@@ -120,11 +120,15 @@ def fit_detectors(
     """
     chosen = [detector for detector in detectors if detector.trained_on]
     layers = {str(i): detector for i, detector in enumerate(chosen)}
-    for part in parts_of(where, model, data, layers):
-        if seen is not None:
-            seen.add(**identity(part))
-        for detector in chosen:
-            detector.fit_batch(part.batch, part.labels, where=where)
+    for i in range(max((detector.passes for detector in chosen), default=0)):
+        own = [detector for detector in chosen if detector.passes > i]
+        for detector in own if i else ():
+            detector._next_pass(where)
+        for part in parts_of(where, model, data, layers):
+            if seen is not None and not i:
+                seen.add(**identity(part))
+            for detector in own:
+                detector.fit_batch(part.batch, part.labels, where=where)
 
 
 def identity(part: Part) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from oodkernels._digest import StreamDigest
+from oodkernels._ranks import ranks
 from oodkernels.detectors import Batch, Model, Tuning
 from oodkernels.detectors.walk import Data, Part, identity
 from oodkernels.evaluation.methods import (
@@ -53,6 +54,7 @@ def evaluate(
     memory: int | str | None = None,
     convention: str = "default",
     tuning: Tuning | None = None,
+    shared: bool = False,
     on_batch: Callable[[str, int], None] = lambda name, samples: None,
 ) -> Evaluation:
     """Detectors on one ID set and any number of OOD sets, each read once for all of them.
@@ -88,6 +90,8 @@ def evaluate(
         convention: Of :func:`oodkernels.ood_metrics`; with ``memory`` only the default.
         tuning: Of the sweep that the detectors' settings come from: for the report, and so that
             none of the sets is one that they were chosen on.
+        shared: Whether all ranks of ``torch.distributed`` call this, and share the batches as
+            :func:`oodkernels.evaluation.score_sets` has it; all are given the same.
         on_batch: Told the data set and the number of its samples done, "ID" for the ID set.
 
     Returns:
@@ -130,8 +134,10 @@ def evaluate(
     found = _Tally(groups, memory, list(sets)[1:], why)
     seen = {name: StreamDigest() for name in sets}
     if tuning is not None:
+        if shared and ranks()[1] > 1:
+            raise ValueError("evaluate: tuning is for one process, which reads all of the data")
         tuning.check_model("evaluate", model)
-    for batch in score_sets("evaluate", sets, chosen, model=model, groups=groups):
+    for batch in score_sets("evaluate", sets, chosen, model=model, groups=groups, shared=shared):
         found.take(batch)
         if tuning is not None:
             seen[batch.name].add(**identity(Part(batch.batch)))
@@ -225,7 +231,10 @@ class _Tally:
         if score not in self.metrics:
             from oodkernels.metrics.streaming import OODMetrics
 
-            self.metrics[score] = OODMetrics(memory=self.memory, sets=len(self.ood_sets))
+            # This process is told of all samples: ranks have nothing to add up.
+            self.metrics[score] = OODMetrics(
+                memory=self.memory, sets=len(self.ood_sets), sync_on_compute=False
+            )
         if name == ID:
             self.metrics[score].update_id(values)
         else:
@@ -277,7 +286,7 @@ class _Tally:
         if self.calibration is None:
             from oodkernels.metrics.streaming import CalibrationError
 
-            self.calibration = CalibrationError()
+            self.calibration = CalibrationError(sync_on_compute=False)
         self.calibration.update(confidence.cpu().clamp(max=1), correct.cpu())
 
     def result(self, model: str, convention: str) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -9,9 +10,19 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from oodkernels._digest import digest
+from oodkernels._ranks import gathered, ranks
 from oodkernels.data import ROLES, Samples
 from oodkernels.detectors import DETECTORS, Batch, Model, OODDetector
-from oodkernels.detectors.walk import GIVEN, Alike, Data, parts_of, score_part, tell_absent
+from oodkernels.detectors.compose import spec_of
+from oodkernels.detectors.walk import (
+    GIVEN,
+    Alike,
+    Data,
+    Part,
+    parts_of,
+    score_part,
+    tell_absent,
+)
 from oodkernels.groups import Groups
 from oodkernels.metrics import ThresholdSource
 
@@ -56,6 +67,7 @@ def score_sets(
     *,
     model: Model | None = None,
     groups: Groups | None = None,
+    shared: bool = False,
 ) -> Iterator[ScoredBatch]:
     """Data sets one after the other, each read once, for all detectors.
 
@@ -69,6 +81,10 @@ def score_sets(
             a model with an absent class or a confidence branch first that method's own.
         model: What is run on the data; None where they hold logits, features or scores.
         groups: Of a MOS head.
+        shared: Whether all ranks of ``torch.distributed`` call this and share the work: of n, each
+            scores every n-th batch, and all are given the scores, labels and logits of all batches,
+            in order. Data that have a method ``share(rank, world)`` say which are one's own; of
+            others all batches are read.
 
     Raises:
         ValueError: A set has no samples, or other scores or another width than the first; a score
@@ -82,18 +98,83 @@ def score_sets(
         if isinstance(data, Samples):
             source, data = data.name, _pruned(data, detectors, model)
             given, absent = _called(data), data.absent_column if model is None else None
-        for part in parts_of(where, model, data, detectors or {}, given):
-            if part.batch.absent is None and part.batch.logits is not None:
-                part.batch.absent = absent
-            if detectors is None:
-                detectors = as_detectors(_default(part.batch, groups), groups, model, where)
-            tell_absent(where, detectors, part.batch)
-            scores = score_part(where, detectors, part, source, done)
-            first.check(source, part.batch, scores)
-            done += len(part)
-            yield ScoredBatch(name, part.batch, part.labels, scores, detectors, done)
+        here = ranks() if shared else (0, 1)
+        own = parts_of(where, model, _share(data, here), detectors or {}, given)
+        while parts := _next_of_all(own, here):
+            part = parts.own
+            scores = None
+            if part is not None:
+                if part.batch.absent is None and part.batch.logits is not None:
+                    part.batch.absent = absent
+                if detectors is None:
+                    detectors = as_detectors(_default(part.batch, groups), groups, model, where)
+                tell_absent(where, detectors, part.batch)
+                scores = score_part(where, detectors, part, source, done + parts.before)
+                first.check(source, part.batch, scores)
+            for batch, labels, found in parts.exchange(scores):
+                first.check(source, batch, found)
+                done += len(next(iter(found.values())))
+                yield ScoredBatch(name, batch, labels, found, detectors or {}, done)
         if not done:
             raise ValueError(f"{where}: {source} has no samples")
+
+
+def _share(data: Data, here: tuple[int, int]) -> Data:
+    """This rank's batches of a data set: by its own means if it has any, else read past others."""
+    rank, world = here
+    if world == 1:
+        return data
+    if hasattr(data, "share"):
+        found: Data = data.share(rank, world)
+        return found
+    whole = [data] if isinstance(data, Tensor | Mapping) else data
+    return itertools.islice(whole, rank, None, world)
+
+
+Exchanged: TypeAlias = tuple[Batch, Tensor | None, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """The next batch of every rank."""
+
+    own: Part | None
+    sizes: list[int]
+    rank: int
+
+    @property
+    def before(self) -> int:
+        """Samples in the batches of the ranks before this one."""
+        return sum(self.sizes[: self.rank])
+
+    def exchange(self, scores: dict[str, Tensor] | None) -> list[Exchanged]:
+        """Batch, labels and scores of every rank that had one."""
+        if len(self.sizes) == 1:
+            return [(self.own.batch, self.own.labels, scores or {})] if self.own else []
+        mine = None
+        if self.own is not None:
+            batch, labels = self.own.batch, self.own.labels
+            logits = None if batch.logits is None else batch.logits.cpu()
+            labels = None if labels is None else labels.cpu()
+            mine = (logits, batch.absent, labels, scores)
+        found: list[Exchanged] = []
+        for one in gathered(mine):
+            if one is not None:
+                logits, absent, labels, theirs = one
+                batch = Batch(logits=logits)
+                batch.absent = absent
+                found.append((batch, labels, theirs or {}))
+        return found
+
+
+def _next_of_all(own: Iterator[Part], here: tuple[int, int]) -> _Round | None:
+    """The next batches of all ranks; None where none has any."""
+    part = next(own, None)
+    rank, world = here
+    if world == 1:
+        return None if part is None else _Round(part, [len(part)], rank)
+    sizes = gathered(-1 if part is None else len(part))
+    return _Round(part, [max(n, 0) for n in sizes], rank) if max(sizes) >= 0 else None
 
 
 def _default(batch: Batch, groups: Groups | None) -> list[str]:
@@ -138,12 +219,7 @@ def as_detectors(
                 "in {'name': detector}"
             )
         if isinstance(detector, str):
-            if detector not in DETECTORS:
-                raise ValueError(
-                    f"{where}: there is no detector {detector!r}, only "
-                    f"{', '.join(sorted(DETECTORS))}"
-                )
-            detector = DETECTORS[detector].spec.make(where, groups=groups, model=model)
+            detector = spec_of(where, detector).make(where, groups=groups, model=model)
         found[label] = detector
         if not isinstance(found[label], OODDetector):
             raise TypeError(

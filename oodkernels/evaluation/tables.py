@@ -12,13 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 AVERAGE = "average"
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
-METRIC_NAMES = {
-    "fpr95": "FPR95",
-    "fpr95_ood": "FPR95-OOD",
-    "auroc": "AUROC",
-    "aupr_in": "AUPR-in",
-    "aupr_out": "AUPR-out",
-}
+METRIC_NAMES = {"fpr95": "FPR95", "auroc": "AUROC", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
+EVERY_NAME = {**METRIC_NAMES, "fpr95_ood": "FPR95-OOD"}
 LOWER_IS_BETTER = frozenset({"fpr95", "fpr95_ood"})
 
 
@@ -155,7 +150,7 @@ def to_markdown(rows: Sequence[AnyRow], metrics: Sequence[str] = METRICS) -> str
     arrow = {metric: "↓" if metric in LOWER_IS_BETTER else "↑" for metric in metrics}
     header = ["model", "score", "ID acc. ↑"]
     for name in ood_sets(rows):
-        header += [f"{_markdown(name)} {METRIC_NAMES[m]} {arrow[m]}" for m in metrics]
+        header += [f"{_markdown(name)} {EVERY_NAME[m]} {arrow[m]}" for m in metrics]
     table = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     table += _body(rows, _markdown, "**{}**", metrics)
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
@@ -170,7 +165,7 @@ def to_latex(rows: Sequence[AnyRow], metrics: Sequence[str] = METRICS) -> str:
     ]
     rules = [rf"\cmidrule(lr){{{4 + width * i}-{3 + width * (i + 1)}}}" for i in range(len(names))]
     arrow = {True: r"$\downarrow$", False: r"$\uparrow$"}
-    heads = [f"{METRIC_NAMES[metric]} {arrow[metric in LOWER_IS_BETTER]}" for metric in metrics]
+    heads = [f"{EVERY_NAME[metric]} {arrow[metric in LOWER_IS_BETTER]}" for metric in metrics]
     body = []
     model = None
     for line, (_, score, *cells) in zip(

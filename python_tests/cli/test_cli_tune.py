@@ -64,6 +64,10 @@ def test_settings_are_chosen_applied_and_shown(files: dict[str, Path], tmp_path:
     page = (out / "report.html").read_text()
     assert "<h2>Settings</h2>" in page
     assert 'alt="auroc on the validation data under every setting"' in page
+    both = ("-d", "react:percentile=85+gen:gamma=1", "-d", "gen:gamma=1")
+    rows = json.loads(oodk("eval", *test, *both, "--json").stdout)["results"]
+    assert [row["score"] for row in rows[::2]] == list(both[1::2])
+    assert rows[0]["auroc"] != rows[2]["auroc"]
     one = json.loads(oodk("eval", *test, "--tuned", tuned, "-d", "knn", "--json").stdout)
     assert {row["score"] for row in one["results"]} == {"knn"}
     scored = oodk("score", "--data", files["far"], *shared, "--tuned", tuned, "-d", "knn")

@@ -6,7 +6,7 @@ The sums of the ROC ops, which it does not have, are held against the CPU backen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -20,20 +20,6 @@ from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
 from oodkernels.ops.keys import order_key, scores_of_keys
 
 pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny torch calls cost less without waking other threads for each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- samples --------------------------------------------------------------------------------------

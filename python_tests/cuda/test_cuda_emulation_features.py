@@ -7,7 +7,6 @@ import torch
 from cuda_emulator import DTYPES, Emulator
 from test_cuda_emulation import (
     Sample,
-    one_thread,  # noqa: F401  (a fixture)
     pytestmark,  # noqa: F401
 )
 from torch import Tensor
@@ -23,11 +22,6 @@ SAMPLES = [
     Sample(5, (1,), torch.bfloat16),
 ]
 samples = pytest.mark.parametrize("sample", SAMPLES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
 
 
 def run_stats(emulator: Emulator, sample: Sample, p: Tensor, rectified: bool) -> list[Tensor]:

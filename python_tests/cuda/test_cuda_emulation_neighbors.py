@@ -18,11 +18,6 @@ pytestmark = needs_compiler
 f64, f32, bf16, f16 = DTYPES
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
-
-
 def search(
     emulator: Emulator,
     queries: Tensor,

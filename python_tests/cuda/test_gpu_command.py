@@ -34,15 +34,6 @@ def names(stages: list[gpu.Stage]) -> list[str]:
     return [stage.name for stage in stages]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny calls cost less without waking other threads for each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> gpu.Run:
     made = gpu.Run(tmp_path, "cuda", minutes=1)

@@ -215,8 +215,11 @@ def test_every_grid_is_of_options_that_the_detector_takes() -> None:
         assert spec.grid.keys() | spec.at_score | spec.at_fit - {"absent"} <= spec.options.keys()
         for option, values in spec.grid.items():
             for value in values:
+                given = {option: value}
+                if name.startswith("adascale"):  # low below high
+                    given = {"low": 50, "high": 99.5, option: value}
                 if name != "mcm":
-                    made(name, {option: value})
+                    made(name, given)
 
 
 # --- other settings -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from oodkernels.detectors import Tuning
 from oodkernels.evaluation.benchmarks import (
     BENCHMARKS,
     BenchmarkResult,
+    FailingSamples,
     open_sets,
     read_benchmark,
 )
@@ -102,6 +104,7 @@ def here(copy_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.delitem(sys.modules, "bench_models", raising=False)
     # The pictures take the longest: those of the whole run are enough.
     monkeypatch.setattr(BenchmarkResult, "to_html", lambda self: "")
+    monkeypatch.setattr(FailingSamples, "to_html", lambda self, picture: "")
     os.symlink(copy_of / "data", "data")
     return tmp_path
 
@@ -126,7 +129,7 @@ def content(out: str) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(Path(out).rglob("*"))
-        if path.is_file() and path.name not in ("config.toml", "report.html")
+        if path.is_file() and path.name not in ("config.toml", "report.html", "samples.html")
     }
 
 
@@ -277,6 +280,43 @@ def test_a_run_has_the_figures_of_its_scores(whole: Path) -> None:
         text = (whole / name).read_text()
         assert "full-spectrum" in text
         assert "FPR95-OOD" in text
+
+
+def test_the_samples_that_fail_are_shown(whole: Path) -> None:
+    record = json.loads((whole / "samples.json").read_text())
+
+    def scores(key: str, label: str) -> np.ndarray[Any, Any]:
+        (path,) = (whole / "scores" / key.replace("/", "-")).glob(f"{label}-*.npy")
+        return np.load(path)
+
+    shares = []
+    for label in ("msp", "energy", "knn_k_5", "mahalanobis"):
+        ids, oods = scores("id/test", label), scores("near/tin", label)
+        lower = (ids < oods[:, None]).mean(1) + (ids == oods[:, None]).mean(1) / 2
+        shares.append(lower)
+    mean = np.mean(shares, 0)
+    found = record["most_id"]["near/tin"]
+    order = np.argsort(-mean, kind="stable")
+    assert [each["index"] for each in found] == order[:12].tolist()
+    assert [each["mean"] for each in found] == pytest.approx(mean[order[:12]].tolist())
+    first = found[0]
+    assert first["shares"]["msp"] == pytest.approx(shares[0][order[0]])
+    assert first["spread"] == pytest.approx(np.std(shares, 0)[order[0]])
+    assert first["name"] == f"data/images_classic/tin near/x y/{order[0]:04d}.png"
+    logits = open_samples(whole / "sets/near-tin").read("logits")
+    assert first["predicted"] == f"class {int(logits[order[0]].argmax())}"
+    kept = 0
+    for label in ("msp", "energy", "knn_k_5", "mahalanobis"):
+        threshold = np.sort(scores("id/test", label))[2]  # 38 of 40 are 95 %
+        kept += int(scores("near/tin", label)[order[0]] >= threshold)
+    assert first["kept"] == kept
+    lost = record["lost"]
+    assert [each["mean"] for each in lost] == sorted(each["mean"] for each in lost)
+    assert lost[0]["label"] == f"class {lost[0]['index'] % 10}"
+    assert set(record["apart"]) == {"id/test", *record["most_id"]}
+    page = (whole / "samples.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 12 * 7 + 6 * 7
+    assert "ID samples that are lost" in page
 
 
 def test_a_second_run_computes_nothing_and_more_detectors_only_theirs(
@@ -527,3 +567,54 @@ def test_runs_on_different_data_are_refused(two: Path) -> None:
     assert "data has no results of oodk benchmark" in found.stderr
     found = oodk("compare", "a", "x=a", "-d", "odin")
     assert "no run has the detector 'odin'" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_model_of_timm_with_its_own_transform(here: Path, name: str) -> None:
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10)
+    torch.save(network.state_dict(), "w.pt")
+    given = ("benchmark", "openood-cifar10", "--data", "data", "--other-counts", "--out", "run")
+    given = (*given, "--model", name, "--weights", "w.pt", "--preprocess", "model", "--json", "-q")
+    found = oodk(*given, "-d", "energy", "-d", "knn:k=5", "-d", "vim:dim=8")
+    assert found.exit_code == 0, found.output
+    record = json.loads(found.stdout)
+    assert "Normalize" in record["identity"]["preprocessing"]
+    samples = open_samples("run/sets/id-test")
+    assert samples["logits"].shape == (40, 10)
+    features = samples.read("features")
+    torch.testing.assert_close(
+        network.eval().get_classifier()(features), samples.read("logits"), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_torchrun(whole: Path, here: Path, copy_of: Path) -> None:
+    """Every command that takes several processes, by torchrun itself."""
+    sets = whole / "sets"
+    (knn,) = (whole / "detectors").glob("knn*")
+    images = ("--model", "bench_models:make", "--size", 32, "-d", "odin")
+    commands: dict[str, tuple[object, ...]] = {
+        "eval": ("eval", "--id", sets / "id-test", "--ood", sets / "far-svhn", "-d", knn, "--json"),
+        "score": ("score", "--data", "data/images_classic/svhn far", *images, "-q"),
+        "benchmark": given("run", "--json"),
+    }
+    path = os.pathsep.join([str(copy_of), os.environ.get("PYTHONPATH", "")])
+    for command in commands.values():
+        alone = oodk(*command)
+        assert alone.exit_code == 0, alone.output
+        shutil.rmtree("run", ignore_errors=True)
+        start = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oodkernels")
+        done = subprocess.run(
+            [sys.executable, *start, *map(str, command)],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == alone.stdout
+    assert content("run") == content(str(whole))

@@ -299,7 +299,7 @@ class BenchmarkResult:
             table=tables.lines(rows, FIGURES),
             ood_sets=tables.ood_sets(rows)[:-1],
             average=tables.ood_sets(rows)[-1],
-            metric_names={figure: tables.METRIC_NAMES[figure] for figure in FIGURES},
+            metric_names={figure: tables.EVERY_NAME[figure] for figure in FIGURES},
             sets=tables.ood_sets(single),
             single=tables.lines(single, ("auroc",)),
             marked=marked,

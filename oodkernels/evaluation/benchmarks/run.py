@@ -1,7 +1,7 @@
 """A benchmark's steps: extract, tune, fit, score. Each is done once, and kept in the run's folder.
 
 Where ``torch.distributed`` is initialised, ranks share all of them: parts of sets are extracted,
-detectors fitted and sets scored by one rank each, so that no figure depends on their number.
+detectors fitted and batches scored by one rank each, so that no figure depends on their number.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ class BenchmarkRun:
         return self._detectors
 
     def score(self, on_batch: Callable[[str, int], None] = lambda key, done: None) -> None:
-        """Scores of every test set by every detector, each set by one rank.
+        """Scores of every test set by every detector; ranks share the batches.
 
         Args:
             on_batch: Told the set and the number of its samples done.
@@ -364,11 +364,9 @@ class BenchmarkRun:
         Raises:
             ValueError: As :func:`oodkernels.evaluation.score_sets`.
         """
-        rank, world = ranks()
-        for i, key in enumerate(self.tested):
-            if i % world == rank:
-                self._score(key, on_batch)
-        gathered(None)
+        for key in self.tested:
+            self._score(key, on_batch)
+        gathered(None)  # all files are there
 
     @property
     def tested(self) -> list[str]:
@@ -400,11 +398,10 @@ class BenchmarkRun:
         return open_samples(path, kind="labels").read("labels") if path.exists() else None
 
     def _score(self, key: str, on_batch: Callable[[str, int], None]) -> None:
-        missing = {
-            label: detector
-            for label, detector in self._detectors.items()
-            if not self._scores_file(key, label).exists()
-        }
+        labels = on_first(
+            lambda: [d for d in self._detectors if not self._scores_file(key, d).exists()]
+        )
+        missing = {label: self._detectors[label] for label in labels}
         if not missing:
             return
         kept: dict[str, list[Tensor]] = {}
@@ -415,6 +412,7 @@ class BenchmarkRun:
             missing,
             model=self.head,
             groups=self.groups,
+            shared=True,
         )
         for part in found:
             for label in missing:
@@ -422,6 +420,8 @@ class BenchmarkRun:
             if part.batch.logits is not None:
                 classes.append(predicted(part.batch, self.groups))
             on_batch(key, part.done)
+        if ranks()[0]:
+            return
         self._predictions_file(key).parent.mkdir(parents=True, exist_ok=True)
         if classes:
             save_arrays(self._predictions_file(key), {"labels": torch.cat(classes)})
