@@ -269,9 +269,7 @@ def after(step: OODDetector, batch: Batch) -> Batch:
         shaped, (weight, bias) = x, step._weights(batch)
     else:
         assert isinstance(step, _Shaping)
-        shaped = step._shape(x.clone())
-        # What shaping sets to zero may have been NaN.
-        shaped = torch.where(x.isnan().any(1, keepdim=True), torch.nan, shaped)
+        shaped = step._shape_(x.clone())
     with torch.autocast(x.device.type, enabled=False):
         return Batch(batch.x, torch.addmm(bias, shaped, weight.T), shaped)
 
