@@ -106,6 +106,7 @@ class AbnormalityModule(OODDetector):
         logits: Inputs | None = None,
         features: Features | None = None,
         labels: Inputs | None = None,
+        void: int | None = None,
     ) -> Self:
         """Both phases, forgetting what was learnt before; torch's random state is left as it was.
 
@@ -116,6 +117,7 @@ class AbnormalityModule(OODDetector):
             logits: Not read.
             features: Not read.
             labels: Not read.
+            void: Not read.
 
         Returns:
             The detector.

@@ -40,6 +40,7 @@ __all__ = [
     "in_blocks",
     "joined",
     "present",
+    "tensor_of",
 ]
 
 _BLOCK = 1 << 18  # numbers of a block that stays in cache
@@ -266,10 +267,9 @@ _SHAPES = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
 
 def _checked(where: str, name: str, tensor: Any) -> Tensor:
     """A tensor, or an array as one, that is floating-point and has the right number of axes."""
+    tensor = tensor_of(tensor)
     if not isinstance(tensor, Tensor):
-        if not isinstance(tensor, np.ndarray):
-            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
-        tensor = torch.from_numpy(np.require(tensor, requirements="W"))
+        raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
     if name != "x" and not tensor.is_floating_point():
         raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
     dim, shape = _SHAPES.get(name, (0, "(N, ...)"))
@@ -277,6 +277,13 @@ def _checked(where: str, name: str, tensor: Any) -> Tensor:
     if found == 0 or (dim and found != dim):
         raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
     return tensor
+
+
+def tensor_of(value: Any) -> Any:
+    """An array as a tensor, anything else as it is; one that cannot be written to is copied."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return torch.from_numpy(np.require(value, requirements="W"))
 
 
 INPUTS = ("x", "pixel_values")
