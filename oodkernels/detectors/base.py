@@ -396,7 +396,8 @@ class OODDetector:
             ]
             pixels: Any = zip(*rows, strict=True)
             maps: list[Any] = [joined(column, rows[0].score.device) for column in pixels]
-            return Prediction(*(None if c is None else c.reshape(shape) for c in maps))
+            label, group, score, is_ood = (None if c is None else c.reshape(shape) for c in maps)
+            return Prediction(label, group, present(score), present(is_ood))
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             if x is not None and len(batch) > self.batch_size:

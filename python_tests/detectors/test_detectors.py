@@ -845,7 +845,8 @@ def test_file_gives_the_detector_back(detector, calibrated, tmp_path):
         assert type(loaded) is type(detector)
         assert loaded.model == "a model"
         mine, found = (
-            {**vars(d), "model": None, "_status": "", "_verified": None} for d in (detector, loaded)
+            {**vars(d), "model": None, "_status": "", "_verified": None, "_loaded": None}
+            for d in (detector, loaded)
         )
         mine = {k: v for k, v in mine.items() if v is not None}
         assert {k: v for k, v in found.items() if v is not None} == mine
