@@ -122,7 +122,8 @@ class AbnormalityModule(OODDetector):
 
         Raises:
             ValueError: ``void`` is given, the model is no ``nn.Module`` or has no such layer, there
-                are no ID samples, labels do not match x or the logits, or decoder or noise give another shape than x.
+                are no ID samples, labels do not match x or the logits, or decoder or noise give
+                another shape than x.
             TypeError: Data can be gone through only once, or x is not floating-point.
         """
         where = "AbnormalityModule.fit"
