@@ -169,7 +169,7 @@ class OODDetector:
                 if i:
                     self._next_pass(where)
                 for batch, y in self._training_batches(where, data):
-                    self.fit_batch(batch, y, where=where)
+                    self.fit_batch(batch, without_void(where, y, void), where=where)
                 if self._status == "unfitted":
                     raise ValueError(f"{where}: data must give a batch, got none")
         self._ready(where)
@@ -363,8 +363,12 @@ class OODDetector:
                 self.predict(logits=part.logits, features=part.features)
                 for part, _ in pixel_rows(where, logits, features)
             ]
-            columns = (joined(column, rows[0].score.device) for column in zip(*rows, strict=True))
-            return Prediction(*(None if c is None else c.reshape(shape) for c in columns))
+            device = rows[0].score.device
+            label, group, score, is_ood = (
+                None if column is None else column.reshape(shape)
+                for column in (joined(parts, device) for parts in zip(*rows, strict=True))
+            )
+            return Prediction(label, group, present(score), present(is_ood))
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             if x is not None and len(batch) > self.batch_size:
@@ -546,7 +550,9 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
-            detector._status, detector._loaded = "fitted", True
+            detector._status = "fitted"
+            if detector.trained_on:
+                detector._loaded = True
             if detector.threshold is not None:
                 detector.check_threshold(detector.threshold, "threshold")
         except KeyError as error:

@@ -16,7 +16,9 @@ from oodkernels.detectors import (
     MSP,
     NCI,
     SCALE,
+    AbnormalityModule,
     Energy,
+    FeatureModel,
     Mahalanobis,
     OODDetector,
     ReAct,
@@ -105,6 +107,11 @@ def test_void_is_left_out_of_rows_too() -> None:
     known = Mahalanobis(shrinkage=0.5).fit(features=x[labels < 255], labels=labels[labels < 255])
     found = Mahalanobis(shrinkage=0.5).fit(features=x, labels=labels, void=255)
     assert torch.equal(found.score(features=x), known.score(features=x))
+    model = FeatureModel(nn.Sequential(nn.Identity(), nn.Linear(2, 2)))
+    loader = Mahalanobis(shrinkage=0.5, model=model).fit([(x, labels)], void=255)
+    assert torch.equal(loader.score(features=x), known.score(features=x))
+    with pytest.raises(ValueError, match=r"AbnormalityModule.fit: void must be None, got 255"):
+        AbnormalityModule().fit([(x, labels)], void=255)
 
 
 def test_figures_are_of_the_pixels_that_count() -> None:
