@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +164,13 @@ def benchmark(
     """
     from oodkernels._files import locked
     from oodkernels._ranks import joined, on_first
-    from oodkernels.evaluation.benchmarks import BenchmarkResult, BenchmarkRun, read_benchmark
+    from oodkernels.evaluation.benchmarks import (
+        BenchmarkResult,
+        BenchmarkRun,
+        failing_samples,
+        read_benchmark,
+        thumbnail,
+    )
 
     with joined("oodk benchmark") as (rank, _), ExitStack() as lock:
         quiet = quiet or bool(rank)
@@ -193,7 +200,8 @@ def benchmark(
                 return
             label = model or (head.stem if head is not None else "model")
             result = BenchmarkResult.of(run, label)
-            paths = result.save(out)
+            failing = failing_samples(run, result)
+            paths = [*failing.save(out, partial(thumbnail, run)), *result.save(out)]
     if as_json:
         print_json(result.as_dict())
         return

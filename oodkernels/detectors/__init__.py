@@ -44,6 +44,7 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
+from oodkernels.detectors.magnitude import Objectosphere
 from oodkernels.detectors.maps import Gram, RankFeat
 from oodkernels.detectors.mixtures import GMM
 from oodkernels.detectors.model import (
@@ -127,6 +128,7 @@ __all__ = [
     "NNGuide",
     "NotFittedError",
     "OODDetector",
+    "Objectosphere",
     "OpenMax",
     "OptFS",
     "Option",

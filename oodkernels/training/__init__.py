@@ -32,6 +32,12 @@ from oodkernels.training.objectives import (
     SyntheticObjective,
     make_objective,
 )
+from oodkernels.training.open_set import (
+    EntropicOpenSetObjective,
+    LogitNormObjective,
+    ObjectosphereObjective,
+    VOSObjective,
+)
 from oodkernels.training.trainer import FitResult, Trainer
 
 __all__ = [
@@ -44,13 +50,16 @@ __all__ = [
     "DOSMiner",
     "DOSObjective",
     "EnergyBoundedObjective",
+    "EntropicOpenSetObjective",
     "FitResult",
+    "LogitNormObjective",
     "MOSObjective",
     "MiningLog",
     "NTOMMiner",
     "NTOMObjective",
     "Objective",
     "ObjectiveSpec",
+    "ObjectosphereObjective",
     "OutlierExposureObjective",
     "OutlierMiner",
     "OutlierObjective",
@@ -63,6 +72,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "UniformMiner",
+    "VOSObjective",
     "load_checkpoint",
     "load_weights",
     "make_objective",

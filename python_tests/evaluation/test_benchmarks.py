@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from oodkernels.detectors import Tuning
 from oodkernels.evaluation.benchmarks import (
     BENCHMARKS,
     BenchmarkResult,
+    FailingSamples,
     open_sets,
     read_benchmark,
 )
 from oodkernels.metrics import paired_test
+from oodkernels.nn import Head
 
 MODULE = """
 import torch
@@ -103,6 +106,7 @@ def here(copy_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.delitem(sys.modules, "bench_models", raising=False)
     # The pictures take the longest: those of the whole run are enough.
     monkeypatch.setattr(BenchmarkResult, "to_html", lambda self: "")
+    monkeypatch.setattr(FailingSamples, "to_html", lambda self, picture: "")
     os.symlink(copy_of / "data", "data")
     return tmp_path
 
@@ -127,7 +131,7 @@ def content(out: str) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(Path(out).rglob("*"))
-        if path.is_file() and path.name not in ("config.toml", "report.html")
+        if path.is_file() and path.name not in ("config.toml", "report.html", "samples.html")
     }
 
 
@@ -280,6 +284,43 @@ def test_a_run_has_the_figures_of_its_scores(whole: Path) -> None:
         assert "FPR95-OOD" in text
 
 
+def test_the_samples_that_fail_are_shown(whole: Path) -> None:
+    record = json.loads((whole / "samples.json").read_text())
+
+    def scores(key: str, label: str) -> np.ndarray[Any, Any]:
+        (path,) = (whole / "scores" / key.replace("/", "-")).glob(f"{label}-*.npy")
+        return np.load(path)
+
+    shares = []
+    for label in ("msp", "energy", "knn_k_5", "mahalanobis"):
+        ids, oods = scores("id/test", label), scores("near/tin", label)
+        lower = (ids < oods[:, None]).mean(1) + (ids == oods[:, None]).mean(1) / 2
+        shares.append(lower)
+    mean = np.mean(shares, 0)
+    found = record["most_id"]["near/tin"]
+    order = np.argsort(-mean, kind="stable")
+    assert [each["index"] for each in found] == order[:12].tolist()
+    assert [each["mean"] for each in found] == pytest.approx(mean[order[:12]].tolist())
+    first = found[0]
+    assert first["shares"]["msp"] == pytest.approx(shares[0][order[0]])
+    assert first["spread"] == pytest.approx(np.std(shares, 0)[order[0]])
+    assert first["name"] == f"data/images_classic/tin near/x y/{order[0]:04d}.png"
+    logits = open_samples(whole / "sets/near-tin").read("logits")
+    assert first["predicted"] == f"class {int(logits[order[0]].argmax())}"
+    kept = 0
+    for label in ("msp", "energy", "knn_k_5", "mahalanobis"):
+        threshold = np.sort(scores("id/test", label))[2]  # 38 of 40 are 95 %
+        kept += int(scores("near/tin", label)[order[0]] >= threshold)
+    assert first["kept"] == kept
+    lost = record["lost"]
+    assert [each["mean"] for each in lost] == sorted(each["mean"] for each in lost)
+    assert lost[0]["label"] == f"class {lost[0]['index'] % 10}"
+    assert set(record["apart"]) == {"id/test", *record["most_id"]}
+    page = (whole / "samples.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 12 * 7 + 6 * 7
+    assert "ID samples that are lost" in page
+
+
 def test_a_second_run_computes_nothing_and_more_detectors_only_theirs(
     whole: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,7 +442,9 @@ def test_images_that_are_bad_or_missing_are_left_out_named_and_counted(here: Pat
     assert "far/svhn: 1 images are missing and 1 cannot be read." in found.stderr
     record = json.loads((here / "run/results.json").read_text())
     assert record["identity"]["data"]["far/svhn"]["missing"] == 1
-    assert record["identity"]["skipped"] == {"far/svhn": [str(svhn[3].relative_to(here))]}
+    name = svhn[3].relative_to(here / "data/images_classic")
+    assert record["identity"]["skipped"] == {"far/svhn": [name.as_posix()]}
+    assert record["identity"]["data"]["far/svhn"]["count"] == 10
     assert next(r for r in record["results"] if r["ood_set"] == "svhn")["n_ood"] == 10
     names = (here / "run/sets/far-svhn/samples.txt").read_text().splitlines()
     assert len(names) == 10
@@ -419,6 +462,115 @@ def test_a_list_of_another_benchmark_is_refused(here: Path) -> None:
         ValueError, match=r"labels must be class ids 0\.\.9, got 57: the list is of"
     ):
         open_sets(benchmark, "data", other_counts=True)
+
+
+def test_a_model_of_other_classes_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_models
+
+    def other() -> torch.nn.Module:
+        model = bench_models.Net()
+        model.fc = torch.nn.Linear(8, 7)
+        return model
+
+    monkeypatch.setattr(bench_models, "make", other)
+    found = oodk(*given("run"))
+    assert found.exit_code == 1
+    assert "openood-cifar10 has 10 classes, and the model gives logits of 7" in found.stderr
+
+
+# --- sources of one's own ---------------------------------------------------------------------
+
+
+def toml(text: str, **more: str) -> None:
+    sections = {"id": "", "near": "", "far": ""} | more
+    parts = [f"[{name}]\n{lines}\n" for name, lines in sections.items()]
+    Path("mine.toml").write_text("\n".join([text, *parts]))
+
+
+def test_folders_lists_shards_and_files_beside_each_other(here: Path) -> None:
+    """What was extracted gives the same figures as the images it was extracted from."""
+    pytest.importorskip("webdataset")
+    source = here / "data/images_classic"
+    base = ("--model", "bench_models:make", "--size", 32, "-q")
+    for name in ("tin near", "test id", "svhn far"):
+        Path(name.split()[0]).symlink_to(source / name)
+    listed = [f"{p.parent.name}/{p.name}" for p in sorted((source / "test id").rglob("*.png"))]
+    labels = [CLASSES.index(name.partition("/")[0]) for name in listed]
+    Path("test.txt").write_text("".join(f"{n} {y}\n" for n, y in zip(listed, labels, strict=True)))
+    files = sorted((source / "svhn far").rglob("*.png"))
+    for shard in range(2):
+        with tarfile.open(f"svhn-{shard}.tar", "w") as tar:
+            for i, path in enumerate(files[6 * shard : 6 * shard + 6]):
+                tar.add(path, f"{6 * shard + i:04d}.png")
+    assert (
+        oodk("extract", *base, "--data", "tin", "--dtype", "float32", "--out", "x").exit_code == 0
+    )
+    first = {"id": 'test = "test"', "near": 'tin = "tin"', "far": 'svhn = "svhn"'}
+    second = {
+        "id": 'test = { path = "test.txt", root = "test" }',
+        "near": 'tin = "x"',
+        "far": 'svhn = "svhn-{0..1}.tar"',
+    }
+    records = []
+    for out, sets, classes in (("a", first, '"folders"'), ("b", second, "10")):
+        names = json.dumps(sorted(CLASSES)) if classes == '"folders"' else classes
+        toml(f"classes = {names}", **sets)
+        found = oodk(
+            "benchmark", "mine.toml", "--out", out, *base, "-d", "msp", "-d", "energy", "--json"
+        )
+        assert found.exit_code == 0, found.output
+        records.append(json.loads(found.stdout))
+    a, b = records
+    assert a["results"] == b["results"]
+    assert a["results"][0]["id_accuracy"] is not None
+    sources = {key: one["source"] for key, one in b["identity"]["data"].items()}
+    assert sources == {"id/test": "images", "near/tin": "arrays", "far/svhn": "shards"}
+    assert b["identity"]["data"]["far/svhn"]["count"] == 12
+    refused = oodk("compare", "a", "b")
+    assert "a and b were measured on different data: data.id/test.source: folder" in refused.stderr
+
+
+def test_folders_of_classes_need_their_columns(here: Path) -> None:
+    Path("test").symlink_to(here / "data/images_classic/test id")
+    Path("tin").symlink_to(here / "data/images_classic/tin near")
+    toml("", id='test = "test"', near='tin = "tin"')
+    given = ("benchmark", "mine.toml", "--model", "bench_models:make", "--out", "run", "-q")
+    found = oodk(*given)
+    assert found.exit_code == 1
+    assert "id/test has a folder for each class, and which columns of the model" in found.stderr
+    toml('classes = "folders"', id='test = "test"', near='tin = "tin"')
+    assert 'classes must not be "folders" where id.train is no folder' in oodk(*given).stderr
+
+
+def test_files_of_features_and_a_head(here: Path) -> None:
+    rng = np.random.default_rng(0)
+    centres = 4 * rng.normal(size=(4, 6))
+    for name, n in (("train", 120), ("test", 40)):
+        labels = np.arange(n) % 4
+        features = np.abs(centres[labels] + rng.normal(size=(n, 6))).astype(np.float32)
+        np.savez(f"{name}.npz", features=features, labels=labels)
+    np.savez("far.npz", features=np.abs(4 * rng.normal(size=(30, 6))).astype(np.float32))
+    torch.manual_seed(0)
+    Head(6, 4).save("head.safetensors")
+    toml("", id='train = "train.npz"\ntest = "test.npz"', far='noise = "far.npz"')
+    given = ("benchmark", "mine.toml", "--out", "run", "--json", "-q", "-d", "knn:k=3", "-d")
+    found = oodk(*given, "energy", "--head", "head.safetensors")
+    assert found.exit_code == 0, found.output
+    rows = [r for r in json.loads(found.stdout)["results"] if r["ood_set"] == "noise"]
+    expected = json.loads(
+        oodk(
+            *("eval", "--id", "test.npz", "--ood", "far.npz", "--train", "train.npz", "--json"),
+            *("--head", "head.safetensors", "-d", "knn:k=3", "-d", "energy", "-q"),
+        ).stdout
+    )["results"]
+    for label in ("knn:k=3", "energy"):
+        mine = next(r for r in rows if (r["score"], r["kind"]) == (label, "far"))
+        theirs = next(r for r in expected if (r["score"], r["ood_set"]) == (label, "far"))
+        assert mine["auroc"] == theirs["auroc"]
+        assert mine["id_accuracy"] == theirs["id_accuracy"]
+    found = oodk("benchmark", "mine.toml", "--out", "other", "-q", "-d", "energy")
+    assert found.exit_code == 1
+    assert "energy reads logits, which is not among what is extracted, features" in found.stderr
 
 
 def test_a_folder_of_another_run_is_refused(whole: Path, here: Path) -> None:

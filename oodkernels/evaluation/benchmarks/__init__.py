@@ -12,6 +12,12 @@ from oodkernels.evaluation.benchmarks.definition import (
     SetDefinition,
     read_benchmark,
 )
+from oodkernels.evaluation.benchmarks.failures import (
+    FailingSample,
+    FailingSamples,
+    failing_samples,
+    thumbnail,
+)
 from oodkernels.evaluation.benchmarks.result import FIGURES, BenchmarkResult, BenchmarkRow
 from oodkernels.evaluation.benchmarks.run import BenchmarkModel, BenchmarkRun
 from oodkernels.evaluation.benchmarks.sources import MissingDataError, OpenSet, open_sets
@@ -24,13 +30,17 @@ __all__ = [
     "BenchmarkResult",
     "BenchmarkRow",
     "BenchmarkRun",
+    "FailingSample",
+    "FailingSamples",
     "FinishedRun",
     "MissingDataError",
     "OpenSet",
     "RunComparison",
     "SetDefinition",
     "compare_runs",
+    "failing_samples",
     "open_sets",
     "read_benchmark",
     "read_finished",
+    "thumbnail",
 ]
