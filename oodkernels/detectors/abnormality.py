@@ -105,6 +105,7 @@ class AbnormalityModule(OODDetector):
         logits: Tensor | None = None,
         features: Features | None = None,
         labels: Tensor | None = None,
+        void: int | None = None,
     ) -> Self:
         """Both phases, forgetting what was learnt before; torch's random state is left as it was.
 
@@ -114,16 +115,20 @@ class AbnormalityModule(OODDetector):
             logits: Not read.
             features: Not read.
             labels: Not read.
+            void: Not for this detector: label samples to be left out -1.
 
         Returns:
             The detector.
 
         Raises:
-            ValueError: The model is no ``nn.Module`` or has no such layer, there are no ID samples,
-                labels do not match x or the logits, or decoder or noise give another shape than x.
+            ValueError: ``void`` is given, the model is no ``nn.Module`` or has no such layer, there
+                are no ID samples, labels do not match x or the logits, or decoder or noise give
+                another shape than x.
             TypeError: Data can be gone through only once, or x is not floating-point.
         """
         where = "AbnormalityModule.fit"
+        if void is not None:
+            raise ValueError(f"{where}: void must be None, got {void}: label the samples -1")
         if not isinstance(self.model, nn.Module):
             raise ValueError(f"{where}: model must be an nn.Module, got {self.model!r:.80}")
         if data is None or isinstance(data, Iterator):

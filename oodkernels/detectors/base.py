@@ -20,6 +20,7 @@ from oodkernels._checks import check_class_ids, check_int
 from oodkernels._digest import digest
 from oodkernels._safetensors import read_tensors, write_tensors
 from oodkernels.detectors.batch import Batch, Features, as_batch, check_axes, joined, present
+from oodkernels.detectors.dense import pixel_rows, pixels_of, without_void
 from oodkernels.detectors.model import Model, Walk
 from oodkernels.detectors.passes import completed, score_batch
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
@@ -133,15 +134,19 @@ class OODDetector:
         logits: Tensor | None = None,
         features: Features | None = None,
         labels: Tensor | None = None,
+        void: int | None = None,
     ) -> Self:
         """Learn from ID samples, forgetting what was learnt before and the threshold.
 
         Args:
             data: Batches (x, labels), such as a ``DataLoader``, for the model to run on; in one
                 pass unless the detector says otherwise.
-            logits: (N, C).
-            features: (N, d); a mapping from layer to (N, ...) for detectors of several layers.
-            labels: (N,) integer class ids; samples with label -1, OOD, are left out.
+            logits: (N, C), or (N, C, H, W) of pixels.
+            features: (N, d), or (N, d, H, W) of pixels; a mapping from layer to (N, ...) for
+                detectors of several layers.
+            labels: (N,) integer class ids, of pixels (N, H, W); samples with label -1, OOD, are
+                left out.
+            void: Label of samples that are of no class and left out, such as 255 of pixels.
 
         Returns:
             The detector. One that needs no fit (:attr:`trained_on` is empty) reads nothing.
@@ -158,13 +163,13 @@ class OODDetector:
             for i in range(self.passes):
                 if i:
                     self._next_pass(where)
-                self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
+                self._take(where, logits, features, labels, void)
         else:
             for i in range(self.passes):
                 if i:
                     self._next_pass(where)
                 for batch, y in self._training_batches(where, data):
-                    self.fit_batch(batch, y, where=where)
+                    self.fit_batch(batch, without_void(where, y, void), where=where)
                 if self._status == "unfitted":
                     raise ValueError(f"{where}: data must give a batch, got none")
         self._ready(where)
@@ -176,6 +181,7 @@ class OODDetector:
         logits: Tensor | None = None,
         features: Features | None = None,
         labels: Tensor | None = None,
+        void: int | None = None,
     ) -> Self:
         """Learn from one more batch; arguments as for :meth:`fit`.
 
@@ -189,8 +195,25 @@ class OODDetector:
         """
         if self.trained_on:
             where = f"{type(self).__name__}.partial_fit"
-            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
+            self._take(where, logits, features, labels, void)
         return self
+
+    def _take(
+        self,
+        where: str,
+        logits: Tensor | None,
+        features: Features | None,
+        labels: Tensor | None,
+        void: int | None,
+    ) -> None:
+        """Learn from tensors, of samples or of pixels."""
+        if pixels_of(where, logits, features) is None:
+            batch = as_batch(where, None, logits, features)
+            self.fit_batch(batch, without_void(where, labels, void), where=where)
+            return
+        assert not isinstance(features, Mapping)
+        for batch, own in pixel_rows(where, logits, features, labels):
+            self.fit_batch(batch, without_void(where, own, void), where=where)
 
     def fit_batch(
         self, batch: Batch, labels: Tensor | None = None, *, where: str = "fit_batch"
@@ -242,12 +265,14 @@ class OODDetector:
 
         Args:
             x: (N, ...) inputs, for the model; sent through it :attr:`batch_size` at a time.
-            logits: (N, C).
-            features: (N, d); a mapping from layer to (N, ...) for detectors of several layers.
+            logits: (N, C), or (N, C, H, W) of pixels, whatever their strides: they are read a
+                block of pixels at a time and never copied as a whole.
+            features: (N, d), or (N, d, H, W) of pixels; a mapping from layer to (N, ...) for
+                detectors of several layers.
             confidence: (N,) or (N, 1), logit of the confidence.
 
         Returns:
-            (N,), on the device of the input.
+            (N,), or (N, H, W) of pixels, on the device of the input.
 
         Raises:
             ValueError: Something needed is missing or has the wrong shape; ``x`` without a model.
@@ -255,6 +280,8 @@ class OODDetector:
             NotFittedError: ``fit`` has not been called.
         """
         where = f"{type(self).__name__}.score"
+        if pixels_of(where, logits, features, x, confidence) is not None:
+            return score_all({"": self}, logits=logits, features=features)[""]
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             if x is not None and len(batch) > self.batch_size:
@@ -329,6 +356,19 @@ class OODDetector:
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
         self.check_threshold(self.threshold, where)
+        shape = pixels_of(where, logits, features, x, confidence)
+        if shape is not None:
+            assert not isinstance(features, Mapping)
+            rows = [
+                self.predict(logits=part.logits, features=part.features)
+                for part, _ in pixel_rows(where, logits, features)
+            ]
+            device = rows[0].score.device
+            label, group, score, is_ood = (
+                None if column is None else column.reshape(shape)
+                for column in (joined(parts, device) for parts in zip(*rows, strict=True))
+            )
+            return Prediction(label, group, present(score), present(is_ood))
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             if x is not None and len(batch) > self.batch_size:
@@ -510,7 +550,9 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
-            detector._status, detector._loaded = "fitted", True
+            detector._status = "fitted"
+            if detector.trained_on:
+                detector._loaded = True
             if detector.threshold is not None:
                 detector.check_threshold(detector.threshold, "threshold")
         except KeyError as error:
@@ -687,10 +729,10 @@ def score_all(
         features: As there.
         confidence: As there.
         chunk: Rows at a time. By default the least ``batch_size`` of the detectors where ``x`` is
-            given, else all.
+            given, else all; of pixels a block that fits the cache, whatever it says.
 
     Returns:
-        Name -> (N,) scores, higher = more ID, on the device of the input.
+        Name -> (N,) scores, or (N, H, W) of pixels, higher = more ID, on the device of the input.
 
     Raises:
         ValueError: As :meth:`OODDetector.score`, or ``chunk`` is below 1.
@@ -706,6 +748,12 @@ def score_all(
             )
     if chunk is not None and chunk < 1:
         raise ValueError(f"{where}: chunk must be >= 1, got {chunk}")
+    shape = pixels_of(where, logits, features, x, confidence)
+    if shape is not None:
+        assert not isinstance(features, Mapping)
+        rows = pixel_rows(where, logits, features)
+        found = [score_batch(detectors, part, where=where) for part, _ in rows]
+        return {n: torch.cat([part[n] for part in found]).reshape(shape) for n in detectors}
     batch = as_batch(where, x, logits, features, confidence)
     return score_batch(detectors, batch, chunk, where=where)
 

@@ -13,6 +13,7 @@ from oodkernels.metrics.comparison import (
     holm,
     paired_test,
 )
+from oodkernels.metrics.dense import id_and_ood
 from oodkernels.metrics.intervals import auroc_interval, clopper_pearson, delong, quantile_ranks
 from oodkernels.metrics.misclassification import (
     MisclassificationResult,
@@ -60,6 +61,7 @@ __all__ = [
     "expected_calibration_error",
     "fpr_name",
     "holm",
+    "id_and_ood",
     "misclassification_metrics",
     "ood_metrics",
     "open_set_metrics",
