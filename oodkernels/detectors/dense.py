@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from oodkernels._checks import check_int, check_integers
-from oodkernels.detectors.batch import Batch, Features
+from oodkernels.detectors.batch import Batch
 
 __all__ = ["pixel_rows", "pixels_of", "without_void"]
 
@@ -17,10 +18,10 @@ _BLOCK = 1 << 20  # numbers of a block's logits and features: some megabytes
 
 def pixels_of(
     where: str,
-    logits: Tensor | None,
-    features: Features | None,
-    x: Tensor | None = None,
-    confidence: Tensor | None = None,
+    logits: Any,
+    features: Any,
+    x: Any = None,
+    confidence: Any = None,
 ) -> tuple[int, int, int] | None:
     """The shape (N, H, W) of dense logits (N, C, H, W) and features (N, d, H, W), None for others.
 
@@ -35,6 +36,8 @@ def pixels_of(
         ValueError: One is dense and the other is not, or of other pixels; or there is ``x``.
         TypeError: One is not floating-point.
     """
+    if getattr(logits, "ndim", 0) != 4 and getattr(features, "ndim", 0) != 4:
+        return None
     given = {"logits": logits, "features": features}
     tensors = {n: t for n, t in given.items() if isinstance(t, Tensor)}
     dense = [t for t in tensors.values() if t.dim() == 4]
@@ -56,9 +59,9 @@ def pixels_of(
 
 def pixel_rows(
     where: str,
-    logits: Tensor | None,
-    features: Tensor | None,
-    labels: Tensor | None = None,
+    logits: Any,
+    features: Any,
+    labels: Any = None,
 ) -> Iterator[tuple[Batch, Tensor | None]]:
     """Dense tensors as batches of rows, views of some pixels of an image, in order.
 
@@ -91,7 +94,7 @@ def pixel_rows(
             yield Batch(logits=z, features=f), None if own is None else own[part]
 
 
-def without_void(where: str, labels: Tensor | None, void: int | None) -> Tensor | None:
+def without_void(where: str, labels: Any, void: int | None) -> Tensor | None:
     """Labels with -1, which is left out, in place of the void label.
 
     Raises:

@@ -27,6 +27,7 @@ from oodkernels.metrics.ood import (
     OODResults,
     compare_conventions,
     fpr_name,
+    higher_is_better,
     ood_metrics,
     precision_recall_areas,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "delong",
     "expected_calibration_error",
     "fpr_name",
+    "higher_is_better",
     "holm",
     "id_and_ood",
     "misclassification_metrics",

@@ -55,6 +55,18 @@ def test_what_products_cannot_tell_is_told_by_differences(dtype: torch.dtype, sc
             same(Neighbors(*(column[q : q + 1] for column in found)), expected)
 
 
+def test_norms_may_be_near_the_largest_number() -> None:
+    """Relative to the mean of the bank they overflow, where few rows lie opposite to many."""
+    side = torch.ones(4000, 1)
+    side[[*range(2500, 2530), *range(3900, 3910)]] = -1
+    bank = side * (1 + 1e-3 * torch.rand(4000, 33)) * (1.5e19 / 33**0.5)
+    x = torch.cat([bank[2500:2520], bank[:20]])
+    found = nearest_neighbors(x, bank, 25)
+    for q in (0, 7, 25):
+        same(nearest_neighbors(x[q : q + 1], bank, 25), Neighbors(*(c[q : q + 1] for c in found)))
+    assert (found.distances[:, 0] == 0).all()
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e3])
 def test_a_query_has_its_bits_in_any_batch(shift: float) -> None:
     x, bank = twins(60, 33, torch.float32) + shift, twins(1500, 33, torch.float32) + shift
