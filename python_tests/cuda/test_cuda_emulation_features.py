@@ -64,12 +64,14 @@ def test_percentiles_outside_give_nan(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize(
     "sample",
-    [Sample(6, (200,), dtype, kind) for dtype in DTYPES[:3] for kind in ("ties", "special")]
-    + [Sample(3, (2,)), Sample(3, (1,)), Sample(3, (60,), torch.float32, "large")],
+    [Sample(3, (70,), dtype, kind) for dtype in DTYPES[:3] for kind in ("ties", "special")]
+    + [Sample(2, (2,)), Sample(2, (1,)), Sample(2, (60,), torch.float32, "large")],
     ids=str,
 )
 def test_gen_scores(emulator: Emulator, sample: Sample) -> None:
-    gamma, m = [0.1, 0.5] * 17, [10, 3] * 17  # more than a launch takes
+    gamma, m = [0.1, 0.5], [10, 3]
+    if sample.width == 2:  # more than a launch takes
+        gamma, m = gamma * 17, m * 17
     m = [min(one, sample.width) for one in m]
     inputs = {
         "logits": sample.storage,
@@ -89,7 +91,7 @@ SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "sample",
-    [Sample(6, (300,), torch.float32, "ties"), Sample(4, (37,), torch.bfloat16)],
+    [Sample(3, (300,), torch.float32, "ties"), Sample(2, (37,), torch.bfloat16)],
     ids=str,
 )
 def test_shape_features(emulator: Emulator, sample: Sample, shape: str) -> None:

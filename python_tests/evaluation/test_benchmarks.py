@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -396,14 +397,29 @@ def test_killed_after_any_file_it_goes_on_to_the_same_bytes(whole: Path, here: P
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_ranks_write_the_bytes_of_one(whole: Path, here: Path) -> None:
-    def work(out: str) -> None:
+    """A rank that dies takes the run down; started again, it goes on to the same bytes."""
+    replace = Path.replace
+
+    def work(out: str, last: int | None) -> None:
+        def dying(self: Path, target: Path) -> Path:
+            nonlocal last
+            if last is not None and torch.distributed.get_rank() == 1:
+                last -= 1
+                if last < 0:
+                    os._exit(9)
+            return replace(self, target)
+
+        Path.replace = dying  # type: ignore[method-assign]
         code = oodk(*given(out)).exit_code
         if code:
             os._exit(code)
 
-    for world in (2, 4):
+    for world, last in ((2, 2), (4, None)):
         out = f"of {world}"
-        assert forked(world, here, lambda out=out: work(out)) == [0] * world
+        if last is not None:
+            assert 9 in forked(world, here, partial(work, out, last))
+            assert not (here / out / "results.json").exists()
+        assert forked(world, here, partial(work, out, None)) == [0] * world
         assert content(out) == content(str(whole))
 
 
