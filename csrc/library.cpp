@@ -48,8 +48,8 @@ STABLE_TORCH_LIBRARY(oodk, m) {
   m.def("roc_metrics(Tensor id_scores, Tensor ood_scores, float tpr=0.95) -> Tensor");
 
   // roc_metrics is made of these, see ops/roc.h: scores of any shape to sorted order-preserving
-  // integers of their width (errors name `op` and `argument`), and two sorted sides to exact sums.
-  m.def("_roc_keys(Tensor scores, str op, str argument) -> Tensor");
+  // integers of their width, NaN last, and two sorted sides to exact sums.
+  m.def("_roc_keys(Tensor scores) -> Tensor");
   m.def("_roc_counts(Tensor id_keys, Tensor ood_keys) -> (Tensor counts, Tensor areas)");
 
   // Streaming metrics: counts (rows, bins + atoms + 4), table (65536,), see ops/histogram.h.

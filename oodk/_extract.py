@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -24,6 +24,15 @@ from oodk._images import (
     WorkersOption,
 )
 from oodk._output import print_path
+
+SkipBadOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Leave out images that cannot be read, and name them in skipped.txt, instead of "
+        "stopping at the first.",
+    ),
+]
 
 
 class DType(str, Enum):
@@ -112,6 +121,7 @@ def extract(
     part_size: Annotated[
         int, typer.Option(min=1, help="Images after which progress is safe on disk.")
     ] = 8192,
+    skip_bad: SkipBadOption = False,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
@@ -120,7 +130,9 @@ def extract(
     """Send images through a model once, and keep its logits and penultimate features.
 
     Killed and started again, it goes on where it was; no file is ever half-written under its final
-    name. What it writes is read by all other commands: give them the folder.
+    name. What it writes is read by all other commands: give them the folder. Several processes,
+    `torchrun --nproc-per-node=4 -m oodkernels extract ...`, each take a share of the files or
+    shards, and write the same bytes as one.
 
     **Examples**
 
@@ -132,6 +144,7 @@ def extract(
     """
     from oodkernels._files import file_digest
     from oodkernels._progress import progress
+    from oodkernels._ranks import joined
     from oodkernels.data import (
         EXTRACT_FORMATS,
         ExtractionPlan,
@@ -153,6 +166,7 @@ def extract(
     how = Images(str(model), weights, size, batch_size, workers, device, allow_shell)
     network, transform = how.network, how.transform
     images = how.open(data, root).images
+    images.skip_bad = skip_bad
     own_names = getattr(network, "class_names", None)
     names = own_names if classes is None else read_class_names(classes)
     own = images.class_names or ()
@@ -171,24 +185,31 @@ def extract(
         groups=None if meaning is None or meaning.groups is None else meaning.groups.to_json(),
         axis=axis,
     )
-    if not is_extracted(out, plan, file_format):
-        write_config(ctx, out)
     total = None if isinstance(images, Shards) else len(images)
-    with step("extract to", out), progress(not quiet) as shown:
-        task = shown.add_task("extract", total=total)
-        paths = extract_images(
-            network,
-            images,
-            out,
-            plan,
-            file_format=file_format,
-            batch_size=batch_size,
-            part_size=part_size,
-            workers=workers,
-            device=how.device,
-            on_batch=lambda done: shown.update(task, completed=done),
-        )
-    if (why := open_samples(out).without_accuracy) is not None:
+    with joined("oodk extract") as (rank, _), step("extract to", out):
+        if not rank and not is_extracted(out, plan, file_format):
+            write_config(ctx, out)
+        with progress(not quiet and not rank) as shown:
+            task = shown.add_task("extract", total=total)
+            paths = extract_images(
+                network,
+                images,
+                out,
+                plan,
+                file_format=file_format,
+                batch_size=batch_size,
+                part_size=part_size,
+                workers=workers,
+                device=how.device,
+                on_batch=lambda done: shown.update(task, completed=done),
+            )
+        if rank:
+            return
+    found = open_samples(out)
+    if (why := found.without_accuracy) is not None:
         typer.echo(f"no accuracy later on: {why} (--classes says which they are)", err=True)
+    if (out / "skipped.txt").exists():
+        count = len((out / "skipped.txt").read_text(encoding="utf-8").splitlines())
+        typer.echo(f"left out {count} images that cannot be read: {out / 'skipped.txt'}", err=True)
     for path in paths:
         print_path(path)

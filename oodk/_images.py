@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,7 +85,8 @@ class Images:
         if facts is not None:
             vars(network).update(absent_column=facts.absent_column, groups=facts.groups)
         if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            gpus = torch.cuda.device_count()  # one a process, as torchrun counts them
+            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"
         if self.size is not None or transform is None:
             transform = ToTensor(self.size or 224)
         return network.to(self.device), transform

@@ -135,6 +135,7 @@ class TrainingData:
         train.transform = transform = transform or ToTensor(size)
         first = next(iter(train)) if isinstance(train, Shards) else train[0]
         with step("run", spec):
+            assert first.image is not None  # nothing is left out here
             given = run(network, first.image[None]).logits
         if given is None or given.shape[1] != self.columns:
             got = "none" if given is None else given.shape[1]

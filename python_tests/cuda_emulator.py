@@ -84,7 +84,7 @@ class Emulator:
             file.unlink()
         for name, x in inputs.items():
             x.contiguous().view(torch.uint8).numpy().tofile(self.directory / f"{name}.in")
-        settings = {"processors": 1, "shared_bytes": 228 << 10, "orders": ORDERS, **values}
+        settings = {"processors": 1, "orders": ORDERS, **values}
         arguments = [f"{name}={value}" for name, value in settings.items()]
         return subprocess.run(
             [str(self.program(program)), kernel, str(self.directory), *arguments],

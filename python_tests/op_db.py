@@ -686,12 +686,15 @@ def roc_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
 def keys_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for sample in score_samples(device, dtype):
-        yield Sample((*sample.args, "f", "x"), name=sample.name)
+        (x,) = sample.args
+        yield Sample((x,), name=sample.name)
+    x = logits_of((20,), 7, device, dtype)
+    yield Sample((torch.where(x.abs() > 3, x * INF * 0, x),), name="NaN of both signs")
 
 
 def counts_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for sample in roc_samples(device, dtype):
-        keys = (torch.ops.oodk._roc_keys(x, "f", "x") for x in sample.args[:2])
+        keys = (torch.ops.oodk._roc_keys(x) for x in sample.args[:2])
         yield Sample(tuple(keys), name=sample.name)
 
 
@@ -713,8 +716,10 @@ def histogram_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample((counts, table, x, 1, None, atoms), name="atoms")
 
 
-def _roc_keys(scores: Tensor, op: str, argument: str) -> Tensor:
-    return keys_of_scores(scores.reshape(-1)).sort().values
+def _roc_keys(scores: Tensor) -> Tensor:
+    keys = keys_of_scores(scores.reshape(-1))
+    keys[scores.reshape(-1).isnan()] = torch.iinfo(keys.dtype).max
+    return keys.sort().values
 
 
 def _roc_counts(id_keys: Tensor, ood_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -777,8 +782,8 @@ def roc_refused(device: str) -> Iterator[Refused]:
 
 
 def keys_refused(device: str) -> Iterator[Refused]:
-    for bad, error, message in scores_refused(device, "x"):
-        yield Refused((bad, "f", "x"), error, message)
+    for bad, error, message in scores_refused(device, "scores"):
+        yield Refused((bad,), error, message)
 
 
 def counts_refused(device: str) -> Iterator[Refused]:
@@ -976,7 +981,6 @@ OPS = [
         rowwise=(),
         sets=(0,),
         as_is=True,
-        says="f",
     ),
     Op(
         "_roc_counts",

@@ -13,7 +13,7 @@ COMMANDS = PACKAGE.with_name("oodk")
 
 # From the ground up; rooms of one line do not know each other.
 STOREYS = [
-    ["_C", "_cuda", "_checks", "_digest", "_files", "_optional", "_version", "_wordnet"],
+    ["_C", "_cuda", "_checks", "_digest", "_files", "_optional", "_ranks", "_version", "_wordnet"],
     ["reference", "_safetensors"],
     ["_extension", "_progress"],
     ["ops"],
@@ -39,6 +39,7 @@ SHARED = {
     "_files",
     "_optional",
     "_progress",
+    "_ranks",
     "_safetensors",
     "_version",
     "_wordnet",

@@ -26,5 +26,13 @@ OODK_HOST_DEVICE inline std::make_signed_t<Bits> order_key(Bits bits) {
   return std::make_signed_t<Bits>(key + (key == Bits(~Bits(0))));
 }
 
+// The same, where NaN, of either sign, has the greatest key of all and no score has it; inf_bits are
+// the bits of +inf.
+template <typename Bits>
+OODK_HOST_DEVICE inline std::make_signed_t<Bits> order_key_nan_last(Bits bits, int64_t inf_bits) {
+  constexpr Bits most = Bits(Bits(~Bits(0)) >> 1);
+  return Bits(bits & most) > Bits(inf_bits) ? std::make_signed_t<Bits>(most) : order_key(bits);
+}
+
 } // namespace
 } // namespace oodk

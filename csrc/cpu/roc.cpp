@@ -24,8 +24,8 @@ void for_parts(int64_t parts, const F& f) {
   });
 }
 
-Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& argument) {
-  const RocScores scores = roc_scores(op, argument, t);
+Tensor roc_keys_cpu(const Tensor& t) {
+  const RocScores scores = roc_scores(t);
   const RocKernels& kernels = OODK_SELECT_KERNELS(roc_kernels);
   const int64_t n = scores.count;
   const int width = scores.width, digits = radix_digits(width);
@@ -40,18 +40,10 @@ Tensor roc_keys_cpu(const Tensor& t, const std::string& op, const std::string& a
 
   Tensor keys = new_keys();
   std::vector<int64_t> counts(parts * digits * kRadix); // (parts, digits, kRadix)
-  std::vector<NanCount> nans(parts);
   for_parts(parts, [&](int64_t p) {
     kernels.make_keys(scores.tensor.const_data_ptr(), scores.stride, width, scores.inf_bits,
-        begin(p), begin(p + 1), keys.mutable_data_ptr(), &counts[p * digits * kRadix], &nans[p]);
+        begin(p), begin(p + 1), keys.mutable_data_ptr(), &counts[p * digits * kRadix]);
   });
-  NanCount nan{};
-  for (const NanCount& found : nans) {
-    nan.first = nan.count ? nan.first : found.first;
-    nan.count += found.count;
-  }
-  if (nan.count)
-    throw_nan(op, argument, nan.count, nan.first);
 
   Tensor sorted; // by the digits so far
   bool moved = false;

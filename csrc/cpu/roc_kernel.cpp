@@ -38,19 +38,13 @@ OODK_INLINE void with_width(int width, F f) {
 }
 
 void make_keys(const void* scores, int64_t stride, int width, int64_t inf_bits, int64_t begin,
-    int64_t end, void* keys, int64_t* counts, NanCount* nan) {
+    int64_t end, void* keys, int64_t* counts) {
   with_width(width, [&](auto zero) {
     using K = decltype(zero);
     constexpr int digits = radix_digits(sizeof(K));
     const K* bits = (const K*)scores;
-    // Keys beyond those of both infinities: the largest magnitudes, as NaN's are.
-    const K span = K(2 * K(inf_bits) + 1), low = K(~K(inf_bits));
     for (int64_t i = begin; i < end; ++i) {
-      const K key = ((K*)keys)[i] = K(order_key(bits[i * stride]));
-      if (K(key - low) > span) [[unlikely]] {
-        if (nan->count++ == 0)
-          nan->first = i;
-      }
+      const K key = ((K*)keys)[i] = K(order_key_nan_last(bits[i * stride], inf_bits));
 #pragma GCC unroll 8
       for (int digit = 0; digit < digits; ++digit)
         ++counts[digit * kRadix + digit_of(key, digit)];

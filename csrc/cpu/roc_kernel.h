@@ -20,15 +20,11 @@ constexpr int kRadix = 1 << radix_bits(8); // places for the values of one digit
 // Scores of a chunk: few enough that the sums over it are exact in float64.
 constexpr int64_t kRocChunk = 8192;
 
-struct NanCount {
-  int64_t count, first;
-};
-
 // `width` is the bytes of a score or key; all work on [begin, end).
 struct RocKernels {
   // Keys of scores `stride` scores apart. counts[digit][value] += occurrences, for every digit.
   void (*make_keys)(const void* scores, int64_t stride, int width, int64_t inf_bits, int64_t begin,
-      int64_t end, void* keys, int64_t* counts, NanCount* nan);
+      int64_t end, void* keys, int64_t* counts);
   // counts[value] += occurrences in one digit.
   void (*count)(
       const void* keys, int width, int digit, int64_t begin, int64_t end, int64_t* counts);

@@ -253,18 +253,15 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
 
 // Of the current device.
 struct Device {
-  int processors, shared_bytes; // multiprocessors; shared memory of each
+  int processors; // multiprocessors
 
   static Device current() {
     int device;
     check(cudaGetDevice(&device), "cudaGetDevice");
-    const auto attribute = [&](cudaDeviceAttr name) {
-      int value;
-      check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-      return value;
-    };
-    return {attribute(cudaDevAttrMultiProcessorCount),
-        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    Device found;
+    check(cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+    return found;
   }
 };
 

@@ -128,7 +128,7 @@ inline void logit_scores(const LogitsInput& in, double temperature, void* msp, v
     using T = acc_t<S>;
     const Rows<S> z{(const S*)in.logits, in.rows, in.stride, int(in.width)};
     const Device device = Device::current();
-    const Tiling t = tile(z, device);
+    const Tiling t = tile(z);
     launch(logit_scores_kernel<S, T>, t.blocks(in.rows, device), kRowThreads,
         t.tile_bytes() + t.slot_bytes<LogitState<T>>(), in.stream, z, t, T(temperature),
         LogitScores<T>{(T*)msp, (T*)max_logit, (T*)energy, (T*)entropy, label});

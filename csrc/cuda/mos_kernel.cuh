@@ -388,8 +388,8 @@ struct Walk {
   int head_group = -1; // -1: there is none
 
   template <typename S, typename F>
-  __device__ void run(
-      const Row<S>& row, const Piece& piece, const uint4* units, const Grouping& groups, F close) {
+  __device__ void run(const Piece& piece, const Row<S>& row, const Units<S>& units,
+      const Grouping& groups, F close) {
     constexpr int V = kPerUnit<S>;
     if (piece.begin >= piece.end)
       return;
@@ -397,10 +397,10 @@ struct Walk {
     if (groups[k] == piece.begin)
       next = groups[k--];
     int from = piece.begin; // columns before it are done
-    int column = row.first_unit * V - row.skew + piece.unit * V; // of the unit
+    int column = from; // of the unit
     // A unit before this column is wholly inside a group that goes on after it.
-    int whole = column < from ? -V : min(next, piece.end + 1) - V;
-    for (int u = piece.unit; u < piece.unit_end; ++u, column += V) {
+    int whole = min(next, piece.end + 1) - V;
+    for (int u = piece.unit; column < piece.end; ++u, column += V) {
       T x[V];
       unpack<S>(units[u], x);
       if (column < whole) {
@@ -499,7 +499,7 @@ __global__ void __launch_bounds__(kRowThreads, kForwardBlocks<S, Op>)
     };
     Walk<T, Op::kLocate> walk;
     if (exists)
-      walk.run(row, piece(row, tiling), shared + tiling.row() * tiling.pitch, groups, close);
+      walk.run(piece(row, tiling), row, Units<S>(row, tiling, shared), groups, close);
     const Known before =
         preceding(walk.open, carry, unit + tiling.units >= tiling.row_units, tiling, open_slots);
     if (walk.head_group >= 0)
@@ -636,7 +636,7 @@ template <typename S, typename Op>
 void launch_forward(const MosInput& in, Op op) {
   const Device device = Device::current();
   const Rows<S> z = rows_of<S>(in);
-  const Tiling t = tile(z, device);
+  const Tiling t = tile(z);
   const size_t shared = t.tile_bytes() + t.slot_bytes<Open<acc_t<S>, Op::kLocate>>() +
       t.slot_bytes<typename Op::State>();
   launch(mos_forward<S, Op>, t.blocks(in.rows, device), kRowThreads, shared, in.stream, z,

@@ -148,7 +148,7 @@ inline void outlier_cross_entropy(
     using T = acc_t<S>;
     const Rows<S> z = rows_of<S>(in);
     const Device device = Device::current();
-    const Tiling t = tile(z, device);
+    const Tiling t = tile(z);
     launch(outlier_forward<S, T>, t.blocks(in.rows, device), kRowThreads,
         t.tile_bytes() + t.slot_bytes<OutlierState<T>>(), in.stream, z, t, in.target, (T*)loss,
         (T*)logsumexp, (Stats<T>*)stats);

@@ -1,4 +1,4 @@
-// CUDA backend of the ROC ops. Nothing waits for the GPU unless OODK_VALIDATE=1.
+// CUDA backend of the ROC ops. Nothing waits for the GPU.
 #include "ops/roc.h"
 
 #include <cub/device/device_radix_sort.cuh>
@@ -16,24 +16,8 @@ int64_t blocks_for(int64_t threads) {
   return (threads + kRocThreads - 1) / kRocThreads;
 }
 
-// On the host, from a copy: only where it is known that there is one.
 template <typename Key>
-[[noreturn]] void throw_nan_of(
-    const RocScores& scores, const std::string& op, const std::string& argument) {
-  const Tensor host =
-      torch::stable::to(torch::stable::contiguous(scores.tensor), oodk::Device("cpu"));
-  const Key* bits = (const Key*)host.const_data_ptr();
-  int64_t count = 0, first = 0;
-  for (int64_t i = scores.count - 1; i >= 0; --i)
-    if (int64_t(bits[i] & std::numeric_limits<Key>::max()) > scores.inf_bits) {
-      ++count;
-      first = i;
-    }
-  throw_nan(op, argument, count, first);
-}
-
-template <typename Key>
-Tensor sorted_keys(const RocScores& scores, const std::string& op, const std::string& argument) {
+Tensor sorted_keys(const RocScores& scores) {
   const OnDevice here(scores.tensor);
   const cudaStream_t stream = here.stream;
   const int64_t n = scores.count;
@@ -52,25 +36,15 @@ Tensor sorted_keys(const RocScores& scores, const std::string& op, const std::st
             scratch.mutable_data_ptr(), bytes, buffers, n, 0, bits, stream),
       "SortKeys");
 
-  if (validate()) {
-    Key last;
-    check(cudaMemcpyAsync(
-              &last, buffers.Current() + n - 1, sizeof(last), cudaMemcpyDeviceToHost, stream),
-        "cudaMemcpyAsync");
-    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-    if (last == std::numeric_limits<Key>::max())
-      throw_nan_of<Key>(scores, op, argument);
-  }
   return buffers.Current() == keys.const_data_ptr() ? keys : other;
 }
 
-// NaN scores have the greatest key of all; OODK_VALIDATE=1 refuses them.
-Tensor roc_keys(const Tensor& t, const std::string& op, const std::string& argument) {
-  const RocScores scores = roc_scores(op, argument, t);
+Tensor roc_keys(const Tensor& t) {
+  const RocScores scores = roc_scores(t);
   switch (scores.width) {
-    case 2: return sorted_keys<int16_t>(scores, op, argument);
-    case 4: return sorted_keys<int32_t>(scores, op, argument);
-    default: return sorted_keys<int64_t>(scores, op, argument);
+    case 2: return sorted_keys<int16_t>(scores);
+    case 4: return sorted_keys<int32_t>(scores);
+    default: return sorted_keys<int64_t>(scores);
   }
 }
 

@@ -15,19 +15,12 @@ namespace oodk::cuda {
 constexpr int kRocThreads = 128; // of a block: their sums take 14 KiB of shared memory
 constexpr size_t kRocShared = kRocThreads * sizeof(RocSums); // bytes, of a block that sums
 
-// The signed integer that orders as the score whose bits are given; NaN is the greatest.
-template <typename Key>
-__device__ inline Key key_of(Key bits, int64_t inf_bits) {
-  constexpr Key most = std::numeric_limits<Key>::max();
-  return (bits & most) > Key(inf_bits) ? most : Key(order_key(std::make_unsigned_t<Key>(bits)));
-}
-
 template <typename Key>
 __global__ void make_keys(
     const Key* scores, int64_t n, int64_t stride, int64_t inf_bits, Key* keys) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step)
-    keys[i] = key_of(scores[i * stride], inf_bits);
+    keys[i] = order_key_nan_last(std::make_unsigned_t<Key>(scores[i * stride]), inf_bits);
 }
 
 template <typename Key>

@@ -11,8 +11,10 @@
 //     row 0     |-- worker 0 --|-- worker 1 --|-- ...       thread 0, rows, 2 rows ...
 //     row 1     |--------------|--------------|-- ...       thread 1, rows + 1 ...
 //
-// Units are those of memory: a row that does not start at a multiple of 16 bytes has its column 0
-// in the midst of its unit 0, and `skew` columns' worth of something else before it.
+// The same row gives the same bits in any batch, at any alignment, on any GPU: which columns a thread
+// takes, and the order in which a row's sums are taken, depend on its width and element type alone.
+// Units are those of columns, kPerUnit<S> from column 0 on. A row that does not start at a multiple
+// of 16 bytes is staged as it lies in memory, and each of its units put together of two there.
 #pragma once
 
 #include <algorithm>
@@ -37,14 +39,16 @@ constexpr int kRowThreads = 128; // of a block: four warps wait for each other a
 template <typename S>
 constexpr int kRowBlocks = sizeof(S) == sizeof(double) ? 3 : 6;
 
-// How a launch divides its rows among blocks and threads.
+// How a launch divides its rows among blocks and threads. What follows from the width and the
+// element type alone comes first.
 struct Tiling {
   int rows_log2; // rows of a block: a power of two
   int copiers_log2; // threads that copy a row together: a power of two
-  int row_units; // the most that a row has
+  int row_units; // units of a row
   int units; // units of each row in shared memory at a time
-  int pitch; // units from row to row in shared memory
+  int pitch; // units from row to row in shared memory, one more than `units` at least
   int chunk; // units of a worker
+  bool aligned; // rows start at multiples of 16 bytes
   int64_t inner, inner_end; // a block whose first row is in between has no unit outside the tensor
 
   __host__ __device__ int rows() const {
@@ -77,36 +81,38 @@ struct Tiling {
   }
 };
 
+// Shared memory of a block's rows, 16 bytes each unit: what 6 blocks of a multiprocessor with 228 KiB
+// can have, fewer where there is less.
+constexpr int kTileUnits = (32 << 10) / int(sizeof(uint4));
+
 template <typename S>
-Tiling tile(const Rows<S>& z, const Device& device) {
+Tiling tile(const Rows<S>& z) {
   constexpr int V = kPerUnit<S>;
-  const int bytes = std::min(32 << 10, device.shared_bytes / (kRowBlocks<float> + 1));
-  const bool aligned = uintptr_t(z.data) % sizeof(uint4) == 0 && z.stride % V == 0;
   Tiling t{};
-  t.row_units = int((int64_t(z.width) + (aligned ? V - 1 : 2 * V - 2)) / V);
+  t.row_units = int((int64_t(z.width) + V - 1) / V);
 
-  // Many rows, for then more threads meet a group's boundary together; but spans of a KiB at least,
-  // which memory likes, and a block for every place there is.
-  const int span = std::min(t.row_units + 1, 1024 / int(sizeof(uint4)));
-  while (2 * t.rows() <= kRowThreads && 2 * t.rows() * span * int(sizeof(uint4)) <= bytes &&
-      (z.count >> (t.rows_log2 + 1)) >= int64_t(kRowBlocks<S>) * device.processors)
-    ++t.rows_log2;
-
+  // As many rows as fit whole, for the more there are, the more threads meet a group's boundary
+  // together, and the fewer workers' results are to be merged.
   // The eight lanes that read shared memory at once must meet eight different units mod 8: 8 / rows
   // workers of each row, an odd number of units apart, and the rows, an odd multiple of that apart.
-  const int rows = t.rows(), step = std::max(8 / rows, 1);
-  const int capacity = std::max(bytes / int(sizeof(uint4)) / rows - (2 * step - 1), 8);
+  const auto step_of = [](int rows) { return std::max(8 / rows, 1); };
+  const auto capacity_of = [&](int rows) { return kTileUnits / rows - 2 * step_of(rows); };
+  while (2 * t.rows() <= kRowThreads && t.row_units <= capacity_of(2 * t.rows()))
+    ++t.rows_log2;
+  const int rows = t.rows(), step = step_of(rows), capacity = capacity_of(rows);
   const int spans = (t.row_units + capacity - 1) / capacity;
   t.units = (t.row_units + spans - 1) / spans;
-  t.pitch = rows == 1 ? t.units : (t.units + step - 1) / (2 * step) * (2 * step) + step;
+  t.pitch = rows == 1 ? t.units + 1 : (t.units + step) / (2 * step) * (2 * step) + step;
   const int workers = kRowThreads >> t.rows_log2;
   t.chunk = (t.units + workers - 1) / workers;
   if (rows < 8)
     t.chunk |= 1;
-  t.inner = (V - 2) / std::max<int64_t>(z.stride, 1) + 1;
-  t.inner_end = z.count - t.inner - rows + 1;
   while ((1 << t.copiers_log2) < std::min(t.units, std::max(kWarp, workers)))
     ++t.copiers_log2;
+
+  t.aligned = uintptr_t(z.data) % sizeof(uint4) == 0 && z.stride % V == 0;
+  t.inner = (V - 2) / std::max<int64_t>(z.stride, 1) + 1;
+  t.inner_end = z.count - t.inner - rows + 1;
   return t;
 }
 
@@ -115,9 +121,8 @@ template <typename S>
 struct Row {
   const S* data; // column 0, in device memory
   const S* staged; // column 0, in shared memory, were it there
-  int first_unit; // the unit that holds `begin`, counted from the unit of column 0
-  int skew; // values before column 0 in its unit
-  int begin, end; // columns staged
+  int skew; // values between the 16 bytes' boundary before column 0 and it
+  int begin, end; // columns staged, from the first of a unit on
 
   __device__ acc_t<S> here(int column) const { // a staged one
     return widen(staged[column]);
@@ -142,7 +147,8 @@ __device__ inline void stage_edge(const Rows<S>& z, const S* from, uint4* to) {
       ((S*)to)[e] = from[e];
 }
 
-// Copies the units [unit, unit + t.units) of the rows from `first` on, asynchronously.
+// Copies the units [unit, unit + t.units) of the rows from `first` on, asynchronously: of memory, so
+// that a row which starts in the midst of one has one more.
 template <typename S>
 __device__ inline void stage(
     const Rows<S>& z, const Tiling& t, int64_t first, int unit, uint4* tile) {
@@ -155,7 +161,8 @@ __device__ inline void stage(
   const S* row = z[first + r];
   uint4* to = tile + r * t.pitch;
   for (; r < rows; r += step, row += step * z.stride, to += step * t.pitch) {
-    const int before = skew(row), end = min(t.units, (before + z.width + V - 1) / V - unit);
+    const int before = skew(row), last = (before + z.width + V - 1) / V - unit;
+    const int end = min(t.units + (before > 0), last);
     const uint4* const from = (const uint4*)(row - before) + unit;
     if (inside) {
 #pragma unroll 2
@@ -177,8 +184,8 @@ __device__ inline Row<S> staged_row(
   constexpr int V = kPerUnit<S>;
   const S* const data = z[row];
   const int before = skew(data);
-  return {data, (const S*)(tile + t.row() * t.pitch) + (before - unit * V), unit, before,
-      max(unit * V - before, 0), min((unit + t.units) * V - before, z.width)};
+  return {data, (const S*)(tile + t.row() * t.pitch) + (before - unit * V), before, unit * V,
+      min((unit + t.units) * V, z.width)};
 }
 
 // The columns of the row that are this thread's to walk: [begin, end), of units [unit, unit_end).
@@ -191,9 +198,38 @@ template <typename S>
 __device__ inline Piece piece(const Row<S>& row, const Tiling& t) {
   constexpr int V = kPerUnit<S>;
   const int unit = min(t.worker() * t.chunk, t.units), unit_end = min(unit + t.chunk, t.units);
-  const int column = row.first_unit * V - row.skew; // of the first staged unit
-  return {unit, unit_end, max(column + unit * V, row.begin), min(column + unit_end * V, row.end)};
+  return {unit, unit_end, row.begin + unit * V, min(row.begin + unit_end * V, row.end)};
 }
+
+// The 16 bytes from byte `skip` of two units on.
+__device__ inline uint4 straddle(const uint4* units, unsigned skip) {
+  const uint4 a = units[0], b = units[1];
+  unsigned w[] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 6; ++i)
+    w[i] = skip & 8 ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i)
+    w[i] = skip & 4 ? w[i + 1] : w[i];
+  const unsigned bits = skip % 4 * 8;
+  return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+      __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
+}
+
+// The units of a thread's row, counted from the first staged one, in shared memory. What is in one
+// beyond the row's end means nothing.
+template <typename S>
+struct Units {
+  const uint4* at;
+  unsigned skip; // bytes
+  bool aligned;
+
+  __device__ Units(const Row<S>& row, const Tiling& t, const uint4* tile)
+      : at(tile + t.row() * t.pitch), skip(row.skew * sizeof(S)), aligned(t.aligned) {}
+  __device__ uint4 operator[](int u) const {
+    return aligned ? at[u] : straddle(at + u, skip);
+  }
+};
 
 // Walks along all rows, a span of t.units units at a time. For each of a thread's rows: for each span
 // f(row number, whether there is such a row, row, first unit), then done(row number, whether there
@@ -225,19 +261,18 @@ __device__ inline void for_spans(const Rows<S>& z, const Tiling& t, uint4* tile,
 }
 
 // f(values, column, inside) on the units of a thread's piece of a staged row: the unit's values, the
-// first of its columns that is meant, and, as bits, which are.
+// first of its columns, and, as bits, which are meant: all but those beyond the row's end.
 template <typename S, typename F>
 __device__ inline void for_units(
     const Row<S>& row, const Tiling& t, const uint4* tile, const F& f) {
   constexpr int V = kPerUnit<S>;
   const Piece mine = piece(row, t);
-  const uint4* const units = tile + t.row() * t.pitch;
-  int column = row.first_unit * V - row.skew + mine.unit * V;
-  for (int u = mine.unit; u < mine.unit_end && column < mine.end; ++u, column += V) {
+  const Units<S> units(row, t, tile);
+  int column = mine.begin;
+  for (int u = mine.unit; column < mine.end; ++u, column += V) {
     acc_t<S> x[V];
     unpack<S>(units[u], x);
-    const int from = max(column, mine.begin), to = min(column + V, mine.end);
-    f(x, from, columns(from - column, to - column));
+    f(x, column, columns(0, min(V, mine.end - column)));
   }
 }
 

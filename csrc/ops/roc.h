@@ -17,12 +17,12 @@ struct RocScores {
 };
 
 // Copies only where no single stride leads from each score to the next.
-inline RocScores roc_scores(const std::string& op, const std::string& argument, const Tensor& t) {
-  const DType dtype = float_dtype(op.c_str(), argument.c_str(), t);
-  OODK_CHECK_VALUE(
-      t.dim() >= 1, op, ": ", argument, " must have at least one dimension, got a scalar");
+inline RocScores roc_scores(const Tensor& t) {
+  const char* op = "_roc_keys";
+  const DType dtype = float_dtype(op, "scores", t);
+  OODK_CHECK_VALUE(t.dim() >= 1, op, ": scores must have at least one dimension, got a scalar");
   const EvenSteps all = even_steps(t, t.dim(), 1);
-  OODK_CHECK_VALUE(all.count > 0, op, ": ", argument, " must not be empty");
+  OODK_CHECK_VALUE(all.count > 0, op, ": scores must not be empty");
   RocScores scores{all.even ? t : torch::stable::contiguous(t), all.count,
       all.even ? all.stride : 1, 2, 0, ScalarType::Short};
   switch (dtype) {
@@ -36,12 +36,6 @@ inline RocScores roc_scores(const std::string& op, const std::string& argument, 
     case DType::f16: scores.inf_bits = 0x7c00; break;
   }
   return scores;
-}
-
-[[noreturn]] inline void throw_nan(
-    const std::string& op, const std::string& argument, int64_t count, int64_t first) {
-  throw_value_error(concat(
-      op, ": ", argument, " must not hold NaN, got ", count, ", the first at index ", first));
 }
 
 struct RocKeys {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from oodkernels._checks import check_count
 from oodkernels._files import locked, replacing, write_text
+from oodkernels._ranks import gathered, on_first, ranks
 from oodkernels.data.arrays import PathLike
 from oodkernels.data.formats import npy, safetensors
 from oodkernels.data.images import NO_LABEL, ImageFiles, ImageSample, Shards, one_line
@@ -29,7 +32,7 @@ EXTRACT_FORMATS = {
     "npy": ("float16", "float32", "float64"),
 }
 """What is written, one ``samples.safetensors`` or a ``.npy`` for each array, and its types."""
-_PARTS, _PLAN = ".parts", "plan.json"
+_PARTS, _PLAN, _SIZE = ".parts", "plan.json", "part_size"
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,12 @@ def extract_images(
     """Logits (N, C), features (N, d) and labels (N,) of images, into a folder.
 
     They are written in parts, each under its name only when it is complete, and put together at
-    the end: killed and started again, an extraction goes on after the last part. ``samples.txt``
-    has the images' names, ``classes.txt`` those of the classes where they are known; labels are
-    left out where there are none.
+    the end: killed and started again, an extraction makes the parts that are missing. Where
+    ``torch.distributed`` is initialised, each rank makes its share of the parts, of files or of
+    shards; the files are the same whatever the number of ranks. ``samples.txt`` has the images'
+    names, ``classes.txt`` those of the classes where they are known, ``skipped.txt`` those that
+    could not be read, where ``images.skip_bad`` allows that; labels are left out where there are
+    none.
 
     Args:
         model: In evaluation mode, x -> logits.
@@ -80,10 +86,10 @@ def extract_images(
             input of the classifier.
         file_format: "safetensors" for one file ``samples.safetensors``, "npy" for one an array.
         batch_size: Images sent through the model at once.
-        part_size: Images in a part.
+        part_size: Images in a part, rounded up to whole batches.
         workers: Processes that read images.
         device: Where the model runs.
-        on_batch: Told the number of images done.
+        on_batch: Told the number of images done, of all ranks about.
 
     Returns:
         The files written.
@@ -92,27 +98,22 @@ def extract_images(
         ValueError: The folder holds an extraction under other settings, an image cannot be read,
             there are none, or the model has no such layer.
         OSError: A file cannot be written.
+        OtherRankError: The first rank could not begin or finish.
     """
     batch_size = check_count("extract_images", "batch_size", batch_size)
     part_size = check_count("extract_images", "part_size", part_size)
     workers = check_count("extract_images", "workers", workers, least=0)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "extract_images"):
-        if not is_extracted(folder, plan, file_format):
-            parts = _Parts(folder / _PARTS, _settings(plan, file_format))
-            on_batch(parts.done)
-            loader = _loader(images, parts.done, batch_size, workers)
-            for rows, names in _outputs(model.to(device), loader, plan):
-                parts.add(rows, names)
-                if parts.waiting >= part_size:
-                    parts.save()
-                on_batch(parts.done)
-            parts.save()
-            if not parts.paths:
-                raise ValueError(f"{plan.data} holds no images")
-            _put_together(folder, parts.paths, images.class_names, plan, file_format)
-            shutil.rmtree(folder / _PARTS)
+    with ExitStack() as lock:
+        on_first(lambda: lock.enter_context(locked(folder, "extract_images")) or True)
+        if not on_first(lambda: is_extracted(folder, plan, file_format)):
+            rows = -(-part_size // batch_size) * batch_size
+            parts = _Parts(folder / _PARTS, images, rows)
+            on_first(lambda: parts.begin(_settings(plan, file_format)))
+            _extract_parts(model.to(device), parts, plan, batch_size, workers, on_batch)
+            gathered(None)  # all parts are there
+            on_first(lambda: parts.finish(folder, plan, file_format))
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return [folder / name for name in record["files"]]
 
@@ -167,107 +168,225 @@ def _settings(plan: ExtractionPlan, file_format: str) -> dict[str, Any]:
 
 
 class _ImageBatch(NamedTuple):
-    image: Tensor
+    image: Tensor | None
     label: list[int]
     name: list[str]
+    bad: list[str]
 
 
 def _collate(samples: Sequence[ImageSample]) -> _ImageBatch:
-    images, labels, names = zip(*samples, strict=True)
-    return _ImageBatch(torch.stack(images), list(labels), list(names))
+    bad = [sample.name for sample in samples if sample.image is None]
+    good = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in good if sample.image is not None]
+    return _ImageBatch(
+        torch.stack(images) if images else None,
+        [sample.label for sample in good],
+        [sample.name for sample in good],
+        bad,
+    )
 
 
-def _loader(
-    images: ImageFiles | Shards, start: int, batch_size: int, workers: int
-) -> Iterable[_ImageBatch]:
-    options: dict[str, Any] = {"batch_size": batch_size, "collate_fn": _collate}
-    if isinstance(images, Shards):
-        images.start = start  # one process: workers would each read every shard
-        return DataLoader(images, **options)
-    return DataLoader(images, sampler=range(start, len(images)), num_workers=workers, **options)
+def _extract_parts(
+    model: nn.Module,
+    parts: _Parts,
+    plan: ExtractionPlan,
+    batch_size: int,
+    workers: int,
+    on_batch: Callable[[int], None],
+) -> None:
+    """The parts that are not there yet, of which each rank makes its share."""
+    done, (_, world) = parts.done, ranks()
+    on_batch(done)
+    for start, batches in parts.missing(batch_size, workers):
+        part = _Part(start)
+        for batch in batches:
+            part.add(batch, _outputs(model, batch, plan))
+            done += world * (len(batch.name) + len(batch.bad))  # as much as all ranks, about
+            on_batch(min(done, parts.total or done))
+            if part.size >= parts.rows:
+                parts.save(part)
+                part = part.next()
+        parts.save(part)
 
 
-def _outputs(
-    model: nn.Module, loader: Iterable[_ImageBatch], plan: ExtractionPlan
-) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
-    """Arrays of a batch by name, and its images' names."""
+def _outputs(model: nn.Module, batch: _ImageBatch, plan: ExtractionPlan) -> dict[str, Tensor]:
+    """Arrays of a batch by name; none where no image of it can be read."""
+    if batch.image is None:
+        return {}
     wrapped = FeatureModel(model, plan.layer, plan.axis)
     dtype: torch.dtype = getattr(torch, plan.dtype)
-    for batch in loader:
-        with torch.no_grad():
-            found = run(wrapped, to_model(wrapped, batch.image))
-        if found.features is None:
-            raise ValueError("the model has no linear layer to read features from: give a layer")
-        made = {"logits": found.logits, "features": found.features}
-        if found.confidence is not None:
-            made["confidence_logit"] = found.confidence.reshape(len(batch.name))
-        rows = {}
-        for name, tensor in made.items():
-            rows[name] = tensor.to("cpu", dtype)
-            lost = rows[name].isinf() & tensor.cpu().isfinite()
-            if bool(lost.any()):
-                row = int(lost.nonzero()[0, 0])
-                most = float(tensor[row].abs().max())
-                raise ValueError(
-                    f"{name} of {batch.name[row]} reach {most:.6g}, which {plan.dtype} cannot "
-                    "hold: give --dtype bfloat16 or float32"
-                )
-        yield {**rows, "labels": torch.tensor(batch.label)}, batch.name
+    with torch.no_grad():
+        found = run(wrapped, to_model(wrapped, batch.image))
+    if found.features is None:
+        raise ValueError("the model has no linear layer to read features from: give a layer")
+    made = {"logits": found.logits, "features": found.features}
+    if found.confidence is not None:
+        made["confidence_logit"] = found.confidence.reshape(len(batch.name))
+    rows = {}
+    for name, tensor in made.items():
+        rows[name] = tensor.to("cpu", dtype)
+        lost = rows[name].isinf() & tensor.cpu().isfinite()
+        if bool(lost.any()):
+            row = int(lost.nonzero()[0, 0])
+            most = float(tensor[row].abs().max())
+            raise ValueError(
+                f"{name} of {batch.name[row]} reach {most:.6g}, which {plan.dtype} cannot "
+                "hold: give --dtype bfloat16 or float32"
+            )
+    return {**rows, "labels": torch.tensor(batch.label)}
 
 
 # --- the files --------------------------------------------------------------------------------
 
 
-class _Parts:
-    """The parts of an extraction in a folder; each counts when it is complete."""
+class _Part:
+    """Rows of consecutive images, on their way to a file.
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder.parent / RECORD).unlink(missing_ok=True)  # of what is done again
-        write_text(folder / _PLAN, json.dumps(settings, indent=2) + "\n")
-        self.paths = sorted(folder.glob("part-*.safetensors"))
-        for number, part in enumerate(self.paths):
-            if part != self._path(number):
-                raise ValueError(f"{folder} lacks part {number}: remove {folder} to start again")
-        self.done = sum(open_samples(part).num_samples or 0 for part in self.paths)
-        self._rows: list[dict[str, Tensor]] = []
-        self._names: list[str] = []
+    Args:
+        key: Number of the unit of work, and of the part in it.
+    """
+
+    def __init__(self, key: tuple[int, int]) -> None:
+        self.key = key
+        self.rows: list[dict[str, Tensor]] = []
+        self.names: list[str] = []
+        self.bad: list[str] = []
 
     @property
-    def waiting(self) -> int:
-        """Images that are not on disk yet."""
-        return len(self._names)
+    def size(self) -> int:
+        """Images, those that cannot be read among them."""
+        return len(self.names) + len(self.bad)
 
-    def add(self, rows: dict[str, Tensor], names: Sequence[str]) -> None:
+    def add(self, batch: _ImageBatch, rows: dict[str, Tensor]) -> None:
         """Take a batch."""
-        self._rows.append(rows)
-        self._names += names
-        self.done += len(names)
+        if rows:
+            self.rows.append(rows)
+        self.names += batch.name
+        self.bad += batch.bad
 
-    def save(self) -> None:
-        """Make a part of what is waiting; names first, as it counts when its tensors are there."""
-        if not self._names:
+    def next(self) -> _Part:
+        """The one after it, empty."""
+        return _Part((self.key[0], self.key[1] + 1))
+
+
+class _Parts:
+    """The parts of an extraction in a folder; each counts when it is complete.
+
+    The units of work are ranges of files, of a part each, or shards; rank r of n has every n-th
+    from r on. Which rank makes a part does not show in it.
+
+    Args:
+        folder: Where they are.
+        images: What they are of.
+        rows: Images in a part, but for the last one of its unit.
+    """
+
+    def __init__(self, folder: Path, images: ImageFiles | Shards, rows: int) -> None:
+        self.folder, self.images, self.rows = folder, images, rows
+        self.total = None if isinstance(images, Shards) else len(images)
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Make the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder.parent / RECORD).unlink(missing_ok=True)  # of what is done again
+        size = self.folder / _SIZE
+        found = size.read_text(encoding="utf-8").strip() if size.exists() else str(self.rows)
+        if found != str(self.rows):
+            raise ValueError(
+                f"{self.folder} holds parts of {found} images: give --part-size {found}, got "
+                f"{self.rows} in whole batches; or remove {self.folder} to start again"
+            )
+        write_text(size, f"{self.rows}\n")
+        write_text(self.folder / _PLAN, json.dumps(settings, indent=2) + "\n")
+
+    @property
+    def done(self) -> int:
+        """Images that the parts hold."""
+        return sum(len(_names(path)) + len(_bad(path)) for path in self.paths)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Those that are there, in order."""
+        return sorted(self.folder.glob("part-*.safetensors"))
+
+    def missing(
+        self, batch_size: int, workers: int
+    ) -> Iterator[tuple[tuple[int, int], Iterable[_ImageBatch]]]:
+        """Where this rank's missing parts start, and the batches from there on."""
+        rank, world = ranks()
+        options: dict[str, Any] = {"collate_fn": _collate}
+        if isinstance(self.images, Shards):
+            for shard in range(rank, len(self.images.shards), world):
+                block = 0
+                while self._path((shard, block)).exists():
+                    block += 1
+                rest = self.images.only(shard, block * self.rows)
+                # One process: workers would each read every shard.
+                yield (shard, block), DataLoader(rest, batch_size, **options)
             return
-        path = self._path(len(self.paths))
-        write_text(path.with_suffix(".txt"), _lines(self._names))
-        tensors = {key: torch.cat([row[key] for row in self._rows]) for key in self._rows[0]}
+        units: dict[int, list[list[int]]] = {}
+        for unit, start in enumerate(range(0, len(self.images), self.rows)):
+            if unit % world == rank and not self._path((unit, 0)).exists():
+                end = min(start + self.rows, len(self.images))
+                starts = range(start, end, batch_size)
+                units[unit] = [list(range(i, min(i + batch_size, end))) for i in starts]
+        sampler = list(itertools.chain.from_iterable(units.values()))
+        loader = DataLoader(self.images, batch_sampler=sampler, num_workers=workers, **options)
+        batches = iter(loader)
+        for unit, own in units.items():
+            yield (unit, 0), itertools.islice(batches, len(own))
+
+    def save(self, part: _Part) -> None:
+        """Write a part, names first, as it counts when its tensors are there."""
+        if not part.size:
+            return
+        path = self._path(part.key)
+        write_text(path.with_suffix(".txt"), _lines(part.names))
+        if part.bad:
+            write_text(path.with_suffix(".bad"), _lines(part.bad))
+        tensors = {
+            key: torch.cat([row[key] for row in part.rows]) for key in (part.rows or [{}])[0]
+        }
         with replacing(path) as temporary:
             safetensors.write(temporary, tensors)
-        self.paths.append(path)
-        self._rows, self._names = [], []
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:06d}.safetensors"
+    def finish(self, folder: Path, plan: ExtractionPlan, file_format: str) -> None:
+        """Put them together, and remove them."""
+        held = self.done
+        if self.total is not None and held != self.total:
+            raise ValueError(
+                f"{self.folder} holds {held} of {self.total} images: all processes must share it"
+            )
+        full = [path for path in self.paths if _names(path)]
+        if not full:
+            unread = f", {held} that cannot be read" if held else ""
+            raise ValueError(f"{plan.data} holds no images{unread}")
+        bad = [name for path in self.paths for name in _bad(path)]
+        _put_together(folder, full, bad, self.images.class_names, plan, file_format)
+        shutil.rmtree(self.folder)
+
+    def _path(self, key: tuple[int, int]) -> Path:
+        block = f"-{key[1]:06d}" if isinstance(self.images, Shards) else ""
+        return self.folder / f"part-{key[0]:06d}{block}.safetensors"
 
 
 def _lines(names: Iterable[str]) -> str:
     return "".join(f"{one_line(name)}\n" for name in names)
 
 
+def _names(part: Path) -> list[str]:
+    return part.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+
+
+def _bad(part: Path) -> list[str]:
+    path = part.with_suffix(".bad")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
 def _put_together(
     folder: Path,
     parts: Sequence[Path],
+    bad: Sequence[str],
     class_names: Sequence[str] | None,
     plan: ExtractionPlan,
     file_format: str,
@@ -275,6 +394,9 @@ def _put_together(
     texts = (part.with_suffix(".txt").read_text(encoding="utf-8") for part in parts)
     write_text(folder / "samples.txt", "".join(texts))
     files = ["samples.txt"]
+    if bad:
+        write_text(folder / "skipped.txt", "".join(f"{name}\n" for name in bad))
+        files.append("skipped.txt")
     if class_names:
         write_text(folder / "classes.txt", _lines(class_names))
         files.append("classes.txt")
@@ -316,5 +438,5 @@ def _put_together(
             safetensors.write_chunks(file, shapes, types, chunks, metadata)
         files.append("samples.safetensors")
     sizes = {name: (folder / name).stat().st_size for name in sorted(files)}
-    record = {**_settings(plan, file_format), **meaning, "files": sizes}
+    record = {**_settings(plan, file_format), **meaning, "skipped": len(bad), "files": sizes}
     write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")

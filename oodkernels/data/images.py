@@ -5,6 +5,8 @@ Needs Pillow; shards need webdataset, augmentation torchvision (all of the extra
 
 from __future__ import annotations
 
+import ast
+import copy
 import hashlib
 import io
 import itertools
@@ -35,9 +37,9 @@ MAX_SHARDS = 1_000_000
 
 
 class ImageSample(NamedTuple):
-    """An image on its way to the model."""
+    """An image on its way to the model; ``image`` is None where it cannot be read."""
 
-    image: Tensor
+    image: Tensor | None
     label: int
     name: str
 
@@ -156,7 +158,12 @@ def _naming(name: str, what: str) -> Iterator[None]:
         raise ValueError(f"cannot {what} the image {name}: {reason(error)}") from error
 
 
-def _decode(source: Any, name: str, transform: Transform) -> Tensor:
+def _decode(source: Any, name: str, transform: Transform, skip: bool = False) -> Tensor | None:
+    if skip:
+        try:
+            return _decode(source, name, transform)
+        except ValueError:
+            return None
     pillow = require("PIL.Image", "vision", "images: their reading")
     operations = require("PIL.ImageOps", "vision", "images: their reading")
     with _naming(name, "read"):
@@ -180,7 +187,12 @@ class ImageFiles(Dataset[ImageSample]):
         labels: Class id of each, -1 for none.
         class_names: Names of the class ids; None where they are not known.
         transform: PIL image -> tensor.
+
+    Attributes:
+        skip_bad: Whether an image that cannot be read is a sample without one, and not an error.
     """
+
+    skip_bad = False
 
     def __init__(
         self,
@@ -198,7 +210,7 @@ class ImageFiles(Dataset[ImageSample]):
 
     def __getitem__(self, index: int) -> ImageSample:
         path = self.paths[index]
-        image = _decode(path, str(path), self.transform)
+        image = _decode(path, str(path), self.transform, self.skip_bad)
         return ImageSample(image, self.labels[index], str(path))
 
     def matched(self, class_names: Sequence[str], where: str) -> ImageFiles:
@@ -219,8 +231,10 @@ class ImageFiles(Dataset[ImageSample]):
             raise ValueError(
                 f"{error} (a list of files takes OOD images whatever they are)"
             ) from None
-        labels = [label if label < 0 else ids[label] for label in self.labels]
-        return ImageFiles(self.paths, labels, class_names, self.transform)
+        found = copy.copy(self)
+        found.labels = [label if label < 0 else ids[label] for label in self.labels]
+        found.class_names = tuple(class_names)
+        return found
 
     def digest(self) -> str:
         """Changes with the files and their labels."""
@@ -240,9 +254,13 @@ class Shards(IterableDataset[ImageSample]):
     Raises:
         ValueError: There are none, or they are no files and ``shell`` is not given.
         ImportError: webdataset is missing.
+
+    Attributes:
+        skip_bad: As for :class:`ImageFiles`.
     """
 
     class_names: tuple[str, ...] | None = None
+    skip_bad = False
 
     def __init__(self, urls: str, transform: Transform | None = None, shell: bool = False) -> None:
         self.urls, self.transform = urls, transform or ToTensor()
@@ -262,7 +280,9 @@ class Shards(IterableDataset[ImageSample]):
 
     def __iter__(self) -> Iterator[ImageSample]:
         library = require("webdataset", "vision", f"{self.urls}: its reading")
-        data = library.WebDataset(self.shards, shardshuffle=False, empty_check=False)
+        # What a rank is to read is said by ``only``, and not left to webdataset.
+        options = {"shardshuffle": False, "empty_check": False, "nodesplitter": iter}
+        data = library.WebDataset(self.shards, **options)
         for item in itertools.islice(filter(_is_shown, self._items(data)), self.start, None):
             name = f"{item['__url__']}: {item['__key__']}"
             with _naming(name, "read"):
@@ -270,8 +290,14 @@ class Shards(IterableDataset[ImageSample]):
                 if image is None:
                     raise ValueError("there is no image")
                 label = int(item["cls"]) if "cls" in item else NO_LABEL
-            image = _decode(io.BytesIO(image), name, self.transform)
+            image = _decode(io.BytesIO(image), name, self.transform, self.skip_bad)
             yield ImageSample(image, label, item["__key__"])
+
+    def only(self, shard: int, start: int = 0) -> Shards:
+        """One of the shards, from a sample of it on."""
+        found = copy.copy(self)
+        found.shards, found.start = [self.shards[shard]], start
+        return found
 
     def _items(self, data: Any) -> Iterator[dict[str, Any]]:
         try:
@@ -304,8 +330,8 @@ def open_images(
 
     Args:
         source: A folder with a folder per class, or of images without labels; a text file with
-            ``path`` or ``path label`` a line, separated by spaces, a tab or a comma; or ``.tar``
-            files, with braces.
+            ``path`` or ``path label`` a line, separated by spaces, a tab or a comma, where the
+            label may be a Python dict with an entry "label"; or ``.tar`` files, with braces.
         transform: PIL image -> tensor; by default :class:`ToTensor`.
         root: What the paths of a list are relative to; by default the list's folder.
         class_names: Names of the classes, such as those of the training run, whose numbers the
@@ -375,7 +401,7 @@ def _images(path: Path) -> list[Path]:
     )
 
 
-_LINE = re.compile(r"(?P<name>.*?)(?:\s*[,\t]\s*|\s+)(?P<label>-?\d+)")
+_LINE = re.compile(r"(?P<name>.*?)(?:\s*[,\t]\s*|\s+)(?P<label>-?\d+|\{.*\})")
 
 
 def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
@@ -386,7 +412,8 @@ def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
         if not (line := line.strip()):
             continue
         match = _LINE.fullmatch(line)
-        name, label = (match["name"], int(match["label"])) if match else (line, NO_LABEL)
+        name = match["name"] if match else line
+        label = _label(match["label"], f"{path}: line {number}") if match else NO_LABEL
         if Path(name).suffix.lower() not in IMAGES and (match or not os.path.isfile(root / name)):
             raise ValueError(
                 f"open_images: {path}: line {number} must be `path` or `path label`, of an image "
@@ -403,6 +430,23 @@ def _listed(path: Path, root: Path) -> tuple[list[Path], list[int]]:
         paths.append(root / name)
         labels.append(label)
     return paths, labels
+
+
+def _label(text: str, where: str) -> int:
+    """A class id, by itself or in a Python dict."""
+    if not text.startswith("{"):
+        return int(text)
+    try:
+        found = ast.literal_eval(text)
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        found = None
+    if not isinstance(found, dict) or type(found.get("label")) is not int:
+        raise ValueError(
+            f"open_images: {where} must have a class id as the `label` of its dict, got "
+            f"{text[:80]!r}"
+        )
+    label: int = found["label"]
+    return label
 
 
 def one_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -117,14 +118,22 @@ def sort_keys(scores: Tensor, function: str = "sort_keys", argument: str = "scor
         ValueError: Scores are empty or hold NaN.
         TypeError: Scores are not of a floating-point type above.
     """
-    keys: Tensor = torch.ops.oodk._roc_keys(scores, function, argument)
-    if not keys.is_cpu and bool(keys[-1] == torch.iinfo(keys.dtype).max):
+    check_scores(function, argument, scores)
+    keys: Tensor = torch.ops.oodk._roc_keys(scores)
+    if keys[-1] == torch.iinfo(keys.dtype).max:  # NaN's, which comes last
         nan = scores.reshape(-1).isnan().nonzero()
         raise ValueError(
             f"{function}: {argument} must not hold NaN, got {len(nan)}, the first at index "
             f"{int(nan[0])}"
         )
     return keys
+
+
+def check_scores(function: str, argument: str, scores: Tensor) -> None:
+    """Raise unless ``scores`` are floating-point and not empty."""
+    check_floating(function, argument, scores)
+    if scores.numel() == 0:
+        raise ValueError(f"{function}: {argument} must not be empty")
 
 
 def roc_counts(id_keys: Tensor, ood_keys: Tensor) -> tuple[ROCCounts, ROCAreas]:
@@ -149,14 +158,29 @@ def exact_ceil(share: float, n: int) -> int:
     return -(-exact.numerator * n // exact.denominator)
 
 
-@torch.library.impl("oodk::roc_metrics", "CompositeImplicitAutograd")
-def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
-    tpr = check_tpr("roc_metrics", tpr)
-    check_floating("roc_metrics", "id_scores", id_scores)
+def _keys_of_set(argument: str, scores: Tensor) -> Tensor:
+    # On CUDA looking for NaN would wait for the GPU: it is done on request, else the row is NaN.
+    if scores.is_cpu or os.environ.get("OODK_VALIDATE") == "1":
+        return sort_keys(scores, "roc_metrics", argument)
+    keys: Tensor = torch.ops.oodk._roc_keys(scores)
+    return keys
+
+
+@torch.library.register_fake("oodk::roc_metrics")
+def _roc_metrics_args(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
+    check_tpr("roc_metrics", tpr)
+    check_scores("roc_metrics", "id_scores", id_scores)
+    check_scores("roc_metrics", "ood_scores", ood_scores)
     check_same_dtype("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
     check_device("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
-    id_keys = torch.ops.oodk._roc_keys(id_scores, "roc_metrics", "id_scores")
-    ood_keys = torch.ops.oodk._roc_keys(ood_scores, "roc_metrics", "ood_scores")
+    return id_scores.new_empty((len(ROCMetricsResult._fields),), dtype=torch.float64)
+
+
+@torch.library.impl("oodk::roc_metrics", "CompositeExplicitAutograd")
+def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
+    _roc_metrics_args(id_scores, ood_scores, tpr)
+    id_keys = _keys_of_set("id_scores", id_scores)
+    ood_keys = _keys_of_set("ood_scores", ood_scores)
     counts, areas = torch.ops.oodk._roc_counts(id_keys, ood_keys)
     n_id, n_ood = id_keys.shape[0], ood_keys.shape[0]
     sums = counts[:, 0].double() * 2.0**62 + counts[:, 1].double()
@@ -192,10 +216,8 @@ def _(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
 
 
 @torch.library.register_fake("oodk::_roc_keys")
-def _(scores: Tensor, op: str, argument: str) -> Tensor:
-    check_floating(op, argument, scores)
-    if scores.numel() == 0:
-        raise ValueError(f"{op}: {argument} must not be empty")
+def _(scores: Tensor) -> Tensor:
+    check_scores("_roc_keys", "scores", scores)
     return scores.new_empty((scores.numel(),), dtype=KEY_TYPES[scores.dtype])
 
 
@@ -215,5 +237,6 @@ def _(id_keys: Tensor, ood_keys: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+register_not_differentiable("roc_metrics")
 register_not_differentiable("_roc_keys")
 register_not_differentiable("_roc_counts")

@@ -18,7 +18,6 @@ from torch import Tensor
 from oodkernels import reference
 from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
 from oodkernels.ops.keys import order_key, scores_of_keys
-from oodkernels.ops.roc import sort_keys
 
 pytestmark = needs_compiler
 
@@ -49,8 +48,7 @@ class Sample:
     gap: int = 0  # values between the rows
     offset: int = 0  # values before the first row
     index: torch.dtype = torch.int64
-    shared: int = 228  # KiB of the emulated device: the less, the shorter the spans of rows
-    processors: int = 1  # of the emulated device: the more, the fewer rows to a block
+    processors: int = 1  # of the emulated device: the fewer, the more rows to a block
 
     def __str__(self) -> str:
         sizes = "+".join(map(str, self.sizes))
@@ -124,7 +122,6 @@ class Sample:
             "offset": self.offset,
             "groups": len(self.sizes),
             "wide_offsets": int(self.index == torch.int64),
-            "shared_bytes": self.shared << 10,
             "processors": self.processors,
         }
 
@@ -141,10 +138,10 @@ SAMPLES = [
     Sample(800, (5, 6), torch.bfloat16),  # a row to a thread
     Sample(300, (3, 4, 4), index=torch.int32),
     Sample(2, (1501,), torch.bfloat16, offset=1),  # one huge group over all threads
-    Sample(20, (700, 2, 799), shared=8, gap=3),  # rows in spans
-    Sample(6, (100, 2, 2, 2500, 9), torch.float16, shared=8, offset=5),
+    Sample(2, (4000, 2, 4500), gap=3),  # rows in spans
+    Sample(2, (100, 2, 2, 8190, 9, 10000), torch.float16, offset=5),
     Sample(3, (3, 2) * 1000, torch.bfloat16, index=torch.int32),  # many tiny groups
-    Sample(5, (3, 2) * 1000, shared=8, kind="special"),
+    Sample(3, (3, 2) * 1000, torch.float64, kind="special", offset=1),
     Sample(40, (100, 30), torch.bfloat16, processors=4),
     Sample(8300, (2, 2), torch.bfloat16),  # more rows than the grid has threads
     Sample(900, (5, 9, 70)),  # as much shared memory as there is
@@ -357,6 +354,57 @@ def test_logit_scores(emulator: Emulator, sample: Sample, temperature: float) ->
     torch.testing.assert_close(label, expected_label)
 
 
+# --- the same row, the same bits ------------------------------------------------------------------
+
+FORWARD = {
+    "mos_score": ("score",),
+    "mos_predict": ("score", "log_odds", "prob"),
+    "mos_log_others": ("log_others", "stats"),
+    "mos_loss": ("loss", "stats"),
+    "outlier_cross_entropy": ("loss", "logsumexp", "stats"),
+    "logit_scores": ("msp", "max_logit", "energy", "entropy"),
+}
+INDICES = {"mos_predict": ("label", "group"), "logit_scores": ("label",)}
+WIDTHS = {
+    416: ((24, 160, 8, 224), 37),  # sizes of groups, rows: several of them to a block
+    9003: ((4000, 3, 5000), 3),  # a row in spans
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", FORWARD)
+def test_a_row_keeps_its_bits(
+    emulator: Emulator, kernel: str, dtype: torch.dtype, width: int
+) -> None:
+    """In any batch, at any alignment, whatever the number of multiprocessors."""
+    sizes, n = WIDTHS[width]
+    rows = Sample(n, sizes, dtype).logits
+    target = torch.arange(n) % (width - len(sizes))
+
+    def run(take: slice, gap: int = 0, offset: int = 0, processors: int = 1) -> list[Tensor]:
+        sample = Sample(len(rows[take]), sizes, dtype, "normal", gap, offset)
+        storage = torch.zeros(len(sample.storage), dtype=dtype)
+        sample.view(storage).copy_(rows[take])
+        outputs = dict.fromkeys(FORWARD[kernel], sample.accumulated)
+        outputs |= dict.fromkeys(INDICES.get(kernel, ()), torch.int64)
+        values = {**sample.values(), "processors": processors, "orders": 1}
+        inputs = sample.inputs(target=target[take])
+        inputs["logits"] = storage
+        found = emulator.run(kernel, inputs, outputs, ignore_index=-100, temperature=1.0, **values)
+        return [x.view(sample.rows, -1) for x in found]
+
+    whole = run(slice(None), processors=132)
+    others = [
+        (slice(None), run(slice(None), gap=1, offset=1)),
+        (slice(1, n - 1), run(slice(1, n - 1), gap=2, offset=3)),
+        (slice(2, 3), run(slice(2, 3))),
+    ]
+    for take, found in others:
+        for x, expected in zip(found, whole, strict=True):
+            torch.testing.assert_close(x, expected[take], rtol=0, atol=0)
+
+
 # --- ROC ------------------------------------------------------------------------------------------
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -416,15 +464,7 @@ def test_roc_keys(
     nan = scores.isnan()
     assert torch.equal(keys == torch.iinfo(integer).max, nan)
     assert torch.equal(scores_of_keys(keys[~nan], dtype), scores[~nan])
-    if not nan.all():
-        assert torch.equal(keys[~nan].sort().values, sort_keys(scores[~nan]))
-
-
-def cuda_keys(scores: Tensor) -> Tensor:
-    """Sorted keys, those of NaN the greatest; the CPU backend refuses NaN."""
-    keys = sort_keys(scores[~scores.isnan()])
-    nan = torch.full((len(scores) - len(keys),), torch.iinfo(keys.dtype).max, dtype=keys.dtype)
-    return torch.cat([keys, nan])
+    assert torch.equal(keys.sort().values, torch.ops.oodk._roc_keys(scores))
 
 
 SETS = [  # ID and OOD scores, those of a thread, kind
@@ -453,7 +493,7 @@ def test_roc_counts(
 ) -> None:
     x = some_scores(n, dtype, kind, seed=1)
     y = some_scores(m, dtype, kind, seed=2) - (100 if kind == "separate" else 0)
-    id_keys, ood_keys = cuda_keys(x), cuda_keys(y)
+    id_keys, ood_keys = map(torch.ops.oodk._roc_keys, (x, y))
     counts, areas = roc_counts(emulator, dtype, id_keys, ood_keys, size)
     expected, expected_areas = torch.ops.oodk._roc_counts(id_keys, ood_keys)
     assert torch.equal(counts, expected.flatten())

@@ -269,6 +269,9 @@ using std::min;
 inline float __fdividef(float a, float b) {
   return a / b;
 }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
+  return unsigned((uint64_t(high) << 32 | low) >> (bits & 31));
+}
 inline int __popc(unsigned x) {
   return std::popcount(x);
 }
@@ -287,7 +290,7 @@ constexpr unsigned char poison = 0xff;
 constexpr size_t kSharedBytes = 228 << 10;
 
 struct Settings { // made by the test
-  int processors = 1, shared_bytes = int(kSharedBytes); // of the device
+  int processors = 1; // of the device
   unsigned seed = 0; // of the order of blocks and threads; 0: ascending
 };
 inline Settings settings;
@@ -297,7 +300,7 @@ inline Settings settings;
 namespace oodk::cuda { inline thread_local uint4 shared[emulation::kSharedBytes / sizeof(uint4)]; }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -313,9 +316,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const auto& s = emulation::settings;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? s.processors : s.shared_bytes;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::settings.processors;
   return cudaSuccess;
 }
 

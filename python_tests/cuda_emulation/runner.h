@@ -112,7 +112,6 @@ inline int run(int argc, char** argv, const Kernels& kernels) {
       values[argument.substr(0, equals)] = argument.substr(equals + 1);
     }
     emulation::settings.processors = std::stoi(values.at("processors"));
-    emulation::settings.shared_bytes = std::stoi(values.at("shared_bytes"));
     for (int seed = 0; seed < std::stoi(values.at("orders")); ++seed) {
       emulation::settings.seed = unsigned(seed);
       Run run(argv[2], values);

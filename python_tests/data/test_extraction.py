@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
 from PIL import Image
+from processes import forked
 from typer.testing import CliRunner, Result
 
 from oodk.app import app
@@ -196,19 +198,27 @@ def test_file_lists(here: Path) -> None:
     assert "labels" not in two.arrays
 
 
-def test_shards(here: Path) -> None:
+def shards(count: int) -> None:
+    """The images in so many tar files."""
     pytest.importorskip("webdataset")
     images = open_images("images", ToTensor(8))
     assert isinstance(images, ImageFiles)
-    for shard, rows in enumerate((range(0, 14), range(14, 24))):
+    for shard in range(count):
         with tarfile.open(f"s-{shard:03d}.tar", "w") as tar:
-            for i in rows:
+            for i in range(24 * shard // count, 24 * (shard + 1) // count):
                 content = {"png": images.paths[i].read_bytes(), "cls": str(images.labels[i])}
                 for suffix, data in content.items():
                     info = tarfile.TarInfo(f"{i:05d}.{suffix}")
                     raw = data.encode() if isinstance(data, str) else data
                     info.size = len(raw)
                     tar.addfile(info, io.BytesIO(raw))
+
+
+def test_shards(here: Path) -> None:
+    pytest.importorskip("webdataset")
+    images = open_images("images", ToTensor(8))
+    assert isinstance(images, ImageFiles)
+    shards(2)
     given = ("--model", "my_models:make", "--data", "s-{000..001}.tar", "--dtype", "float32")
     found = oodk("extract", *given, "--out", "run", "--part-size", 5)
     assert found.exit_code == 0, found.output
@@ -254,6 +264,90 @@ def test_killed_and_started_again(here: Path) -> None:
     found = oodk(*command[3:])  # done: nothing is computed again
     assert found.exit_code == 0
     assert str(Path("run/samples.safetensors")) in found.stdout
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+@pytest.mark.parametrize("source", ["images", "s-{000..004}.tar"])
+def test_ranks_share_the_work_and_write_the_bytes_of_one(here: Path, source: str) -> None:
+    """A rank that is killed leaves its parts; who goes on makes those that are missing."""
+    shards(5)
+    plan = ExtractionPlan("x", None, None, "y", "z", "float32")
+    model, transform = load_model("my_models:make")
+
+    def extract(out: str, kill_at: int | None = None) -> None:
+        images = open_images(source, transform)
+
+        def told(done: int) -> None:
+            if kill_at is not None and done >= kill_at and torch.distributed.get_rank() == 1:
+                os._exit(9)
+
+        extract_images(model, images, out, plan, batch_size=2, part_size=3, on_batch=told)
+
+    def content(out: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in Path(out).iterdir()}
+
+    extract("one")
+    assert open_samples("one").num_samples == 24
+    for world in (2, 4):
+        assert forked(world, here, partial(extract, f"of {world}")) == [0] * world
+        assert content(f"of {world}") == content("one")
+    assert forked(2, here, lambda: extract("killed", 10))[1] == 9
+    assert not (here / "killed/extract.json").exists()
+    assert list((here / "killed/.parts").glob("part-*"))
+    assert forked(3, here, lambda: extract("killed")) == [0, 0, 0]
+    assert content("killed") == content("one")
+
+
+def test_parts_of_another_size_do_not_mix(here: Path) -> None:
+    (here / "images/c/08.png").write_bytes(b"")
+    assert oodk(*GIVEN, "--out", "run", "--batch-size", 2, "--part-size", 4).exit_code == 1
+    found = oodk(*GIVEN, "--out", "run", "--batch-size", 2, "--part-size", 6)
+    assert found.exit_code == 1
+    assert "holds parts of 4 images: give --part-size 4" in found.stderr
+
+
+@pytest.mark.parametrize("source", ["images", "s-{000..001}.tar"])
+def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(
+    here: Path, source: str
+) -> None:
+    bad = [here / "images" / name for name in ("a/00.png", "a/01.png", "c/05.png")]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:60])
+    shards(2)
+    given = ("extract", "--model", "my_models:make", "--data", source, "--batch-size", 2)
+    given = (*given, "--part-size", 2, "--dtype", "float32", "--skip-bad")
+    found = oodk(*given, "--out", "run")
+    assert found.exit_code == 0, found.output
+    assert "left out 3 images that cannot be read: run/skipped.txt" in found.stderr
+    skipped = (here / "run/skipped.txt").read_text().splitlines()
+    images = open_images("images", ToTensor(8))
+    assert isinstance(images, ImageFiles)
+    places = [images.paths.index(path.relative_to(here)) for path in bad]
+    names = list(map(str, images.paths)) if source == "images" else [f"{i:05d}" for i in range(24)]
+    assert skipped == [names[i] for i in places]
+    assert (here / "run/samples.txt").read_text().splitlines() == [
+        name for name in names if name not in skipped
+    ]
+    good = [i for i in range(24) if i not in places]
+    samples = open_samples("run")
+    assert samples.read("labels").tolist() == [images.labels[i] for i in good]
+    model, _ = load_model("my_models:make")
+    x = torch.stack([images[i].image for i in good])
+    torch.testing.assert_close(samples.read("logits"), model(x).detach())
+    assert json.loads((here / "run/extract.json").read_text())["skipped"] == 3
+
+
+def test_labels_in_lists_may_be_python_dicts(here: Path) -> None:
+    text = 'a b/00.png {"label": 2, "group_label": 1}\r\n\r\na b/01.png { "label": -1 }\r\n'
+    (here / "list.txt").write_bytes(text.encode())
+    images = open_images("list.txt", ToTensor(8), "images")
+    assert isinstance(images, ImageFiles)
+    assert images.labels == [2, -1]
+    assert images.paths[0] == Path("images/a b/00.png")
+    for label in ('{"class_label": 2}', "{label}", '{"label": "2"}', "{" * 5000 + "}"):
+        (here / "list.txt").write_text(f"a/00.png {label}\n")
+        with pytest.raises(ValueError, match="line 1 must have a class id as the `label`"):
+            open_images("list.txt")
 
 
 def test_another_extraction_does_not_mix_with_one_that_is_there(here: Path) -> None:

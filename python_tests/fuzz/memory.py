@@ -55,7 +55,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "_outlier_cross_entropy_backward": (*(torch.ones(1),) * 2, *outlier, torch.ones(1, 2)),
         "_outlier_loss": (*outlier, 0.5, False, True),
         "roc_metrics": (z.expand(2, -1), z),
-        "_roc_keys": (z.expand(2, -1), "f", "x"),
+        "_roc_keys": (z.expand(2, -1),),
         "_roc_counts": (keys, keys),
         "roc_histogram_": (counts, table, z.expand(3, -1).t(), 0),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from decimal import ROUND_CEILING, Decimal
@@ -337,7 +338,7 @@ def test_opcheck() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x, y = as_type(case, dtype)
             keys = sort_keys(x), sort_keys(y)
-            torch.library.opcheck(torch.ops.oodk._roc_keys.default, (x, "op", "x"))
+            torch.library.opcheck(torch.ops.oodk._roc_keys.default, (x,))
             torch.library.opcheck(torch.ops.oodk._roc_counts.default, keys)
             torch.library.opcheck(torch.ops.oodk.roc_metrics.default, (x, y))
 
@@ -348,6 +349,8 @@ def test_compile(backend: str, dynamic: bool) -> None:
     for case in ("normal", "infinite", "few values"):
         x, y = as_type(case, torch.float32)
         assert compiled(x, y, 0.95) == roc_metrics(x, y, 0.95)
+    with pytest.raises(ValueError, match=r"ood_scores .* NaN, got 2, the first at index 3"):
+        compiled(x, y.index_fill(0, torch.tensor([3, 5]), math.nan), 0.95)
     torch._dynamo.reset()
 
 
