@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 
 from oodkernels import Groups, MOSHead
-from oodkernels.demo.models import ConfidenceHead
+from oodkernels.nn import Head
 from oodkernels.training import TrainConfig, Trainer, tensor_loader
 
 CLASSES, WIDTH = 4, 16
@@ -68,7 +68,7 @@ def make_model(name: str, dropout: float = 0.0) -> nn.Sequential:
         if name == "mos":
             head = MOSHead(24, Groups([0, 1, 1, 0]))
         elif name == "confidence":
-            head = ConfidenceHead(24, CLASSES)
+            head = Head(24, CLASSES, confidence=True)
         body = nn.Sequential(nn.Flatten(), nn.Linear(WIDTH, 24), nn.ReLU(), nn.Dropout(dropout))
         return nn.Sequential(body, head)
 

@@ -13,7 +13,7 @@ from pytorch_ood_package import pytorch_ood
 from torch import nn
 
 import oodkernels
-from oodkernels import Groups, MOSHead, ood_metrics
+from oodkernels import Groups, ood_metrics
 from oodkernels.detectors import (
     DETECTORS,
     MOS,
@@ -26,6 +26,8 @@ from oodkernels.detectors import (
     FeatureModel,
     MaxLogit,
     MOSLogOdds,
+    MOSShare,
+    MOSSoft,
     NotFittedError,
     OODDetector,
     as_pytorch_ood,
@@ -79,7 +81,25 @@ RULES = {
     "MOS": (MOS(GROUPS), lambda z: mos_rule(z)[0]),
     "MOS log-odds": (MOS(GROUPS, log_odds=True), lambda z: mos_rule(z)[1]),
     "MOSLogOdds": (MOSLogOdds(GROUPS), lambda z: mos_rule(z)[1]),
+    "MOSSoft": (MOSSoft(GROUPS), lambda z: 2 * logsumexp(mos_odds(z)[0] / 2)),
+    "MOSSoft T": (MOSSoft(GROUPS, 0.5), lambda z: 0.5 * logsumexp(mos_odds(z)[0] / 0.5)),
+    "MOSShare": (
+        MOSShare(GROUPS),
+        lambda z: mos_odds(z)[0].max(1) * softmax(mos_odds(z)[1]).max(1),
+    ),
 }
+
+
+def mos_odds(z):
+    """Log-odds (N, K) of each group against its others, and the logits of its classes alone."""
+    odds, classes, start = [], [], 0
+    for k in range(3):
+        end = start + 1 + sum(GROUPS.class_to_group[c] == k for c in range(7))
+        p = softmax(z[:, start:end])
+        odds.append(np.log(p[:, 1:].sum(1) / p[:, 0]))
+        classes.append(z[:, start + 1 : end])
+        start = end
+    return np.stack(odds, 1), np.concatenate(classes, 1)
 
 
 def mos_rule(z):
@@ -822,6 +842,8 @@ def test_score_all_names_the_detector_that_is_not_fitted():
         MOS(GROUPS, log_odds=True),
         MOS(GROUPS),
         MOSLogOdds(GROUPS),
+        MOSSoft(GROUPS, 3.0),
+        MOSShare(GROUPS),
         AbsentClass(),
         ConfidenceBranch(),
     ],
@@ -1018,40 +1040,38 @@ def test_pytorch_ood_takes_our_detectors():
 @pytest.fixture(scope="module")
 def trained():
     """Small models of the digits, and the test sets: "digits" is ID."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("skimage")
-    from oodkernels.demo import digits as data
-
     pytest.importorskip("lightning_fabric")
-    from oodkernels.demo.models import ConfidenceHead, SmallConvNet, zero_linear
+    from small_models import digits
+
+    from oodkernels.nn import Head
     from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
 
-    digits = data.digits()
-    sets = {"digits": digits.test_images, **data.ood_sets()}
-    outliers = sets.pop("textures")
+    it = digits()
+    sets = {"digits": it.test_images, "photos": it.ood["photos"]}
+    outliers = it.ood["textures"]
     groups = Groups.random(10, 3)
 
-    def fit(objective, head, images, labels):
+    def fit(objective, images, labels, columns=10, **head):
         loader = tensor_loader(images, labels, batch_size=64, shuffle=True, drop_last=True)
         with reproducible(0):
-            model = SmallConvNet(head)
-            Trainer(model, objective, TrainConfig(epochs=4, accelerator="cpu")).fit(loader)
+            body = nn.Sequential(
+                *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+                *(nn.Conv2d(32, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()),
+                *(nn.Flatten(), nn.Linear(512, 128), nn.ReLU()),
+            )
+            model = nn.Sequential(body, Head(128, columns, **head))
+            Trainer(model, objective, TrainConfig(epochs=5, accelerator="cpu")).fit(loader)
         return model
 
-    images, labels = digits.train_images, digits.train_labels
+    images, labels = it.images, it.labels
     absent = torch.full((len(outliers),), 10)
     models = {
-        "flat": fit("softmax", lambda d: zero_linear(d, 10), images, labels),
-        "mos": fit("mos", lambda d: MOSHead(d, groups), images, labels),
-        "absent": fit(
-            "softmax",
-            lambda d: zero_linear(d, 11),
-            torch.cat([images, outliers]),
-            torch.cat([labels, absent]),
-        ),
-        "confidence": fit("confidence", lambda d: ConfidenceHead(d, 10), images, labels),
+        "flat": it.model,
+        "mos": fit("mos", images, labels, groups.width, groups=groups),
+        "absent": fit("softmax", torch.cat([images, outliers]), torch.cat([labels, absent]), 11),
+        "confidence": fit("confidence", images, labels, confidence=True),
     }
-    return models, groups, sets, digits.test_labels
+    return models, groups, sets, it.test_labels
 
 
 @pytest.mark.parametrize(
