@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from oodkernels import Groups, MOSHead, MOSLoss, mos_predict, ood_metrics
 from oodkernels.data.synthetic import HierarchicalFeatures
+from oodkernels.training import MOSOutlierObjective
 
 
 class Parts:
@@ -33,6 +34,9 @@ class Parts:
         self.top = torch.stack([part[:, 1:].amax(1) for part in slices], 1)
         self.odds = self.lse - torch.stack([part[:, 0] for part in slices], 1)
         self.best = self.odds.argmax(1, keepdim=True)
+        # Of the largest p^k_c of each group, in double as it nears 1.
+        p = self.odds.double().sigmoid() * (self.top - self.lse).double().exp()
+        self.class_odds = p.clamp(1e-300, 1 - 1e-15).logit()
 
 
 def soft(temperature: float) -> Callable[[Parts], Tensor]:
@@ -54,7 +58,9 @@ FORMULAS: dict[str, Callable[[Parts], Tensor]] = {
     "log-odds times share among all classes": lambda p: (
         p.odds.amax(1) * p.classes.softmax(1).amax(1)
     ),
-    "probability of the class, p^k_c": lambda p: (p.odds.sigmoid() * (p.top - p.lse).exp()).amax(1),
+    "log-odds of the best class, which rank as its p^k_c": lambda p: p.class_odds.amax(1),
+    "soft maximum of the groups' best classes, T = 1": lambda p: p.class_odds.logsumexp(1),
+    "soft maximum of the groups' best classes, T = 2": lambda p: (p.class_odds / 2).logsumexp(1),
 }
 
 
@@ -93,6 +99,8 @@ def synthetic(classes: int, seed: int, steps: int = 400) -> list[dict[str, Any]]
     scale.train_heads(world, mean, heads, losses, settings)
     samples = {"test": world.sample("test", 5000)}
     samples |= {name: world.sample(name, 3000) for name in ("near", "far")}  # type: ignore[arg-type]
+    grouped["taxonomy, with outliers"] = world.taxonomy
+    heads["taxonomy, with outliers"] = with_outliers(world, mean, settings)
     rows = []
     with torch.no_grad():
         for name, head in heads.items():
@@ -109,6 +117,26 @@ def synthetic(classes: int, seed: int, steps: int = 400) -> list[dict[str, Any]]
                 }
             )
     return rows
+
+
+def with_outliers(world: HierarchicalFeatures, mean: Tensor, settings: dict[str, Any]) -> MOSHead:
+    """A head whose others learn from the training world's outliers too, as many as there are ID."""
+    import scale
+
+    steps, size = settings["steps"], settings["batch"]
+    head = MOSHead(world.width, world.taxonomy)
+    objective = MOSOutlierObjective(groups=world.taxonomy)
+    objective.prepare(head, lambda: mean)
+    optimizer = torch.optim.SGD(head.parameters(), settings["lr"], momentum=0.9)
+    batches = (world.batches(split, steps * size, size) for split in ("train", "outliers"))  # type: ignore[arg-type]
+    for step, (inside, outside) in enumerate(zip(*batches, strict=True)):
+        optimizer.param_groups[0]["lr"] = scale.rate(settings["lr"], step, steps)
+        optimizer.zero_grad()
+        x, outliers = inside.features - mean, outside.features - mean
+        loss, _ = objective.step(head, x, inside.labels, outliers, None)  # type: ignore[arg-type]
+        loss.backward()
+        optimizer.step()
+    return head
 
 
 def main() -> None:

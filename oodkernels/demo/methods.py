@@ -57,29 +57,28 @@ def _rates(*rates: float, **options: Any) -> list[dict[str, Any]]:
 
 _MARGINS = [
     {"lr": lr, "m_in": m_in, "m_out": m_out}
-    for lr in (0.03, 0.1)
+    for lr in (0.1, 0.3)
     for m_in, m_out in ((-15.0, -8.0), (-25.0, -12.0))
 ]
-_MOS_RATES = _rates(0.01, 0.03, 0.1, 0.3)
-_FLAT_RATES = _rates(0.03, 0.1, 0.3, 1.0)
+_RATES = _rates(0.03, 0.1, 0.3, 1.0)
 
 METHODS: dict[str, Method] = {
-    FLAT: Method("softmax", "cross entropy over all classes", _FLAT_RATES),
+    FLAT: Method("softmax", "cross entropy over all classes", _RATES),
     TAXONOMY: Method(
         "mos",
         "group softmax with an “others” class in each group, a block of Unicode (Huang & Li, CVPR "
         "2021)",
-        _MOS_RATES,
+        _RATES,
         "taxonomy",
     ),
     FEATURES: Method(
-        "mos", "the same, in groups of classes whose features are close", _MOS_RATES, "features"
+        "mos", "the same, in groups of classes whose features are close", _RATES, "features"
     ),
-    RANDOM: Method("mos", "the same, in groups at random", _MOS_RATES, "random"),
+    RANDOM: Method("mos", "the same, in groups at random", _RATES, "random"),
     "OE": Method(
         "oe",
         "Outlier Exposure: uniform answers on outliers (Hendrycks et al., ICLR 2019)",
-        _FLAT_RATES,
+        _RATES,
     ),
     "energy-bounded": Method(
         "energy",
@@ -89,12 +88,10 @@ METHODS: dict[str, Method] = {
     "MOS outliers": Method(
         "mos-outliers",
         "MOS in groups by block, whose “others” are the target of outliers too",
-        _MOS_RATES,
+        _RATES,
         "taxonomy",
     ),
-    "absent class": Method(
-        "absent-class", "one class more, for outliers as they come", _FLAT_RATES
-    ),
+    "absent class": Method("absent-class", "one class more, for outliers as they come", _RATES),
     "NTOM": Method(
         "ntom",
         "one class more, for the hardest outliers but for a quantile (Chen et al., ECML 2021)",
@@ -110,7 +107,7 @@ METHODS: dict[str, Method] = {
         "dos",
         "one class more, for diverse outliers: the hardest of each cluster of six candidates a "
         "sample (Jiang et al., ICLR 2024)",
-        _FLAT_RATES,
+        _RATES,
     ),
 }
 """The methods by the names of their models in the table."""

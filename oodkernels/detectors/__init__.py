@@ -41,7 +41,7 @@ from oodkernels.detectors.logits import (
     MOSLogOdds,
 )
 from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
-from oodkernels.detectors.mos import MOSShare, MOSSoft
+from oodkernels.detectors.mos import MOSClass
 from oodkernels.detectors.passes import score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
@@ -93,9 +93,8 @@ __all__ = [
     "Head",
     "HeadDetector",
     "KLMatching",
+    "MOSClass",
     "MOSLogOdds",
-    "MOSShare",
-    "MOSSoft",
     "Mahalanobis",
     "MahalanobisPlusPlus",
     "MaxLogit",

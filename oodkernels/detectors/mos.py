@@ -1,8 +1,9 @@
-"""Scores of a MOS head that ask all of its groups, not only the one that is surest."""
+"""A score of a MOS head that asks all of its groups, and for the class in each."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,32 +15,20 @@ from oodkernels.detectors.logits import MOS, check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.groups import Groups
 
-__all__ = ["MOSShare", "MOSSoft"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["MOSClass"]
 
 
-class _OfGroups(MOS):
-    """Reads logsumexp of each group's classes, and their log-odds against its others."""
+@register("mos-class", "A", "after Huang & Li, CVPR 2021")
+class MOSClass(MOS):
+    """Soft maximum over the groups of the log-odds of the best class in each.
 
-    def __init__(self, groups: Groups, *, model: Model | None = None) -> None:
-        super().__init__(groups, True, model=model)
-
-    def _of_groups(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.once(("of groups", self.groups), lambda: _parts(batch, self.groups))
-
-    def _settings(self) -> dict[str, Any]:
-        return self._plain_settings() | {"groups": self.groups.to_json()}
-
-    @classmethod
-    def _from_settings(cls, settings: Any, model: Model | None) -> Any:
-        return cls(**{**settings, "groups": Groups.from_json(settings["groups"])}, model=model)
-
-
-@register("mos-soft", "A", "after Huang & Li, CVPR 2021")
-class MOSSoft(_OfGroups):
-    r"""Soft maximum of the groups' log-odds, T log sum_k exp(o_k / T).
-
-    An extension of MOS (Huang & Li, CVPR 2021), whose score ranks as the limit T -> 0, the maximum
-    of o_k = logsumexp of group k's classes - its others. Here the other groups' doubts count too.
+    T log sum_k exp(o_k / T), where o_k = log(p / (1 - p)) of p = max_c p^k_c, the group's others
+    not among the c. An extension of MOS (Huang & Li, CVPR 2021), which ranks by the surest group
+    alone, whichever class it has in mind: an input that a group takes for its own without knowing
+    what it is gets less here. T -> 0 is the probability of the class that is predicted.
 
     Args:
         groups: As for :class:`MOS`.
@@ -52,42 +41,25 @@ class MOSSoft(_OfGroups):
     """
 
     def __init__(
-        self, groups: Groups, temperature: float = 2.0, *, model: Model | None = None
+        self, groups: Groups, temperature: float = 1.0, *, model: Model | None = None
     ) -> None:
-        super().__init__(groups, model=model)
-        self.temperature = check_temperature("MOSSoft", temperature)
+        super().__init__(groups, log_odds=True, model=model)
+        self.temperature = check_temperature("MOSClass", temperature)
 
     def _score(self, batch: Batch) -> Tensor:
-        _, odds = self._of_groups(batch)
-        return self.temperature * (odds / self.temperature).logsumexp(1)
-
-
-@register("mos-share", "A", "after Huang & Li, CVPR 2021")
-class MOSShare(_OfGroups):
-    """Largest log-odds of a group, times the largest share of a class among all classes.
-
-    An extension of MOS (Huang & Li, CVPR 2021): max_k (logsumexp of group k's classes - its others)
-    times max_c softmax(z)_c over the classes of all groups, without the others.
-
-    Args:
-        groups: As for :class:`MOS`.
-        model: As for :class:`OODDetector`.
-
-    Raises:
-        TypeError: As :class:`MOS`.
-    """
-
-    def _score(self, batch: Batch) -> Tensor:
-        classes, odds = self._of_groups(batch)
         logits = present(batch.logits)
-        others = self.groups.offsets[:-1].to(logits.device)
-        top = logits.index_fill(1, others, -torch.inf).amax(1)
-        return odds.amax(1) * (top.to(odds.dtype) - classes.logsumexp(1)).exp()
+        found = []
+        for begin, end in self.groups.slices().tolist():
+            part = logits[:, begin:end].to(accumulate_type(logits.dtype))
+            best = part[:, 1:].max(1, keepdim=True)
+            rest = part.scatter(1, best.indices + 1, -torch.inf).logsumexp(1)
+            found.append(best.values[:, 0] - rest)
+        return self.temperature * (torch.stack(found, 1) / self.temperature).logsumexp(1)
 
+    def _settings(self) -> dict[str, Any]:
+        return {"groups": self.groups.to_json(), "temperature": self.temperature}
 
-def _parts(batch: Batch, groups: Groups) -> tuple[Tensor, Tensor]:
-    logits = present(batch.logits)
-    dtype = accumulate_type(logits.dtype)
-    slices = [logits[:, begin:end].to(dtype) for begin, end in groups.slices().tolist()]
-    classes = torch.stack([part[:, 1:].logsumexp(1) for part in slices], 1)
-    return classes, classes - torch.stack([part[:, 0] for part in slices], 1)
+    @classmethod
+    def _from_settings(cls, settings: Mapping[str, Any], model: Model | None) -> Self:
+        groups = Groups.from_json(settings["groups"])
+        return cls(groups, settings["temperature"], model=model)

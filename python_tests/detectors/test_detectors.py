@@ -25,9 +25,8 @@ from oodkernels.detectors import (
     Entropy,
     FeatureModel,
     MaxLogit,
+    MOSClass,
     MOSLogOdds,
-    MOSShare,
-    MOSSoft,
     NotFittedError,
     OODDetector,
     as_pytorch_ood,
@@ -81,25 +80,22 @@ RULES = {
     "MOS": (MOS(GROUPS), lambda z: mos_rule(z)[0]),
     "MOS log-odds": (MOS(GROUPS, log_odds=True), lambda z: mos_rule(z)[1]),
     "MOSLogOdds": (MOSLogOdds(GROUPS), lambda z: mos_rule(z)[1]),
-    "MOSSoft": (MOSSoft(GROUPS), lambda z: 2 * logsumexp(mos_odds(z)[0] / 2)),
-    "MOSSoft T": (MOSSoft(GROUPS, 0.5), lambda z: 0.5 * logsumexp(mos_odds(z)[0] / 0.5)),
-    "MOSShare": (
-        MOSShare(GROUPS),
-        lambda z: mos_odds(z)[0].max(1) * softmax(mos_odds(z)[1]).max(1),
-    ),
+    "MOSClass": (MOSClass(GROUPS), lambda z: logsumexp(mos_class_odds(z))),
+    "MOSClass T": (MOSClass(GROUPS, 2.5), lambda z: 2.5 * logsumexp(mos_class_odds(z) / 2.5)),
 }
 
 
-def mos_odds(z):
-    """Log-odds (N, K) of each group against its others, and the logits of its classes alone."""
-    odds, classes, start = [], [], 0
+def mos_class_odds(z):
+    """(N, K) log-odds of the best class of each group."""
+    odds, start = [], 0
     for k in range(3):
         end = start + 1 + sum(GROUPS.class_to_group[c] == k for c in range(7))
         p = softmax(z[:, start:end])
-        odds.append(np.log(p[:, 1:].sum(1) / p[:, 0]))
-        classes.append(z[:, start + 1 : end])
+        best = 1 + p[:, 1:].argmax(1)
+        rows = np.arange(len(p))
+        odds.append(np.log(p[rows, best] / [np.delete(p[i], best[i]).sum() for i in rows]))
         start = end
-    return np.stack(odds, 1), np.concatenate(classes, 1)
+    return np.stack(odds, 1)
 
 
 def mos_rule(z):
@@ -213,6 +209,7 @@ def test_mos_log_odds_does_not_saturate():
     z[:, GROUPS.offsets[:-1]] = torch.tensor([[20.0], [30.0], [40.0]])
     assert MOS(GROUPS).score(logits=z).tolist() == [-1, -1, -1]
     assert (MOSLogOdds(GROUPS).score(logits=z).diff() < 0).all()
+    assert (MOSClass(GROUPS).score(logits=z).diff() < 0).all()
 
 
 def test_mos_never_predicts_others():
@@ -842,8 +839,7 @@ def test_score_all_names_the_detector_that_is_not_fitted():
         MOS(GROUPS, log_odds=True),
         MOS(GROUPS),
         MOSLogOdds(GROUPS),
-        MOSSoft(GROUPS, 3.0),
-        MOSShare(GROUPS),
+        MOSClass(GROUPS, 3.0),
         AbsentClass(),
         ConfidenceBranch(),
     ],
