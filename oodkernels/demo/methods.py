@@ -147,9 +147,9 @@ class Settings:
     ood: int = 1000
     outliers: int = 24000
     epochs: int = 6
-    steps: int = 500
+    steps: int = 300
     batch: int = 128
-    curve: Sequence[int] = (50, 100, 200, 400, 800)
+    curve: Sequence[int] = (50, 200, 600)
     methods: Sequence[str] = tuple(METHODS)
     jobs: int = field(default=1, compare=False)
 

@@ -191,6 +191,11 @@ class MOSOutlierObjective(MOSObjective):
         foreign = -mos_log_others(logits[len(x) :], self.groups).sum(-1).mean()
         return self.loss(logits[: len(x)], y) + self.weight * foreign, {}
 
+    def chance(self) -> float | None:
+        """See :class:`Objective`."""
+        inside = super().chance()
+        return None if inside is None else (1 + self.weight) * inside
+
 
 class OutlierObjective(Objective):
     """A loss of ID samples and outliers, from one forward on both.
