@@ -389,7 +389,7 @@ def many_classes() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     f.__name__: f for f in (short, heads, post_hoc, rates, scores, claimed, counts, many_classes)
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "many-classes.md")
+PAGES: tuple[Path, ...] = ()
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
