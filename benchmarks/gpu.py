@@ -1,11 +1,15 @@
-"""Everything that wants a GPU, in one command, within 20 minutes.
+"""Everything that wants a GPU, in parts of at most nine minutes, as GPUs are often lent.
 
-    python -m benchmarks.gpu --out DIR [--only STAGE ...] [--minutes 20] [--device cpu]
+    python -m benchmarks.gpu --out DIR [--part PART ...] [--only STAGE ...] [--minutes 9]
+                             [--device cpu]
 
 Builds the package if it is not installed with its CUDA ops, runs the tests that use CUDA, the
-kernels under compute-sanitizer, every op captured in a graph, and the benchmarks of gpu_ops.py.
-Prints a table last and keeps DIR/gpu.json up to date after every stage; a run with ``--only`` adds
-to what is there. A stage that fails or runs out of its time is reported and the next one follows.
+kernels under compute-sanitizer, every op captured in a graph, and the benchmarks of gpu_ops.py:
+our own rows of every group in the part "ours", their peers in a part for each group. Without
+``--part`` or ``--only`` it goes on where DIR/gpu.json stands: the stages that are not done yet, in
+their order, as far as the time goes. Prints a table last. DIR/gpu.json is up to date after every
+row, DIR/logs.tar has what the stages wrote, and there are no other files. A stage that fails or
+runs out of its time is reported and the next one follows.
 
 ``--device cpu`` runs the benchmarks' rows on tiny shapes: a smoke test, no measurement.
 
@@ -22,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +63,7 @@ class Run:
         self.out, self.device = out, device
         self.file = out / "gpu.json"
         self.deadline = time.monotonic() + 60 * minutes
+        self.current = ""  # stage
         self.result: dict[str, Any] = {"environment": {}, "stages": {}}
         if self.file.exists():
             self.result = json.loads(self.file.read_text())
@@ -65,6 +71,14 @@ class Run:
     def limit(self, stage: Stage) -> float:
         """Seconds: the stage's own, or what is left of the whole."""
         return min(stage.seconds, self.deadline - time.monotonic())
+
+    def keep(self, *files: Path) -> None:
+        """Move files to DIR/logs.tar, as STAGE/name."""
+        with tarfile.open(self.out / "logs.tar", "a") as logs:
+            for file in files:
+                if file.exists():
+                    logs.add(file, f"{self.current}/{file.name}")
+                    file.unlink()
 
     def save(self) -> None:
         part = self.file.with_suffix(".part")
@@ -83,6 +97,7 @@ class Run:
     def execute(self, stage: Stage) -> None:
         """Run the stage and record how it went."""
         start, limit = time.monotonic(), self.limit(stage)
+        self.current = stage.name
         record: dict[str, Any] = {"status": "ok"}
         try:
             if limit <= MARGIN:
@@ -108,7 +123,7 @@ def last_lines(text: str, n: int = 12) -> str:
 def command(
     run: Run, name: str, arguments: list[str], seconds: float, folder: Path, **environment: str
 ) -> tuple[int | None, str]:
-    """Exit status, None if it was stopped at its limit, and output, which DIR/name.log keeps.
+    """Exit status, None if it was stopped at its limit, and output, which DIR/logs.tar keeps.
 
     Interrupted first, so that pytest and the like still write what they have; then killed, with
     whatever it has started.
@@ -134,7 +149,9 @@ def command(
                 status = code if kill == signal.SIGINT else None
                 break
         process.wait()
-    return status, log.read_text(errors="replace")
+    output = log.read_text(errors="replace")
+    run.keep(log)
+    return status, output
 
 
 def finished(status: int | None, output: str, **found: Any) -> dict[str, Any]:
@@ -187,10 +204,11 @@ def tests(run: Run, seconds: float) -> dict[str, Any]:
     pytest += ["--ignore-glob=test_cuda_emulation*", "--ignore=test_cuda_resources.py"]
     status, output = command(run, "tests", pytest, seconds - MARGIN, ROOT / "python_tests")
     found = counted(report)
+    run.keep(report)
     if status == 0 and not found.get("passed"):
         raise StageError("no test ran", **found)
     if status and found.get("failed"):
-        raise StageError(f"{found['failed']} tests failed, see tests.log", **found)
+        raise StageError(f"{found['failed']} tests failed, see logs.tar", **found)
     return finished(status, output, **found)
 
 
@@ -203,6 +221,8 @@ def sanitizer(tool: str) -> Callable[[Run, float], dict[str, Any]]:
         if program is None:
             raise StageError("compute-sanitizer is not on PATH", "skipped")
         arguments = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=oodk"]
+        if tool == "memcheck":  # what torch tries and handles is no fault
+            arguments += ["--report-api-errors", "no"]
         arguments += [sys.executable, str(HERE / "gpu_ops.py"), "samples"]
         arguments += ["--seconds", str(round(seconds - 2 * MARGIN))]
         status, output = command(
@@ -211,53 +231,82 @@ def sanitizer(tool: str) -> Callable[[Run, float], dict[str, Any]]:
         lines = [line for line in output.splitlines() if "SUMMARY" in line or " samples" in line]
         found = {"summary": lines}
         if status == 0 and not any("SUMMARY" in line for line in lines):
-            raise StageError(f"{tool} gave no summary, see {tool}.log", **found)
+            raise StageError(f"{tool} gave no summary, see logs.tar", **found)
         return finished(status, output, **found)
 
     return stage
 
 
+def named(row: dict[str, Any]) -> str:
+    return f"{row['op']} {row['shape']} {row['dtype']}"
+
+
+def faults(row: dict[str, Any], mode: str) -> list[str]:
+    """What no stage may pass with: a row of ours that failed, or whose result is not its peer's."""
+    if mode != "peers":
+        return [row["failed"]] if "failed" in row else []
+    differ = {name: peer for name, peer in row["peers"].items() if peer.get("differs")}
+    return [f"differs from {name} by {peer['difference']:g}" for name, peer in differ.items()]
+
+
 def ops(group: str, mode: str = "bench") -> Callable[[Run, float], dict[str, Any]]:
-    """A group of gpu_ops.py, in a process of its own: an error on the GPU ends only that."""
+    """A group of gpu_ops.py, in a process of its own: an error on the GPU ends only that. The
+    peers' stage adds to the rows of the group's own."""
 
     def stage(run: Run, seconds: float) -> dict[str, Any]:
         file = run.out / f".{group}.json"
         file.unlink(missing_ok=True)
+        if mode == "peers":
+            ours = run.result["stages"].get(group, {})
+            if not ours.get("rows"):
+                raise StageError(f"stage {group!r} has no rows to stand beside", "skipped")
+            file.write_text(json.dumps({"rows": ours["rows"]}))
         arguments = [sys.executable, str(HERE / "gpu_ops.py"), mode, "--out", str(file.resolve())]
         arguments += ["--device", run.device, "--seconds", str(round(seconds - 2 * MARGIN))]
-        if mode == "bench":
+        if mode != "graphs":
             arguments += ["--group", group]
         status, output = command(run, group, arguments, seconds - MARGIN, HERE)
         found = json.loads(file.read_text()) if file.exists() else {}
         file.unlink(missing_ok=True)
+        rows = found.get("rows", [])
+        if mode == "peers":
+            run.result["stages"][group]["rows"] = rows
+            found = {}
         finished(status, output, **found)
-        wrong = [
-            f"{row['op']} {row['shape']} {row['dtype']}: {row['failed']}"
-            for row in found.get("rows", ())
-            if "failed" in row
-        ]
+        wrong = [f"{named(row)}: {what}" for row in rows for what in faults(row, mode)]
         if wrong:
             raise StageError("; ".join(wrong), **found)
+        late = [named(row) for row in rows if "skipped" in row]
+        if late and mode != "peers":
+            raise StageError(f"no time was left for {', '.join(late)}", "out of time", **found)
         return found
 
     return stage
 
 
+GROUPS = ("mos", "mos_loss", "logits", "outlier", "roc", "streaming", "kmeans", "dos", "posthoc")
 STAGES = [
     Stage("build", 150, build),
-    Stage("tests", 150, tests),
+    *(Stage(group, 43, ops(group), on_cpu=True) for group in GROUPS),
+    Stage("tests", 200, tests),
     Stage("memcheck", 90, sanitizer("memcheck")),
     Stage("racecheck", 110, sanitizer("racecheck")),
-    Stage("graphs", 40, ops("graphs", "graphs")),
-    Stage("mos", 150, ops("mos"), on_cpu=True),
-    Stage("mos_loss", 150, ops("mos_loss"), on_cpu=True),
-    Stage("logits", 60, ops("logits"), on_cpu=True),
-    Stage("outlier", 60, ops("outlier"), on_cpu=True),
-    Stage("roc", 60, ops("roc"), on_cpu=True),
-    Stage("streaming", 40, ops("streaming"), on_cpu=True),
-    Stage("kmeans", 90, ops("kmeans"), on_cpu=True),
-    Stage("dos", 50, ops("dos"), on_cpu=True),
+    Stage("initcheck", 90, sanitizer("initcheck")),
+    Stage("graphs", 50, ops("graphs", "graphs")),
+    *(Stage(f"{group} peers", 240, ops(group, "peers"), on_cpu=True) for group in GROUPS),
 ]
+PARTS = {
+    "ours": ["build", *GROUPS],
+    "tests": ["tests", "memcheck", "racecheck", "initcheck", "graphs"],
+    "mos": ["mos peers", "mos_loss peers"],
+    "scores": ["logits peers", "outlier peers"],
+    "roc": ["roc peers", "streaming peers"],
+    "kmeans": ["kmeans peers"],
+    "dos": ["dos peers"],
+    "posthoc": ["posthoc peers"],
+}
+MINUTES = 9.0
+"""What a part takes at most."""
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -299,7 +348,7 @@ def table(result: dict[str, Any]) -> str:
         record = result["stages"].get(stage.name)
         if record is None:
             continue
-        line = f"{stage.name:<10} {record['status']:<11} {record['seconds']:6.0f} s"
+        line = f"{stage.name:<15} {record['status']:<11} {record['seconds']:6.0f} s"
         if "passed" in record:
             line += f"  {record['passed']} passed, {record['failed']} failed, "
             line += f"{record['skipped']} skipped"
@@ -335,8 +384,11 @@ def table(result: dict[str, Any]) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def chosen_stages(names: list[str] | None, device: str, environment: dict[str, Any]) -> list[Stage]:
-    """The stages to run, in their order; those named, or all that the device can run.
+def chosen_stages(
+    names: list[str] | None, device: str, environment: dict[str, Any], done: dict[str, Any]
+) -> list[Stage]:
+    """The stages to run, in their order; those named, or all that the device can run and that are
+    not yet `done`.
 
     The package is built if asked for by name, or where its CUDA ops are missing.
     """
@@ -344,7 +396,11 @@ def chosen_stages(names: list[str] | None, device: str, environment: dict[str, A
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"no stage {unknown[0]!r}: there are {', '.join(s.name for s in STAGES)}")
-    chosen = [stage for stage in STAGES if names is None or stage.name in names]
+    if names is None:
+        passed = {name for name, record in done.items() if record["status"] == "ok"}
+        chosen = [stage for stage in STAGES if stage.name not in passed]
+    else:
+        chosen = [stage for stage in STAGES if stage.name in names]
     if device == "cpu":
         impossible = [stage.name for stage in chosen if names and not stage.on_cpu]
         if impossible:
@@ -358,6 +414,19 @@ def chosen_stages(names: list[str] | None, device: str, environment: dict[str, A
     return chosen
 
 
+def stages_of(
+    parts: list[str] | None, only: list[str] | None, environment: dict[str, Any]
+) -> list[str] | None:
+    """Names of stages, of parts and one by one; the package is built in a part where it has to."""
+    if parts is None and only is None:
+        return None
+    built = (environment.get("oodkernels") or {}).get("cuda")
+    of_parts = [
+        name for part in parts or () for name in PARTS[part] if name != "build" or not built
+    ]
+    return of_parts + (only or [])
+
+
 def main(arguments: list[str] | None = None) -> int:
     about = "Builds, tests and measures everything that wants a GPU"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=about)
@@ -365,7 +434,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="STAGE", help=", ".join(stage.name for stage in STAGES)
     )
-    parser.add_argument("--minutes", type=float, default=20.0, help="for all stages together")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="stages that belong together")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -379,7 +449,10 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no CUDA device: {environment['why']}. --device cpu runs the benchmarks on tiny "
                 "shapes without one"
             )
-        stages = chosen_stages(options.only, options.device, environment)
+        names = stages_of(options.part, options.only, environment)
+        if options.device == "cpu" and options.part:
+            names = [stage.name for stage in STAGES if stage.on_cpu and stage.name in (names or ())]
+        stages = chosen_stages(names, options.device, environment, run.result["stages"])
     except (ValueError, StageError) as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 2

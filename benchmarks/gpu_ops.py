@@ -1,13 +1,16 @@
 """The rows that benchmarks.gpu measures: every op at the shapes that matter, beside its peers.
 
-    python benchmarks/gpu_ops.py bench --group mos --out FILE [--device cpu]   # times
+    python benchmarks/gpu_ops.py bench --group mos --out FILE [--device cpu]   # our times
+    python benchmarks/gpu_ops.py peers --group mos --out FILE   # adds those of the peers
     python benchmarks/gpu_ops.py graphs --out FILE     # each op captured in a graph and replayed
     python benchmarks/gpu_ops.py samples               # few and small calls, for compute-sanitizer
 
-A call is timed with CUDA events, again and again over as many sets of inputs as exceed the L2
-cache four times, and the median taken. Rates are shares of a copy (bytes read and written) and of a
-float32 matrix product, measured in the same process just before. FILE is up to date after every
-measurement, so that a run that is stopped loses nothing.
+Timed are replays of a CUDA graph of at least ten calls, over as many sets of inputs as exceed the
+L2 cache four times, and the median taken: what launches a call from Python, often slower than the
+kernel, stays out. What cannot be captured is timed call by call with CUDA events; each figure says
+which. Rates are shares of a copy (bytes read and written) and of a float32 matrix product, measured
+in the same process just before. FILE is up to date after every measurement, so that a run that is
+stopped loses nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -40,6 +44,10 @@ from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
 
 Inputs = tuple[Tensor, ...]
 FLOATS = (torch.bfloat16, torch.float32)
+CAPTURED = 10
+"""The fewest calls of a graph that is timed."""
+EXACT = 0.999
+"""The least share of K-means' labels that float64 must confirm."""
 
 
 @dataclass
@@ -89,13 +97,33 @@ class Setting:
 # --- timing ---------------------------------------------------------------------------------------
 
 
+Calls = Sequence[Callable[[], Any]]
+
+
 class Clock(Protocol):
     def times(self, calls: Iterator[Callable[[], Any]]) -> list[float]:
         """Seconds of each call."""
 
+    def graph(self, calls: Calls) -> Callable[[], Any] | None:
+        """What makes all the calls at once without the host; None where there is no such thing."""
+
 
 class CudaClock:
     """Events on the stream: a call that waits for the GPU or works on the host is timed as well."""
+
+    def graph(self, calls: Calls) -> Callable[[], Any] | None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # a gradient's buffers belong to the stream of its first use
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return graph.replay
 
     def times(self, calls: Iterator[Callable[[], Any]]) -> list[float]:
         events = []
@@ -110,6 +138,9 @@ class CudaClock:
 
 
 class HostClock:
+    def graph(self, calls: Calls) -> Callable[[], Any] | None:
+        return None
+
     def times(self, calls: Iterator[Callable[[], Any]]) -> list[float]:
         found = []
         for call in calls:
@@ -119,18 +150,39 @@ class HostClock:
         return found
 
 
+def captured(clock: Clock, calls: Calls) -> tuple[Callable[[], Any] | None, str]:
+    """The graph of all the calls, or why there is none."""
+    try:
+        return clock.graph(calls), ""
+    except Exception as error:
+        return None, str(error).splitlines()[0]
+
+
 def measure(
-    clock: Clock, call: Callable[..., Any], inputs: Sequence[Inputs], seconds: float, steps: int = 1
+    clock: Clock,
+    call: Callable[..., Any],
+    inputs: Sequence[Inputs],
+    seconds: float,
+    steps: int = 1,
+    capture: bool = False,
 ) -> dict[str, Any]:
     """Median and quartiles in ms of a step, of as many calls as fit into some seconds, once it is
-    warm."""
-    calls = [partial(call, *each) for each in inputs]
+    warm; of replays of a graph of CAPTURED calls or more, where they are to be captured and can
+    be."""
+    calls: Calls = [partial(call, *each) for each in inputs]
     first = clock.times(iter(calls[:1]))[0]  # compilation and the like stay out
+    graph, why = None, "not captured"
+    if capture:
+        turns = calls * math.ceil(CAPTURED / len(calls))
+        graph, why = captured(clock, turns)
+        if graph is not None:
+            calls, steps = [graph], steps * len(turns)
     once = min(clock.times(islice(cycle(calls), 2)))
     rounds = max(3 if once < seconds else 1, min(500, int(seconds / max(once, 1e-6))))
     times = sorted(clock.times(islice(cycle(calls), rounds)))
     low, high = times[len(times) // 4], times[-1 - len(times) // 4]
     return {
+        "clock": "graph" if graph else f"calls: {why}" if why else "calls",
         "ms": 1e3 * statistics.median(times) / steps,
         "quartiles_ms": [1e3 * low / steps, 1e3 * high / steps],
         "first_ms": 1e3 * first,
@@ -568,6 +620,75 @@ def dos_rows(s: Setting) -> Iterator[Row]:
         )
 
 
+# --- rows: features and banks ---------------------------------------------------------------------
+
+
+def sorted_stats(x: Tensor, percentiles: Tensor) -> tuple[Tensor, ...]:
+    """feature_stats from a sorted copy of the rows."""
+    x = x.float()
+    k = (x.shape[-1] * (1 - percentiles / 100)).round().long().clamp(min=1)
+    ordered = x.sort(-1, descending=True).values
+    top = ordered.cumsum(-1)[:, k - 1]
+    return x.abs().sum(-1), x.norm(dim=-1), x.sum(-1), ordered[:, k - 1], top
+
+
+def searched(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """nearest_neighbors by products and topk, a part of the queries at a time."""
+    norms = bank.float().square().sum(-1)
+    parts = []
+    for q in queries.split(max(1, (1 << 28) // len(bank))):
+        distance = norms - 2 * (q @ bank.T).float() + q.float().square().sum(-1, keepdim=True)
+        parts.append(distance.topk(k, largest=False))
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def posthoc_rows(s: Setting) -> Iterator[Row]:
+    for n, d in s.shapes((65536, 2048), (65536, 512), tiny=(64, 48)):
+        for dtype, count in itertools.product(FLOATS, (1, 20)):
+            percentiles = torch.linspace(50, 95, count, dtype=torch.float64, device=s.device)
+            inputs = [
+                (logits_of(n, d, dtype, s.device, seed).relu(),)
+                for seed in range(s.sets(n * d * dtype.itemsize))
+            ]
+            yield Row(
+                "feature_stats",
+                f"{n} x {d}, {count} %",
+                dtype,
+                lambda x, p=percentiles: ops.feature_stats(x, p),
+                inputs,
+                n * d * dtype.itemsize,
+                peers={
+                    "compiled": peers.bind(peers.compiled(sorted_stats), percentiles),
+                    "eager": peers.bind(sorted_stats, percentiles),
+                },
+                difference=lambda ours, theirs: far(ours.threshold, theirs[3]),
+                tolerance=1e-6,
+                wanted={"share": 0.5},
+            )
+    for n, m, d, k in s.shapes(
+        (10_000, 200_000, 512, 50), (256, 1_281_167, 768, 1), tiny=(20, 300, 16, 5)
+    ):
+        generator = torch.Generator(s.device).manual_seed(0)
+        bank = torch.randn(m, d, generator=generator, device=s.device)
+        queries = [
+            torch.randn(n, d, generator=generator, device=s.device)
+            for _ in range(s.sets(4 * m * d))
+        ]
+        yield Row(
+            "nearest_neighbors",
+            f"{n} x {m} x {d}, {k}",
+            torch.float32,
+            lambda q, bank, k=k: ops.nearest_neighbors(q, bank, k),
+            [(q, bank) for q in queries],
+            flop=2.0 * n * m * d,
+            peers={"eager": partial(searched, k=k)},
+            difference=lambda ours, theirs: float(
+                (ours.distances - theirs[0]).abs().max() / ours.distances.max()
+            ),
+            tolerance=1e-3,  # cancellation in the peer
+        )
+
+
 GROUPS = {
     "mos": mos_rows,
     "mos_loss": mos_loss_rows,
@@ -577,6 +698,7 @@ GROUPS = {
     "streaming": streaming_rows,
     "kmeans": kmeans_rows,
     "dos": dos_rows,
+    "posthoc": posthoc_rows,
 }
 
 
@@ -591,7 +713,10 @@ class Report:
     """A file of JSON, as it stands after every addition."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.found = path, {"rows": []}
+        self.path: Path | None = path
+        self.found: dict[str, Any] = {"rows": []}
+        if path and path.exists():
+            self.found = json.loads(path.read_text())
 
     def save(self) -> None:
         if self.path:
@@ -600,58 +725,91 @@ class Report:
             os.replace(part, self.path)
 
 
+class DeviceLostError(Exception):
+    """After an error of the GPU that no later call of the process can get over."""
+
+
 def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What it finds, or why it failed."""
+    """What it finds, or why it failed, and "lost" where the device is."""
+    found: dict[str, Any]
     try:
-        return action()
+        found = action()
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
-    finally:
-        if torch.cuda.is_available():
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
+        except Exception as error:
+            found = {"failed": str(error), **found, "lost": True}
+    return found
+
+
+TIMING = 0.4
+"""Seconds of timing of a row, or of a peer; TINY_TIMING on the CPU."""
+TINY_TIMING = 0.02
+
+
+def recorded(report: Report, to: dict[str, Any], found: dict[str, Any]) -> None:
+    to.update(found)
+    report.save()
+    if found.get("lost"):
+        raise DeviceLostError(found["failed"])
 
 
 def bench(
     rows: Iterator[Row], clock: Clock, setting: Setting, report: Report, seconds: float
 ) -> None:
-    """Ours first, row by row; then the peers, the first of every row, the second, and so on."""
+    """Our rows, one after the other."""
     deadline = time.monotonic() + seconds
-    each = 0.02 if setting.tiny else 0.4  # seconds of timing
+    each = TINY_TIMING if setting.tiny else TIMING
     limits = report.found["ceilings"] = ceilings(clock, setting)
 
     def ours(row: Row) -> dict[str, Any]:
         figures = row.figures(row.call(*row.inputs[0])) if row.figures else {}
+        if not figures.get("exact_labels", 1.0) >= EXACT:
+            raise ValueError(f"{figures['exact_labels']:.4%} of the labels are those of float64")
         steps = int(figures.get("iterations", row.steps))
-        found = measure(clock, row.call, row.inputs, each, steps)
+        found = measure(clock, row.call, row.inputs, each, steps, row.capture)
         return found | rates(row, found["ms"], limits) | {"figures": figures}
+
+    for row in rows:
+        result = row.describe() | {"peers": {}}
+        if setting.tiny:
+            result["wanted"] = {}
+        report.found["rows"].append(result)
+        late = time.monotonic() > deadline
+        found = {"skipped": "no time was left"} if late else attempt(partial(ours, row))
+        recorded(report, result, found)
+
+
+def bench_peers(
+    rows: Iterator[Row], clock: Clock, setting: Setting, report: Report, seconds: float
+) -> None:
+    """The peers of the rows that the report has: the first of every row, the second, and so on."""
+    deadline = time.monotonic() + seconds
+    each = TINY_TIMING if setting.tiny else TIMING
 
     def theirs(row: Row, peer: Callable[..., Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if row.difference:
             found["difference"] = row.difference(row.call(*row.inputs[0]), peer(*row.inputs[0]))
             found["differs"] = not found["difference"] <= row.tolerance
-        return found | measure(clock, peer, row.inputs, each, row.steps)
+        return found | measure(clock, peer, row.inputs, each, row.steps, row.capture)
 
-    kept = []
-    for row in rows:
-        result = row.describe() | attempt(partial(ours, row)) | {"peers": {}}
-        if setting.tiny:
-            result["wanted"] = {}
-        kept.append((row, result))
-        report.found["rows"].append(result)
-        report.save()
+    kept = list(zip(rows, report.found["rows"], strict=True))
     for turn in range(max((len(row.peers) for row, _ in kept), default=0)):
         for row, result in kept:
             if turn >= len(row.peers):
                 continue
             name, peer = list(row.peers.items())[turn]
+            to = result["peers"].setdefault(name, {})
             if time.monotonic() > deadline:
-                result["peers"][name] = {"skipped": "no time was left"}
+                recorded(report, to, {"skipped": "no time was left"})
             elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-                result["peers"][name] = {"skipped": "not installed"}
+                recorded(report, to, {"skipped": "not installed"})
             else:
-                result["peers"][name] = attempt(partial(theirs, row, peer))
-            report.save()
+                recorded(report, to, attempt(partial(theirs, row, peer)))
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -687,9 +845,13 @@ def graphs(setting: Setting, report: Report, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for rows in GROUPS.values():
         for row in rows(setting):
-            if row.capture and time.monotonic() < deadline:
-                report.found["rows"].append(row.describe() | attempt(partial(capture, row)))
-                report.save()
+            if not row.capture:
+                continue
+            result = row.describe()
+            report.found["rows"].append(result)
+            late = time.monotonic() > deadline
+            skipped = {"skipped": "no time was left"}
+            recorded(report, result, skipped if late else attempt(partial(capture, row)))
 
 
 def samples(setting: Setting, seconds: float) -> int:
@@ -735,21 +897,26 @@ def samples(setting: Setting, seconds: float) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The rows that benchmarks.gpu measures")
-    parser.add_argument("mode", choices=["bench", "graphs", "samples"])
+    parser.add_argument("mode", choices=["bench", "peers", "graphs", "samples"])
     parser.add_argument("--group", choices=GROUPS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args(arguments)
-    tiny = options.device == "cpu" or options.mode != "bench"
+    timing = {"bench": bench, "peers": bench_peers}.get(options.mode)
+    tiny = options.device == "cpu" or timing is None
     setting, report = Setting(options.device, tiny), Report(options.out)
-    if options.mode == "bench":
-        clock = CudaClock() if options.device == "cuda" else HostClock()
-        bench(GROUPS[options.group](setting), clock, setting, report, options.seconds)
-    elif options.mode == "graphs":
-        graphs(setting, report, options.seconds)
-    else:
-        return samples(setting, options.seconds)
+    try:
+        if timing:
+            clock = CudaClock() if options.device == "cuda" else HostClock()
+            timing(GROUPS[options.group](setting), clock, setting, report, options.seconds)
+        elif options.mode == "graphs":
+            graphs(setting, report, options.seconds)
+        else:
+            return samples(setting, options.seconds)
+    except DeviceLostError as error:
+        print(f"the device is lost: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -398,6 +398,35 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]()}\n{m[3]}", text)
 
 
+def monitor() -> str:
+    record = json.loads((RESULTS / "monitor.json").read_text())
+    quiet = record["false_alarms"]
+    runs, samples = (sum(row[key] for row in quiet) for key in ("runs", "samples"))
+    false = sum(row["runs_with_a_false_alarm"] for row in quiet)
+    lines = [
+        [
+            f"{row['shift_in_sigma']:+g} sigma",
+            *(f"{row[key]:,.0f}" for key in ("median", "least", "most")),
+            ", ".join(f"{kind} {n}" for kind, n in row["first_alarm_by"].items()),
+            f"{row['runs']}",
+        ]
+        for row in record["delays"]
+    ]
+    held_out = record["calibration_samples"]
+    length = f"{record['delays'][0]['quiet_samples']:,}"
+    return f"""## What the monitor finds
+
+`Monitor` with {held_out:,} calibration samples at level {record["level"]:g}, the most that the
+probability of any false alarm in a stream can be. Of {runs} streams with {samples:,} ID samples in
+all, the longest of a million, {false} had one. After {length} quiet samples of a normal score, a
+shift of its mean is found within so many samples:
+
+{_table(["shift", "median", "least", "most", "found first by", "streams"], lines)}
+
+`monitor.json`, by `benchmarks/monitor.py`.
+"""
+
+
 def _table(heads: list[str], lines: list[list[str]]) -> str:
     rule = ["---"] * len(heads)
     return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *lines])
@@ -415,7 +444,8 @@ def _shown(value: float) -> str:
 
 
 def page() -> str:
-    return "\n".join([INTRODUCTION, *(timings.markdown() for timings in TIMINGS)])
+    sections: list[Callable[[], str]] = [*(t.markdown for t in TIMINGS), monitor]
+    return "\n".join([INTRODUCTION, *(section() for section in sections)])
 
 
 def main() -> None:

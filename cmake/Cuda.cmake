@@ -21,9 +21,11 @@ oodk_add_module(_cuda
   csrc/errors.cpp
   csrc/cuda/mos.cu
   csrc/cuda/logits.cu
+  csrc/cuda/features.cu
   csrc/cuda/outlier.cu
   csrc/cuda/histogram.cu
   csrc/cuda/kmeans.cu
+  csrc/cuda/neighbors.cu
   csrc/cuda/dos.cu
   csrc/cuda/roc.cu)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " _architectures)

@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
 
+  // Norms of rows of features, and of each percentile the threshold and the sum above it.
+  m.def(
+      "feature_stats(Tensor features, Tensor percentiles, bool rectified=False) -> "
+      "(Tensor l1, Tensor l2, Tensor sum, Tensor threshold, Tensor top_sum)");
+
   // Cross entropy of ID samples, uniform cross entropy where target is -1, and logsumexp: made of
   // the two below; `stats` is (..., 2), see ops/outlier.h.
   m.def("outlier_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor logsumexp)");
@@ -68,6 +73,11 @@ STABLE_TORCH_LIBRARY(oodk, m) {
   m.def(
       "nearest_centroid(Tensor x, Tensor centroids, bool normalize=False) -> "
       "(Tensor labels, Tensor distance)");
+
+  // The k nearest rows of a bank (N, d), exact; see ops/neighbors.h.
+  m.def(
+      "nearest_neighbors(Tensor queries, Tensor bank, int k, bool normalize=False) -> "
+      "(Tensor distances, Tensor indices)");
 
   // DOS, Jiang et al., ICLR 2024: see ops/dos.h.
   m.def("cluster_argmax(Tensor labels, Tensor scores, int k, int m=1) -> Tensor");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 MARK = "<!-- the rest -->"
 
 
+@functools.cache
 def public_names() -> dict[str, list[str]]:
     """``__all__`` of each module that has one, without the command line and the demo."""
     found = {}
@@ -50,6 +52,11 @@ def complete(text: str) -> str:
     rest = missing(text, DIRECTIVE.findall(text))
     heading = "## Beneath\n\nWhat the modules of this room share.\n\n" if rest else ""
     return text.replace(MARK, heading + "\n\n".join(f"::: {path}" for path in rest))
+
+
+def on_pre_build(**_: Any) -> None:
+    """Called by mkdocs before each build: what is served is built again as it is edited."""
+    public_names.cache_clear()
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -15,7 +15,12 @@ from typer.core import TyperCommand, TyperGroup
 from oodk._output import printable
 from oodk._registries import REGISTRIES
 
-_ORDER = ("demo", "extract", "group", "train", "eval", "score", "threshold", "convert", "info")
+_ORDER = (
+    *("demo", "extract", "group", "train", "tune", "eval", "benchmark", "compare"),
+    *("score", "threshold", "bundle"),
+    "convert",
+    "info",
+)
 _BUGS = (AssertionError, AttributeError, NameError)
 _PLAIN = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 """Errors whose message says what is wrong."""

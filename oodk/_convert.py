@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from oodk._command import Command
 from oodk._common import ConfigOption, read_groups, require_writable_file
 from oodk._output import print_path
+
+if TYPE_CHECKING:
+    from oodkernels.evaluation.tables import Row
 
 app = typer.Typer(
     help="Bring files of other code bases into this one's form, and back.",
@@ -172,9 +175,9 @@ _OPENOOD = {
 }
 
 
-def _convert_results(source: Path, target: Path, name: str) -> None:
-    from oodkernels._files import write_text
-    from oodkernels.evaluation.tables import Row, to_csv, to_latex, to_markdown
+def read_openood(source: Path, name: str) -> list[Row]:
+    """Rows of OpenOOD's results (`ood.csv`); FPR95 is by its own rule, with OOD positive."""
+    from oodkernels.evaluation.tables import Row
 
     with source.open(newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file))
@@ -190,5 +193,13 @@ def _convert_results(source: Path, target: Path, name: str) -> None:
         rows.append(Row(ood_set=dataset, model="", score=name, n_id=0, n_ood=0, **values))
     if not rows:
         raise ValueError(f"{source} has no rows")
+    return rows
+
+
+def _convert_results(source: Path, target: Path, name: str) -> None:
+    from oodkernels._files import write_text
+    from oodkernels.evaluation.tables import to_csv, to_latex, to_markdown
+
+    rows = read_openood(source, name)
     writers = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
     write_text(target, writers[target.suffix](rows).rstrip("\n") + "\n")

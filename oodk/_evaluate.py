@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oodk._bundle import score_bundle
 from oodk._command import one_of, step
 from oodk._common import (
     ConfigOption,
@@ -20,7 +21,7 @@ from oodk._common import (
     require_writable_file,
     write_config,
 )
-from oodk._inputs import DATA, Inputs, watching, with_inputs
+from oodk._inputs import DATA, Inputs, TunedOption, read_tuning, watching, with_inputs
 from oodk._output import print_json, print_path, print_results, printable
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def evaluate(
             "such as FPR95 by number of classes.",
         ),
     ] = None,
+    tuned: TunedOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -99,7 +101,8 @@ def evaluate(
 
     Every file is read once, a chunk at a time, whatever its size; with several heads once for each.
     FPR95 is the share of OOD samples still kept when 95 % of ID samples are; AUPR-in and AUPR-out
-    are average precisions. Scores are higher = more ID.
+    are average precisions. Scores are higher = more ID. The processes of `torchrun
+    --nproc-per-node=4 -m oodkernels eval ...` share the batches, to the same figures.
 
     **Examples**
 
@@ -123,11 +126,18 @@ def evaluate(
 
         oodk eval --id id.csv --ood ood.csv --column scores=energy
 
+    Settings that were chosen on validation data:
+
+        oodk tune --id val --ood-val tin --train train --head head.safetensors --out tuned.json
+
+        oodk eval --id test --ood svhn --train train --head head.safetensors --tuned tuned.json
+
     Again, with another convention:
 
         oodk eval --config run/config.toml --convention openood
     """
     from oodkernels._files import write_text
+    from oodkernels._ranks import ranks
     from oodkernels.evaluation import combine
     from oodkernels.evaluation import evaluate as run
 
@@ -143,7 +153,7 @@ def evaluate(
     curve = None if sweep is None else _read_sweep(sweep)
     parts = []
     for label, model in inputs.models.items():
-        detectors = inputs.detectors(inside, model)
+        detectors = inputs.detectors(inside, model, tuned)
         with watching(quiet, {"ID": inside, **outside}) as on_batch, step("evaluate", id_data):
             parts.append(
                 run(
@@ -155,9 +165,13 @@ def evaluate(
                     model_name=name or label,
                     memory=memory,
                     convention=convention,
+                    tuning=None if tuned is None else read_tuning(tuned),
+                    shared=True,
                     on_batch=on_batch,
                 )
             )
+    if ranks()[0]:
+        return
     found = replace(combine(*parts), sweep=curve)
     paths: list[Path] = []
     if out is not None:
@@ -186,6 +200,16 @@ def evaluate(
 def score(
     data: Annotated[str, typer.Option("--data", help=f"Samples: {DATA}.")],
     inputs: Inputs,
+    tuned: TunedOption = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of `oodk bundle`: the table has the name of each image, its class, the "
+            "scores, is_ood and the p-value.",
+        ),
+    ] = None,
     threshold: Annotated[
         Path | None,
         typer.Option(
@@ -215,21 +239,33 @@ def score(
         oodk score --data new.npy -d energy --threshold threshold.json
 
         oodk score --model mypackage:make --weights model.pt -d odin --data images/new
+
+        oodk score --bundle bundle --data images/new --out scores.csv
     """
     import torch
 
     from oodkernels import Threshold
+    from oodkernels._ranks import ranks
     from oodkernels.data import FORMATS, save_arrays
     from oodkernels.data.formats.csv import text_cell
 
     if out is not None and out.suffix not in FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(FORMATS)}", param_hint="'--out'")
     require_writable_file(out)
+    if bundle is not None:
+        if threshold is not None:
+            raise typer.BadParameter("is in the bundle", param_hint="'--threshold'")
+        if ranks()[1] > 1:
+            raise ValueError("a bundle scores in one process: start it without torchrun")
+        score_bundle(bundle, data, inputs, out, quiet)
+        return
     limit = None
     if threshold is not None:
         with step("read", threshold):
             limit = Threshold.load(threshold)
-    scores, sources = _scores(inputs, "--data", data, quiet)
+    scores, sources = _scores(inputs, "--data", data, quiet, tuned)
+    if ranks()[0]:
+        return
     if limit is not None:
         if len(scores) != 1:
             raise ValueError(f"a threshold is for one detector, got {', '.join(scores)}")
@@ -253,6 +289,7 @@ def score(
 def threshold(
     id_data: Annotated[str, typer.Option("--id", help=f"ID samples, not trained on: {DATA}.")],
     inputs: Inputs,
+    tuned: TunedOption = None,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="JSON file for the threshold.")
     ] = None,
@@ -277,6 +314,7 @@ def threshold(
     import json
 
     from oodkernels import Threshold
+    from oodkernels._ranks import ranks
 
     for option, value in (("--tpr", tpr), ("--confidence", confidence)):
         if not 0 < value <= 1 or (option == "--confidence" and value == 1):
@@ -284,7 +322,9 @@ def threshold(
                 f"must be between 0 and 1, got {value}", param_hint=f"'{option}'"
             )
     require_writable_file(out)
-    scores, sources = _scores(inputs, "--id", id_data, quiet)
+    scores, sources = _scores(inputs, "--id", id_data, quiet, tuned)
+    if ranks()[0]:
+        return
     if len(scores) != 1:
         raise typer.BadParameter(
             f"one is needed, got {', '.join(scores)}", param_hint="'--detector'"
@@ -307,7 +347,7 @@ def threshold(
 
 
 def _scores(
-    inputs: Inputs, option: str, path: str, quiet: bool
+    inputs: Inputs, option: str, path: str, quiet: bool, tuned: Path | None
 ) -> tuple[dict[str, Tensor], dict[str, ThresholdSource]]:
     """All scores of all samples, and where each comes from."""
     import torch
@@ -316,13 +356,14 @@ def _scores(
 
     model = inputs.one_model
     samples = inputs.open(option, path)
-    detectors = inputs.detectors(samples, model)
+    detectors = inputs.detectors(samples, model, tuned)
     groups = inputs.groups_of(model, samples)
     kept: dict[str, list[Tensor]] = {}
     sources: dict[str, ThresholdSource] = {}
     sets: dict[str, Any] = {samples.name: samples}
     with watching(quiet, sets) as on_batch, step("score", path):
-        for found in score_sets(option, sets, detectors, model=model, groups=groups):
+        every = score_sets(option, sets, detectors, model=model, groups=groups, shared=True)
+        for found in every:
             for name, values in found.scores.items():
                 kept.setdefault(name, []).append(values)
                 if name not in sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +135,10 @@ class ImageBatches:
         return replace(self, images=self.images.matched(names, self.name))
 
     def __iter__(self) -> Iterator[Any]:
+        return self.share(0, 1)
+
+    def share(self, rank: int, world: int) -> Iterator[Any]:
+        """Every ``world``-th batch, from number ``rank`` on."""
         import torch
         from torch.utils.data import DataLoader
 
@@ -141,14 +146,21 @@ class ImageBatches:
             images, labels = zip(*(sample[:2] for sample in samples), strict=True)
             return torch.stack(images), torch.tensor(labels)
 
-        counted = self.num_samples is not None  # shards are read by one process
-        loader = DataLoader(
-            self.images,
-            self.how.batch_size,
-            num_workers=self.how.workers if counted else 0,
-            collate_fn=collate,
-        )
-        labelled = counted and min(self.images.labels) >= 0
+        size, count = self.how.batch_size, self.num_samples
+        loader: Any
+        if count is None:  # shards are read by one process, and past what is others'
+            whole = DataLoader(self.images, size, collate_fn=collate)
+            loader = itertools.islice(whole, rank, None, world)
+        else:
+            starts = range(rank * size, count, world * size)
+            batches = [list(range(start, min(start + size, count))) for start in starts]
+            loader = DataLoader(
+                self.images,
+                batch_sampler=batches,
+                num_workers=self.how.workers,
+                collate_fn=collate,
+            )
+        labelled = count is not None and min(self.images.labels) >= 0
         for images, labels in loader:
             images = images.to(self.how.device)
             yield (images, labels) if labelled else images

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
@@ -22,9 +22,20 @@ if TYPE_CHECKING:
 
     from oodkernels import Groups
     from oodkernels.data.samples import Samples
-    from oodkernels.detectors import OODDetector
+    from oodkernels.detectors import OODDetector, Tuning
 
 DATA = "a file ({formats}), a folder of `oodk extract`, or with --model images as it reads them"
+
+
+TunedOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="File of `oodk tune`: its detectors, or those of --detector among them, with the "
+        "settings that it chose.",
+    ),
+]
 
 
 @dataclass
@@ -37,7 +48,8 @@ class Inputs:
             "--detector",
             "-d",
             metavar="NAME[:SETTING=VALUE,...]",
-            help="A detector, with settings other than its own, as in knn:k=10; or a file of one "
+            help="A detector, with settings other than its own, as in knn:k=10; or steps of "
+            "others before it, as in react:percentile=85+gen; or a file of one "
             "that was saved; or `all` that can score what there is; give it again for more. There "
             "are {detectors}; what they need and can be set to: `oodk info --detectors`. By "
             "default msp, max-logit and energy where there are logits, mos and mos-log-odds where "
@@ -147,52 +159,47 @@ class Inputs:
         with step("read", path):
             return open_samples(path, kind=kind, columns=self.columns, labels=labels)
 
-    def detectors(self, samples: Any, model: nn.Module | None) -> dict[str, OODDetector] | None:
-        """Those asked for, fitted where they have to be; None for those by default."""
-        from oodkernels.detectors import DETECTORS, OODDetector
-        from oodkernels.evaluation import fit_detectors
+    def detectors(
+        self, samples: Any, model: nn.Module | None, tuned: Path | None = None
+    ) -> dict[str, OODDetector] | None:
+        """Those asked for, fitted where they have to be; None for those by default.
 
-        if not self.detector:
+        Args:
+            samples: What is to be scored.
+            model: What it is sent through.
+            tuned: File of `oodk tune` with settings for detectors that have none of their own.
+        """
+        from oodkernels._digest import StreamDigest
+        from oodkernels.detectors import fit_detectors
+
+        tuning = None if tuned is None else read_tuning(tuned)
+        if tuning is not None:
+            tuning.check_model(f"--tuned {tuned}", model)
+        chosen = {} if tuning is None else tuning.settings
+        if not self.detector and not chosen:
             arrays = getattr(samples, "arrays", {"logits": None})
             if model is None and not arrays.keys() - {"features", "labels"}:
                 raise typer.BadParameter("is needed for features", param_hint="'--detector'")
             return None
         groups = self.groups_of(model, samples)
-        found: dict[str, OODDetector] = {}
-        unfitted = {}
-        asked = list(self.detector)
+        asked = list(self.detector or chosen)
         if "all" in asked:
             at = asked.index("all")
-            asked[at : at + 1] = self._all(samples, model, groups)
-        for text in asked:
-            path = Path(text)
-            label = path.stem if path.suffix == ".safetensors" else text
-            if label in found:
-                raise typer.BadParameter(f"{label!r} is there twice", param_hint="'--detector'")
-            if path.suffix == ".safetensors":
-                with step("read", path):
-                    found[label] = OODDetector.load(path, model)
-                continue
-            name, _, settings = text.partition(":")
-            if name not in DETECTORS:
-                raise ValueError(
-                    f"there is no detector {name!r}, only {', '.join(sorted(DETECTORS))}"
-                )
-            options = pairs("--detector", settings.split(",") if settings else ())
-            spec = DETECTORS[name].spec
-            found[label] = spec.make("--detector", options, groups=groups, model=model)
-            if found[label].trained_on:
-                unfitted[label] = found[label]
+            asked[at : at + 1] = self.all_names(samples, model, groups)
+        found, unfitted = named_detectors(asked, model, groups, chosen)
         if unfitted and self.train is None:
             raise typer.BadParameter(f"is needed for {', '.join(unfitted)}", param_hint="'--train'")
         if unfitted:
             assert self.train is not None
             with step(f"fit {', '.join(unfitted)} on", self.train):
-                data = self.open("--train", self.train)
-                fit_detectors("--train", unfitted.values(), data, model)
+                data, seen = self.open("--train", self.train), StreamDigest()
+                watched = None if tuning is None else seen
+                fit_detectors("--train", unfitted.values(), data, model, watched)
+            if tuning is not None and unfitted.keys() & chosen.keys():
+                tuning.check_fit(f"--tuned {tuned}", seen.found())
         return found
 
-    def _all(self, samples: Any, model: nn.Module | None, groups: Groups | None) -> list[str]:
+    def all_names(self, samples: Any, model: nn.Module | None, groups: Groups | None) -> list[str]:
         """Names of all detectors that can score the samples, fitted where they have to be."""
         from oodkernels.detectors import applicable, linear_head
 
@@ -207,9 +214,75 @@ class Inputs:
         )
 
 
+def read_detector(text: str) -> tuple[str, dict[str, Any]]:
+    """A detector as `--detector` has it: its name, and its settings as texts.
+
+    Of a composition, `react:percentile=85+gen`, the settings are `react.percentile`.
+    """
+    from oodkernels.detectors.compose import split_parts
+
+    names, options = [], {}
+    parts = split_parts(text)
+    for part in parts:
+        name, _, settings = part.partition(":")
+        names.append(name)
+        own = pairs("--detector", settings.split(",") if settings else ())
+        options.update({f"{name}.{k}" if len(parts) > 1 else k: v for k, v in own.items()})
+    return "+".join(names), options
+
+
+def named_detectors(
+    asked: Iterable[str],
+    model: nn.Module | None,
+    groups: Groups | None,
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[dict[str, OODDetector], dict[str, OODDetector]]:
+    """The detectors that texts stand for, by label; and those of them that are yet to be fitted.
+
+    Args:
+        asked: NAME, NAME:SETTING=VALUE,... or a file of one that was saved.
+        model: For those that read it, or its head.
+        groups: For those that read logits by group.
+        chosen: Name -> settings, for those that are asked for without any.
+    """
+    from oodkernels.detectors import OODDetector
+    from oodkernels.detectors.compose import spec_of
+
+    found: dict[str, OODDetector] = {}
+    unfitted = {}
+    for text in asked:
+        path = Path(text)
+        label = path.stem if path.suffix == ".safetensors" else text
+        if label in found:
+            raise typer.BadParameter(f"{label!r} is there twice", param_hint="'--detector'")
+        if path.suffix == ".safetensors":
+            with step("read", path):
+                found[label] = OODDetector.load(path, model)
+            continue
+        name, settings = read_detector(text)
+        options = settings or (chosen or {}).get(name, {})
+        spec = spec_of("--detector", name)
+        found[label] = spec.make("--detector", options, groups=groups, model=model)
+        if found[label].trained_on:
+            unfitted[label] = found[label]
+    return found, unfitted
+
+
+def read_tuning(path: Path) -> Tuning:
+    """What `oodk tune` wrote."""
+    from oodkernels.detectors import Tuning
+
+    with step("read", path):
+        return Tuning.load(path)
+
+
 def _head_name(path: Path) -> str:
     """``oodk train`` calls all of them head.safetensors; their folders tell them apart."""
     return path.stem if path.stem != "head" else path.absolute().parent.name
+
+
+_SHARED = ("evaluate", "score", "threshold")
+"""Commands that torchrun's processes share."""
 
 
 def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
@@ -231,8 +304,13 @@ def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**given: Any) -> None:
+        from oodkernels._ranks import joined
+
         mine = {f.name: given.pop(f.name) for f in fields(Inputs)}
-        command(**given, inputs=Inputs(**mine))
+        with joined("oodk") as (_, world):
+            if world > 1 and command.__name__ not in _SHARED:
+                raise ValueError("is for one process: start it without torchrun")
+            command(**given, inputs=Inputs(**mine))
 
     del run.__wrapped__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -242,10 +320,11 @@ def with_inputs(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def watching(quiet: bool, sets: Mapping[str, Any]) -> Iterator[Callable[[str, int], None]]:
-    """A bar for each data set."""
+    """A bar for each data set, on the first rank."""
     from oodkernels._progress import progress
+    from oodkernels._ranks import ranks
 
-    with progress(not quiet) as shown:
+    with progress(not quiet and not ranks()[0]) as shown:
         tasks = {
             name: shown.add_task(printable(name), total=samples.num_samples, start=False)
             for name, samples in sets.items()

@@ -92,5 +92,5 @@ def print_results(rows: Sequence[Row]) -> None:
                 cell = Cell(value := getattr(row, metric), value == top.get((ood_set, metric)))
                 cells.append(Text(cell.percent, "bold green" if cell.best else ""))
             shown.append(["" if i else ood_set, row.model, row.score, *cells])
-    headings = ["OOD set", "model", "score", "acc.", *METRIC_NAMES.values()]
+    headings = ["OOD set", "model", "score", "acc.", *(METRIC_NAMES[m] for m in METRICS)]
     print_table(headings, shown, numbers=1 + len(METRICS), lines=True)

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from oodk import _convert, _demo, _evaluate, _extract, _group, _train
+from oodk import (
+    _benchmark,
+    _bundle,
+    _compare,
+    _convert,
+    _demo,
+    _evaluate,
+    _extract,
+    _group,
+    _train,
+    _tune,
+)
 from oodk._command import Command, Group
 
 __all__ = ["app"]
@@ -22,7 +33,9 @@ app = typer.Typer(
     "A run, from images to a report:\n\n"
     "* `oodk extract` sends images through a model, once;\n"
     "* `oodk group`, `oodk train` make a MOS head on the features in seconds;\n"
-    "* `oodk eval` compares detectors, `oodk score` and `oodk threshold` put one to work.",
+    "* `oodk benchmark` runs one of the field's benchmarks from images to tables;\n"
+    "* `oodk eval` compares detectors, `oodk score` and `oodk threshold` put one to work;\n"
+    "* `oodk bundle` puts all of it into one folder for production.",
     epilog="Start with: oodk demo. Each command has examples: oodk eval --help",
     no_args_is_help=True,
     add_completion=False,
@@ -56,9 +69,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": _demo.demo,
     "extract": _extract.extract,
     "train": _train.train,
+    "tune": _tune.tune,
     "eval": _evaluate.evaluate,
+    "benchmark": _benchmark.benchmark,
+    "compare": _compare.compare,
     "score": _evaluate.score,
     "threshold": _evaluate.threshold,
+    "bundle": _bundle.bundle,
     "info": _demo.info,
 }
 for name, command in COMMANDS.items():

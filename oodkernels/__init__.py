@@ -46,6 +46,7 @@ from oodkernels.nn import (
 )
 from oodkernels.ops import (
     DOSSelection,
+    FeatureStats,
     KMeansResult,
     LogitScores,
     MOSPrediction,
@@ -53,6 +54,7 @@ from oodkernels.ops import (
     ROCMetricsResult,
     cluster_argmax,
     dos_select,
+    feature_stats,
     kmeans_init,
     logit_scores,
     mos_log_others,
@@ -60,6 +62,7 @@ from oodkernels.ops import (
     mos_predict,
     mos_score,
     nearest_centroid,
+    nearest_neighbors,
     outlier_cross_entropy,
     roc_metrics,
 )
@@ -103,6 +106,7 @@ __all__ = [
     "DOSSelection",
     "EnergyBoundedLoss",
     "Evaluation",
+    "FeatureStats",
     "Groups",
     "JointGANLoss",
     "KMeans",
@@ -141,6 +145,7 @@ __all__ = [
     "evaluate",
     "expected_calibration_error",
     "extract",
+    "feature_stats",
     "joint_gan_loss",
     "kmeans",
     "kmeans_init",
@@ -151,6 +156,7 @@ __all__ = [
     "mos_predict",
     "mos_score",
     "nearest_centroid",
+    "nearest_neighbors",
     "ood_metrics",
     "open_samples",
     "outlier_cross_entropy",

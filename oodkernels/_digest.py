@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,7 @@ def digest(*parts: str | Tensor | Mapping[str, Tensor] | None) -> str:
         hasher.update(content)
 
     def add_tensor(name: str, x: Tensor) -> None:
-        x = x.detach().cpu().contiguous()
-        kind = f"tensor {name!r} {x.dtype} {tuple(x.shape)}"
-        add(kind, x.reshape(-1).view(torch.uint8).numpy().data)
+        add(f"tensor {name!r} {x.dtype} {tuple(x.shape)}", _content(x))
 
     for part in parts:
         if isinstance(part, Tensor):
@@ -41,3 +40,34 @@ def digest(*parts: str | Tensor | Mapping[str, Tensor] | None) -> str:
         else:
             add(type(part).__name__, (part or "").encode())
     return hasher.hexdigest()[:16]
+
+
+def _content(x: Tensor) -> memoryview:
+    x = x.detach().cpu().contiguous()
+    content: memoryview = x.reshape(-1).view(torch.uint8).numpy().data
+    return content
+
+
+class StreamDigest:
+    """Short names for arrays that come in pieces, however they are cut.
+
+    Attributes:
+        count: Rows so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hashers: dict[str, Any] = {}
+
+    def add(self, **rows: Tensor) -> None:
+        """Take in rows (N, ...) of each array."""
+        for name, x in rows.items():
+            if name not in self._hashers:
+                kind = f"{x.dtype} {tuple(x.shape[1:])}:"
+                self._hashers[name] = hashlib.sha256(kind.encode())
+            self._hashers[name].update(_content(x))
+        self.count += max(map(len, rows.values()), default=0)
+
+    def found(self) -> dict[str, str]:
+        """Name of the array -> 16 hexadecimal digits."""
+        return {name: hasher.hexdigest()[:16] for name, hasher in self._hashers.items()}

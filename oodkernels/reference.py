@@ -100,6 +100,22 @@ def logit_scores(
     return p.amax(-1), z.amax(-1), energy, negative_entropy, z.argmax(-1)
 
 
+def feature_stats(
+    features: Tensor, percentiles: Tensor, rectified: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """L1 and L2 norm, sum, and of each percentile the least and the sum of what lies above it."""
+    x = _accumulated(features)
+    x = x.relu() if rectified else x
+    n = x.shape[-1]
+    k = (n - (n * percentiles / 100).round().long()).clamp(min=1)
+    k = k.expand(*x.shape[:-1], k.shape[-1])
+    ordered = x.sort(-1, descending=True).values
+    threshold, top = ordered.gather(-1, k - 1), ordered.cumsum(-1).gather(-1, k - 1)
+    nan = x.isnan().any(-1, keepdim=True)
+    threshold, top = (torch.where(nan, math.nan, t) for t in (threshold, top))
+    return x.abs().sum(-1), x.norm(dim=-1), x.sum(-1), threshold, top
+
+
 def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
     """The fields of ``ops.ROCMetricsResult`` in one vector, from counts at each distinct score."""
     x, y = (t.double().flatten().contiguous() for t in (id_scores, ood_scores))
@@ -276,6 +292,20 @@ def nearest_centroid(
     found = valid & d2.gather(-1, best[:, None])[:, 0].isfinite()
     distance = torch.where(found, d2.gather(-1, best[:, None])[:, 0], math.nan)
     return torch.where(found, best, -1).view(x.shape[:-1]), distance.view(x.shape[:-1])
+
+
+def nearest_neighbors(
+    queries: Tensor, bank: Tensor, k: int, normalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Squared distances to the k nearest rows of the bank, and these rows; NaN and -1 if bad."""
+    points, valid = kmeans_points(queries.reshape(-1, queries.shape[-1]), normalize)
+    rows, known = kmeans_points(bank, normalize)
+    d2 = torch.where(known, _squared_distances(points, rows.to(points)), math.inf)
+    near = torch.sort(d2, dim=-1, stable=True)
+    distances = torch.where(valid[:, None], near.values[:, :k], math.nan)
+    indices = torch.where(valid[:, None], near.indices[:, :k], -1)
+    shape = (*queries.shape[:-1], k)
+    return distances.reshape(shape), indices.reshape(shape)
 
 
 def lloyd(

@@ -244,6 +244,46 @@ def logit_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return [(0.0, 2e-6), (0.0, 0.0), (2e-6, 2e-6), (1e-5, 4e-6), (0.0, 0.0)][output]
 
 
+def feature_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    some = torch.tensor([85.0, 0.0, 50.0, 100.0, 90.0, 90.0], dtype=torch.float64, device=device)
+    for width in (1, 2, 7, 31, 64, 65, 200, 1008):
+        for name, x in (
+            ("normal", logits_of((37,), width, device, dtype)),
+            ("zeros and ties", logits_of((37,), width, device, dtype).relu().mul(4).round()),
+            ("long tail", logits_of((11,), width, device, dtype).mul(2).exp()),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            yield Sample((x, some), name=f"{width} {name}")
+            yield Sample((x, some[:1], True), name=f"{width} {name}, rectified")
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        x = logits_of(shape, 100, device, dtype)
+        yield Sample((x, some[:0]), name=f"rows {shape}, none")
+        own = torch.rand(*shape, 3, dtype=torch.float64).mul(100).to(device)
+        yield Sample((x, own), name=f"rows {shape}, their own")
+
+
+def feature_refused(device: str) -> Iterator[Refused]:
+    x = torch.randn(4, 6, device=device)
+    p = torch.tensor([90.0, 50.0], dtype=torch.float64, device=device)
+    yield Refused((x.long(), p), TypeError, "features must be float64")
+    yield Refused((x[0, 0], p), ValueError, "features must have at least one dimension")
+    yield Refused((x[:, :0], p), ValueError, r"at least one feature, got shape \(4, 0\)")
+    yield Refused((x, p.float()), TypeError, "percentiles must be float64")
+    for bad in (p[0], p.expand(3, 2), p.expand(1, 4, 2)):
+        yield Refused((x, bad), ValueError, r"percentiles must have shape \(P,\), or .*\(4, 6\)")
+    for bad in (NAN, -1.0, 100.5):
+        yield Refused((x, p * 0 + bad), ValueError, "in per cent, in 0..100", contents=True)
+    if device != "cpu":
+        yield Refused((x, p.cpu()), ValueError, "percentiles must be on the device of features")
+
+
+def feature_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    if output == 3:
+        return 0.0, 0.0
+    # In float64 the reference's sums are no better where positive and negative values cancel.
+    return (1e-10, 1e-10) if dtype == torch.float64 else (2e-7, 1e-9)
+
+
 def outlier_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for sample in logit_samples(device, dtype):
         if len(sample.args) == 1 and not sample.kwargs:
@@ -433,6 +473,64 @@ def nearest_refused(device: str) -> Iterator[Refused]:
     yield Refused((x[:, :0], c[:, :0]), ValueError, "x must have at least one feature")
     for bad in (c[0], c[:, :2], c[:0], c[None]):
         yield Refused((x, bad), ValueError, r"centroids must have shape \(k, d\), .* x \(6, 3\)")
+
+
+def neighbor_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    for q, n, d, k in ((37, 70, 9, 5), (3, 40, 33, 40), (1, 1, 1, 1), (20, 300, 130, 7)):
+        x = points_of(q, d, device=device, dtype=dtype)
+        bank = points_of(n, d, device=device, dtype=dtype, seed=1)
+        yield Sample((x, bank, k), name=f"{q, n, d, k}")
+        yield Sample((x, bank, k, True), name=f"{q, n, d, k}, directions")
+    bank = points_of(90, 11, device=device, dtype=dtype, seed=1)
+    yield Sample((special_points(device, dtype), bank, 6), name="special")
+    yield Sample((special_points(device, dtype), bank, 6, True), name="special, directions")
+    far = (points_of(30, 11, device=device, dtype=dtype).float() + 400).to(dtype)
+    yield Sample((far, (bank.float() + 400).to(dtype), 4), name="far from 0")
+    same = torch.ones(70, 4, device=device, dtype=dtype)
+    yield Sample((same[:9], same, 50), name="all equal")
+    for shape in ((11,), (0, 11), (2, 3, 11), (2, 0, 11)):
+        x = logits_of(shape[:-1], 11, device, dtype)
+        yield Sample((x, bank, 3), {"normalize": True}, name=f"queries {shape}")
+
+
+def neighbor_refused(device: str) -> Iterator[Refused]:
+    x, bank = torch.randn(6, 3, device=device), torch.randn(5, 3, device=device)
+    yield Refused((x.long(), bank, 2), TypeError, "queries must be float64")
+    yield Refused((x[0, 0], bank, 2), ValueError, "queries must have at least one dimension")
+    yield Refused((x, bank.long(), 2), TypeError, "bank must be float64")
+    yield Refused(
+        (x, bank.double(), 2), TypeError, "bank must be float64 where queries are, .* got"
+    )
+    yield Refused(
+        (x.double(), bank, 2), TypeError, "bank must be float64 where queries are, .* got"
+    )
+    yield Refused((x[:, :0], bank[:, :0], 2), ValueError, "queries must have at least one feature")
+    for bad in (bank[0], bank[:, :2], bank[None]):
+        yield Refused((x, bad, 1), ValueError, r"bank must have shape \(N, d\) .* queries, 3, got")
+    for k in (0, -1, 6):
+        yield Refused((x, bank, k), ValueError, f"at most the rows of bank, 5, got {k}")
+    for value in (NAN, INF, 1e30):
+        bad = bank.clone()
+        bad[3, 1] = value
+        message = "bank must be finite, squared norms too, .* row 3"
+        yield Refused((x, bad, 1), ValueError, message, contents=True)
+    if device != "cpu":
+        yield Refused((x, bank.cpu(), 2), ValueError, "bank must be on the device of queries")
+
+
+def compare_neighbors(sample: Sample, actual: Any, expected: Any) -> None:
+    """Rows may differ only among those whose distances the precision cannot tell apart."""
+    d2, rows = (a.reshape(-1, a.shape[-1]) for a in expected)
+    found = actual[1].reshape(rows.shape)
+    assert torch.equal(found < 0, rows < 0), sample.name
+    assert all(len(set(r)) == len(r) or r[0] < 0 for r in found.tolist()), sample.name
+    gap = 1e-4 * (1 + d2[:, :-1].abs()) if rows.shape[1] > 1 else d2[:, :0]
+    apart = d2.diff(dim=1) > gap
+    edge = torch.ones_like(found[:, :1], dtype=torch.bool)
+    clear = torch.cat([edge, apart], 1) & torch.cat([apart, ~edge], 1)
+    assert torch.equal(found[clear], rows[clear]), sample.name
+    if sample.name == "all equal":
+        assert torch.equal(found, rows)
 
 
 def kmeans_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -843,6 +941,13 @@ OPS = [
         logit_tolerance,
     ),
     Op(
+        "feature_stats",
+        reference.feature_stats,
+        feature_samples,
+        feature_refused,
+        feature_tolerance,
+    ),
+    Op(
         "outlier_cross_entropy",
         reference.outlier_cross_entropy,
         outlier_samples,
@@ -876,6 +981,14 @@ OPS = [
         nearest_samples,
         nearest_refused,
         kmeans_tolerance,
+    ),
+    Op(
+        "nearest_neighbors",
+        reference.nearest_neighbors,
+        neighbor_samples,
+        neighbor_refused,
+        kmeans_tolerance,
+        compare=compare_neighbors,
     ),
     Op(
         "cluster_argmax",

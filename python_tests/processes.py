@@ -7,23 +7,56 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+HERE = Path(__file__).parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch.distributed"])
 
 
 def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python here, beside the tests: at the root it would import the source tree, unbuilt."""
     return subprocess.run(
         [sys.executable, *args],
-        cwd=Path(__file__).parent,
+        cwd=HERE,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+def run_code(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code as ``python -c`` does, forked from a process that has imported torch and no more."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = [Path(folder, name) for name in ("out", "err")]
+        process = SERVER.Process(
+            target=_run, args=(code, args, {**os.environ, **environment}, written)
+        )
+        process.start()
+        process.join(600)
+        assert process.exitcode is not None, "has not ended after ten minutes"
+        return subprocess.CompletedProcess(
+            code, process.exitcode, *(path.read_text() for path in written)
+        )
+
+
+def _run(
+    code: str, args: tuple[str, ...], environment: dict[str, str], written: list[Path]
+) -> None:
+    for descriptor, path in enumerate(written, 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
+    os.chdir(HERE)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", *args]
+    exec(code, {"__name__": "__main__"})
 
 
 def forked(world: int, folder: Path, work: Callable[[], None]) -> list[int]:
@@ -51,3 +84,14 @@ def forked(world: int, folder: Path, work: Callable[[], None]) -> list[int]:
         child.join()
     store.unlink(missing_ok=True)
     return [child.exitcode or 0 for child in children]
+
+
+def ranks(folder: Path, world: int, work: Callable[[int, int], Any]) -> list[Any]:
+    """What ``work(rank, world)`` gives on each of as many ranks."""
+
+    def save() -> None:
+        rank = torch.distributed.get_rank()
+        torch.save(work(rank, world), folder / f"{rank}.pt")
+
+    assert forked(world, folder, save) == [0] * world
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import python
+from processes import run_code
 
 import oodkernels
 from oodkernels import _C
@@ -43,13 +43,13 @@ def test_capability(capability: str) -> None:
         f"assert _C.cpu_capability() == {capability!r}; "
         f"sys.exit(pytest.main([*{list(KERNELS)!r}, '-q', '-x', '-k', {chosen!r}]))"
     )
-    result = python("-c", code, OODK_CPU_CAPABILITY=capability)
+    result = run_code(code, OODK_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout
 
 
 def test_unknown_capability() -> None:
-    result = python("-c", "import oodkernels", OODK_CPU_CAPABILITY="avx1024")
+    result = run_code("import oodkernels", OODK_CPU_CAPABILITY="avx1024")
     assert result.returncode != 0
     assert "OODK_CPU_CAPABILITY must be one of baseline" in result.stderr
     assert "avx1024" in result.stderr
@@ -60,5 +60,5 @@ def test_importing_registers_the_ops() -> None:
         "import torch, oodkernels; "
         "print(torch.ops.oodk.mos_score(torch.zeros(2, 4), torch.tensor([0, 2, 4])).tolist())"
     )
-    result = python("-c", code)
+    result = run_code(code)
     assert result.stdout.strip() == "[-0.5, -0.5]", result.stderr

@@ -33,7 +33,9 @@ def test_workflows_call_what_ci_calls() -> None:
         for path in (ROOT / ".github" / "workflows").glob("*.yml")
         for name in CALLED.findall(path.read_text())
     }
-    assert {name for name in ci | workflows if not (ROOT / "scripts" / name).exists()} == set()
+    hooks = CALLED.findall((ROOT / ".pre-commit-config.yaml").read_text())
+    called = ci | workflows | set(hooks)
+    assert {name for name in called if not (ROOT / "scripts" / name).exists()} == set()
     assert ci - workflows == {"cuda_resources.py"}  # their machines have no nvcc
     for name in workflows:
         assert (ROOT / "scripts" / name).stat().st_mode & 0o111, f"{name} must be executable"
@@ -57,6 +59,8 @@ def test_extras_know_each_other() -> None:
         re.findall(r"^([\w-]+) = \[", PROJECT.partition("optional-dependencies]")[2], re.M)
     )
     named = re.findall(r"oodkernels\[([\w,-]+)\]", PROJECT)
+    for path in (*(ROOT / ".github").rglob("*.yml"), *(ROOT / "scripts").glob("*.sh")):
+        named += re.findall(r'"\.\[([\w,-]+)\]"', path.read_text())
     for path in (*(ROOT / "oodkernels").rglob("*.py"), *(ROOT / "oodk").rglob("*.py")):
         text = path.read_text()
         named += re.findall(r"oodkernels\[([\w,-]+)\]", text)

@@ -80,7 +80,7 @@ check_newest_torch() {
   fresh_environment newest
   pip install --quiet torch
   pip install --quiet --no-index --no-deps "$work"/wheel/*.whl
-  pip install --quiet numpy pytest scikit-learn
+  pip install --quiet hypothesis numpy pytest scikit-learn
   works
   if unzip -l "$work"/wheel/*.whl | grep -q _cuda.*so; then
     python -W error::RuntimeWarning -c \

@@ -5,7 +5,8 @@
 Compiles the device code of each csrc/cuda/*.cu for the oldest architecture nvcc knows, Ampere (80),
 Hopper (90) and the newest, and writes registers, static shared memory, stack, spills and occupancy
 of each kernel of namespace oodk to benchmarks/results/cuda_resources.json. ``--check`` exits with 1
-where a kernel spills registers to memory, unless it is one of float64, which is nobody's hot path.
+where a kernel spills registers to memory, unless it is one of float64, which is nobody's hot path,
+and where one that writes a gradient (``..._backward``) has no store of 16 bytes in its PTX.
 Needs nvcc, ptxas and an installed torch, no GPU.
 
 Occupancy: resident warps over the most there can be, at the block size of ``__launch_bounds__``
@@ -85,6 +86,15 @@ def parse_bounds(ptx: str) -> dict[str, int]:
                 threads *= int(extent)
             found[name] = threads
     return found
+
+
+def wide_stores(ptx: str) -> dict[str, int]:
+    """Mangled name -> how many streaming stores of 16 bytes a kernel has."""
+    parts = re.split(r"\.entry\s+(\S+?)\s*\(", ptx)
+    wide = r"\bst\.global\.cs\.v4\.[ubf]32\b"
+    return {
+        n: len(re.findall(wide, body)) for n, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 def launch_threads(source: str) -> dict[str, int]:
@@ -210,7 +220,7 @@ def compile_one(source: Path, architecture: int, work: Path) -> list[dict[str, o
     output_of([nvcc, "-ptx", *FLAGS, *include, target, str(source), "-o", str(ptx)])
     options = ["-v", "--gpu-name", f"sm_{architecture}", "-o", os.devnull]
     found = parse_ptxas(output_of([find_ptxas(nvcc), *options, str(ptx)]))
-    bounds = parse_bounds(ptx.read_text())
+    bounds, wide = parse_bounds(ptx.read_text()), wide_stores(ptx.read_text())
     launched = launch_threads("\n".join(f.read_text() for f in sorted(SOURCES.rglob("*.cu*"))))
     rows = []
     for (mangled, use), name in zip(found.items(), demangle(list(found)), strict=True):
@@ -226,6 +236,7 @@ def compile_one(source: Path, architecture: int, work: Path) -> list[dict[str, o
                 "architecture": architecture,
                 "threads": threads,
                 **vars(use),
+                "wide_stores": wide.get(mangled, 0),
                 "blocks": resident and resident[0],
                 "occupancy": resident and round(resident[1], 4),
             }
@@ -242,6 +253,14 @@ def spills(rows: list[dict[str, object]]) -> list[str]:
     ]
 
 
+def narrow_gradients(rows: list[dict[str, object]]) -> list[str]:
+    return [
+        "{kernel} ({source}) on sm_{architecture}".format(**row)
+        for row in rows
+        if str(row["kernel"]).split("<")[0].endswith("_backward") and not row["wide_stores"]
+    ]
+
+
 def write(path: Path, head: dict[str, object], rows: list[dict[str, object]]) -> None:
     lines = ",\n".join("    " + json.dumps(row) for row in rows)
     path.write_text(f'{json.dumps(head, indent=2)[:-2]},\n  "kernels": [\n{lines}\n  ]\n}}\n')
@@ -249,7 +268,9 @@ def write(path: Path, head: dict[str, object], rows: list[dict[str, object]]) ->
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Registers, spills and occupancy of the kernels")
-    parser.add_argument("--check", action="store_true", help="exit with 1 on register spills")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 on register spills or narrow stores"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--arch", type=int, nargs="+", help="architectures, such as 80 90")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -278,7 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
     spilled = spills(rows)
     for line in spilled:
         print(f"register spills: {line}", file=sys.stderr)
-    return 1 if spilled and options.check else 0
+    narrow = narrow_gradients(rows)
+    for line in narrow:
+        print(f"no store of 16 bytes: {line}", file=sys.stderr)
+    return 1 if (spilled or narrow) and options.check else 0
 
 
 if __name__ == "__main__":

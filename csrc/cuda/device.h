@@ -18,15 +18,16 @@ class OnDevice {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
-  OnDevice(const char* op, const Tensor& logits) : OnDevice(checked(op, logits)) {}
+  OnDevice(const char* op, const Tensor& t, const char* argument = "logits")
+      : OnDevice(checked(op, t, argument)) {}
 
   cudaStream_t stream;
 
  private:
-  static const Tensor& checked(const char* op, const Tensor& logits) {
-    OODK_CHECK_VALUE(logits.is_cuda(), op, ": logits must be on a CUDA device, as another ",
-        "argument is, got ", device_of(logits));
-    return logits;
+  static const Tensor& checked(const char* op, const Tensor& t, const char* argument) {
+    OODK_CHECK_VALUE(t.is_cuda(), op, ": ", argument, " must be on a CUDA device, as another ",
+        "argument is, got ", device_of(t));
+    return t;
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
@@ -39,10 +40,10 @@ inline bool validate() {
 }
 
 // The kernels count the columns of a row in int.
-inline void check_width(const char* op, int64_t width) {
+inline void check_width(const char* op, int64_t width, const char* argument = "logits") {
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
-  OODK_CHECK_VALUE(
-      width <= most, op, ": logits.size(-1) must be at most ", most, " on CUDA, got ", width);
+  OODK_CHECK_VALUE(width <= most, op, ": ", argument, ".size(-1) must be at most ", most,
+      " on CUDA, got ", width);
 }
 
 } // namespace oodk::cuda

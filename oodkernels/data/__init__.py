@@ -8,7 +8,15 @@ from oodkernels.data.extract import (
     is_extracted,
 )
 from oodkernels.data.formats import FORMATS, FileFormat
-from oodkernels.data.images import ImageFiles, OnRGB, Shards, ToTensor, augmented, open_images
+from oodkernels.data.images import (
+    ImageFiles,
+    OnRGB,
+    Preprocess,
+    Shards,
+    ToTensor,
+    augmented,
+    open_images,
+)
 from oodkernels.data.models import load_model, model_classes, read_class_names
 from oodkernels.data.samples import (
     Samples,
@@ -30,6 +38,7 @@ __all__ = [
     "HierarchicalFeatures",
     "ImageFiles",
     "OnRGB",
+    "Preprocess",
     "Samples",
     "Shards",
     "SyntheticBatch",

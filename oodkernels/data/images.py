@@ -23,13 +23,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from oodkernels._checks import check_count, check_real
 from oodkernels._optional import require
 from oodkernels.data.arrays import PathLike, reason
 from oodkernels.data.samples import match_classes
 
 Transform: TypeAlias = Callable[[Any], Tensor]
 
-__all__ = ["ImageFiles", "ImageSample", "OnRGB", "Shards", "ToTensor", "augmented", "open_images"]
+__all__ = [
+    "ImageFiles",
+    "ImageSample",
+    "OnRGB",
+    "Preprocess",
+    "Shards",
+    "ToTensor",
+    "augmented",
+    "open_images",
+]
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 NO_LABEL = -1
@@ -101,6 +111,72 @@ class ToTensor:
         pixels = torch.from_numpy(np.asarray(image, np.float32) / 255)
         normal = (pixels - torch.tensor(self.mean)) / torch.tensor(self.std)
         return normal.permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A PIL image to a normalised tensor, by torchvision's Resize, CenterCrop and Normalize.
+
+    The numbers are those of ``Compose([Resize(resize), CenterCrop(size), ToTensor(),
+    Normalize(mean, std)])``, the evaluation of most code bases, without torchvision.
+
+    Attributes:
+        size: Side of the image that is cut out of the centre.
+        mean: Of the channels, of values in [0, 1].
+        std: Of the channels.
+        resize: The shorter side before that; None: the image is not resized.
+        interpolation: "bilinear", "bicubic" or "nearest".
+
+    Raises:
+        ValueError: ``resize`` is less than ``size``, a size is not positive, or another argument is
+            not as above.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        check_count("Preprocess", "size", self.size)
+        if self.resize is not None and check_count("Preprocess", "resize", self.resize) < self.size:
+            raise ValueError(f"Preprocess: resize must be at least size, got {self.resize}")
+        if self.interpolation not in _FILTERS:
+            raise ValueError(
+                f"Preprocess: interpolation must be {', '.join(_FILTERS)}, got "
+                f"{self.interpolation!r}"
+            )
+        for name in ("mean", "std"):
+            values = tuple(check_real("Preprocess", name, v) for v in getattr(self, name))
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                raise ValueError(f"Preprocess: {name} must be three numbers, got {values}")
+            object.__setattr__(self, name, values)
+
+    def __call__(self, image: Any) -> Tensor:
+        """(3, size, size) float32.
+
+        Raises:
+            ValueError: The image is smaller than ``size``, and not resized.
+        """
+        from PIL import Image
+
+        image = to_rgb(image)
+        short, long = sorted(image.size)
+        if self.resize is not None and short != self.resize:
+            sides = self.resize, int(self.resize * long / short)
+            sides = sides if image.size[0] <= image.size[1] else sides[::-1]
+            image = image.resize(sides, Image.Resampling[self.interpolation.upper()])
+        if min(image.size) < self.size:
+            raise ValueError(f"it must be at least {self.size} wide and high, got {image.size}")
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+_FILTERS = ("bilinear", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ __all__ = [
     "ConformalPValues",
     "Discoveries",
     "RiskControl",
+    "Steps",
     "benjamini_hochberg",
     "control_risk",
     "least_cost_threshold",
@@ -37,6 +38,20 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
+
+
+class Steps(NamedTuple):
+    """P-values of a group as a step function.
+
+    A score's p-value is entry ``numpy.searchsorted(scores, score, side="right")``.
+    """
+
+    scores: Floats
+    """(m,) calibration scores, ascending."""
+    p_values: Floats
+    """(m + 1,)."""
+    counts: NDArray[np.int64]
+    """(m,) how many calibration samples each score stands for."""
 
 
 class ConformalPValues:
@@ -149,6 +164,17 @@ class ConformalPValues:
             rank = below[np.searchsorted(ordered, values[rows], side="right")]
             out[rows] = levels[rank.astype(np.int64) + 1]
         return out
+
+    def steps(self) -> dict[Any, Steps]:
+        """P-values as step functions, by group."""
+        return {
+            name: Steps(
+                ordered.copy(),
+                levels[below.astype(np.int64) + 1],
+                np.diff(below).astype(np.int64),
+            )
+            for name, (ordered, below, levels) in self._sorted.items()
+        }
 
     def too_few(self, alpha: float) -> dict[Any, int]:
         """Groups that can give no p-value <= alpha, and how many calibration scores each has."""

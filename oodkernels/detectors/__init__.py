@@ -15,6 +15,7 @@ from oodkernels.detectors.activations import (
     GradNorm,
 )
 from oodkernels.detectors.adapter import PytorchOODDetector, as_pytorch_ood
+from oodkernels.detectors.adascale import AdaSCALEA, AdaSCALEL
 from oodkernels.detectors.bank import KNN, MCM, NNGuide, Relation
 from oodkernels.detectors.base import (
     DETECTORS,
@@ -26,7 +27,10 @@ from oodkernels.detectors.base import (
 )
 from oodkernels.detectors.batch import Batch
 from oodkernels.detectors.choice import applicable
+from oodkernels.detectors.compose import Composed
 from oodkernels.detectors.covariance import Mahalanobis
+from oodkernels.detectors.coverage import NAC, MCDropout
+from oodkernels.detectors.ensembles import Ensemble, LayerEnsemble
 from oodkernels.detectors.gaussians import RMDS, MahalanobisPlusPlus, RMDSPlusPlus
 from oodkernels.detectors.gradients import ODIN
 from oodkernels.detectors.head import Head, HeadDetector, linear_head
@@ -40,9 +44,20 @@ from oodkernels.detectors.logits import (
     MaxLogit,
     MOSLogOdds,
 )
-from oodkernels.detectors.model import FeatureModel, Model, Outputs, extract, run
+from oodkernels.detectors.magnitude import Objectosphere
+from oodkernels.detectors.maps import Gram, RankFeat
+from oodkernels.detectors.mixtures import GMM
+from oodkernels.detectors.model import (
+    FeatureModel,
+    Model,
+    Outputs,
+    OutputsModule,
+    Walk,
+    extract,
+    run,
+)
 from oodkernels.detectors.mos import MOSClass
-from oodkernels.detectors.passes import score_batch
+from oodkernels.detectors.passes import predict_batch, score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
     KLMatching,
@@ -54,6 +69,9 @@ from oodkernels.detectors.shaping import ASHB, ASHP, ASHS, DICE, VRA, OptFS, ReA
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec, Option
 from oodkernels.detectors.statistics import ClassStatistics
 from oodkernels.detectors.subspaces import NECO, CoP, CoRP, Residual, ViM
+from oodkernels.detectors.sweeps import sweep
+from oodkernels.detectors.tuning import Figures, SweptDetector, Tuning
+from oodkernels.detectors.walk import fit_detectors
 
 __all__ = [
     "ASHB",
@@ -64,11 +82,13 @@ __all__ = [
     "FAMILIES",
     "FDBD",
     "GEN",
+    "GMM",
     "KNN",
     "LTS",
     "MCM",
     "MOS",
     "MSP",
+    "NAC",
     "NCI",
     "NECO",
     "ODIN",
@@ -79,20 +99,28 @@ __all__ = [
     "VRA",
     "AbnormalityModule",
     "AbsentClass",
+    "AdaSCALEA",
+    "AdaSCALEL",
     "Batch",
     "CADRef",
     "ClassStatistics",
     "CoP",
     "CoRP",
+    "Composed",
     "ConfidenceBranch",
     "DetectorSpec",
     "Energy",
+    "Ensemble",
     "Entropy",
     "FeatureModel",
+    "Figures",
     "GradNorm",
+    "Gram",
     "Head",
     "HeadDetector",
     "KLMatching",
+    "LayerEnsemble",
+    "MCDropout",
     "MOSClass",
     "MOSLogOdds",
     "Mahalanobis",
@@ -102,25 +130,34 @@ __all__ = [
     "NNGuide",
     "NotFittedError",
     "OODDetector",
+    "Objectosphere",
     "OpenMax",
     "OptFS",
     "Option",
     "Outputs",
+    "OutputsModule",
     "Prediction",
     "PytorchOODDetector",
     "RMDSPlusPlus",
+    "RankFeat",
     "ReAct",
     "Relation",
     "Residual",
+    "SweptDetector",
     "TemperatureScaling",
+    "Tuning",
     "ViM",
+    "Walk",
     "WeightedEnergy",
     "applicable",
     "as_pytorch_ood",
     "extract",
+    "fit_detectors",
     "linear_head",
+    "predict_batch",
     "register",
     "run",
     "score_all",
     "score_batch",
+    "sweep",
 ]

@@ -26,7 +26,12 @@ Noise: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 __all__ = ["AbnormalityModule", "distort"]
 
 
-@register("abnormality", "F", "Hendrycks & Gimpel, ICLR 2017")
+@register(
+    "abnormality",
+    "F",
+    "Hendrycks & Gimpel, ICLR 2017",
+    at_fit=("layer", "epochs", "freeze", "decoder", "noise", "seed"),
+)
 class AbnormalityModule(OODDetector):
     """Logit of the normality that a small network sees in an input, its reconstruction and logits.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,12 @@ from torch.nn.functional import normalize
 
 from oodkernels._checks import check_flag, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
-from oodkernels.detectors.head import HEAD, Head, HeadDetector, check_percentile, floats, kept
+from oodkernels.detectors.batch import Batch, blocks, in_blocks, present
+from oodkernels.detectors.head import HEAD, Head, HeadDetector, check_percentile, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
+from oodkernels.ops import logit_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,19 +31,58 @@ _CHUNK = 1 << 24  # numbers of an intermediate matrix
 
 def top_share(batch: Batch, percentile: float, *, rectified: bool = False) -> Tensor:
     """Sum of each row over the sum of what of it lies above a percentile, (N,)."""
-    features = present(batch.features)
-    k = kept(features.shape[1], percentile)
-
-    def compute() -> Tensor:
-        x = floats(features)
-        x = x.relu() if rectified else x
-        return x.sum(1) / x.topk(k, sorted=False).values.sum(1)
-
-    return batch.once(("top_share", k, rectified), compute)
+    found = batch.feature_stats(percentile, rectified)
+    return found.sum / found.top_sum
 
 
-@register("scale", "B", "Xu et al., ICLR 2024")
-class SCALE(HeadDetector):
+def scaled_energy(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Energy of scale (z - bias) + bias, (N,), a block of rows at a time.
+
+    Args:
+        z: (N, C) logits.
+        scale: (N,).
+        bias: (C,), or None for zeros.
+    """
+
+    def energy(rows: Tensor, factor: Tensor) -> Tensor:
+        rows, factor = floats(rows).to(factor), factor[:, None]
+        if bias is not None:
+            return logit_scores((rows - bias).mul_(factor).add_(bias)).energy
+        return logit_scores(rows * factor).energy
+
+    return in_blocks(energy, z, scale)
+
+
+class _ByShare(OODDetector):
+    """A detector that reads the sum above its percentile."""
+
+    percentile: float
+
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Its percentile."""
+        return (self.percentile,)
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        one_by_one = super()._scorer(where, settings)
+        percentiles = [float(one.get("percentile", self.percentile)) for one in settings]
+
+        def scores(batch: Batch) -> Tensor:
+            batch.percentiles.update(percentiles)
+            return one_by_one(batch)
+
+        return scores
+
+
+@register(
+    "scale",
+    "B",
+    "Xu et al., ICLR 2024",
+    grid={"percentile": (50, 55, 60, 65, 70, 75, 80, 85, 90, 95)},
+)
+class SCALE(_ByShare, HeadDetector):
     """Energy of the logits of features scaled by exp(r), r = sum / sum of the largest.
 
     Xu, Chen, Franchi & Yao, Scaling for Training Time and Post-hoc Out-of-distribution Detection
@@ -72,14 +112,13 @@ class SCALE(HeadDetector):
         self.percentile = check_percentile("SCALE", percentile)
 
     def _score(self, batch: Batch) -> Tensor:
-        scale = top_share(batch, self.percentile).exp()[:, None]
+        scale = top_share(batch, self.percentile).exp()
         _, bias = self._linear(batch)
-        z = floats(batch.class_logits(self.absent)).to(scale)
-        return (scale * (z - bias) + bias).logsumexp(1)
+        return scaled_energy(batch.class_logits(self.absent), scale, bias)
 
 
 @register("lts", "B", "Djurisic et al., MVA 2025")
-class LTS(OODDetector):
+class LTS(_ByShare):
     """Energy of the logits times (sum / sum of the largest) squared.
 
     Djurisic, Liu & Nikolic, Logit Scaling for Out-of-Distribution Detection, MVA 2025. Sums are of
@@ -100,11 +139,9 @@ class LTS(OODDetector):
         self.percentile = check_percentile("LTS", percentile)
 
     def _score(self, batch: Batch) -> Tensor:
-        features = present(batch.features)
-        share = top_share(batch, self.percentile, rectified=True)
-        nothing = (features <= 0).all(1)
-        scale = torch.where(nothing, torch.ones_like(share), share).square()
-        return (scale[:, None] * floats(batch.class_logits(self.absent))).logsumexp(1)
+        found = batch.feature_stats(self.percentile, rectified=True)
+        scale = torch.where(found.sum == 0, 1, found.sum / found.top_sum).square()
+        return scaled_energy(batch.class_logits(self.absent), scale)
 
 
 @register("gradnorm", "B", "Huang et al., NeurIPS 2021")
@@ -130,9 +167,12 @@ class GradNorm(OODDetector):
         self.temperature = check_temperature("GradNorm", temperature)
 
     def _score(self, batch: Batch) -> Tensor:
-        z = floats(batch.class_logits(self.absent)) / self.temperature
-        slope = (z.softmax(1) * z.shape[1] - 1).abs().sum(1) / self.temperature
-        return floats(present(batch.features)).norm(1, dim=1).to(slope) * slope
+        def slope(z: Tensor) -> Tensor:
+            p = (floats(z) / self.temperature).softmax(1)
+            return p.mul_(z.shape[1]).sub_(1).norm(1, dim=1) / self.temperature
+
+        slopes = in_blocks(slope, batch.class_logits(self.absent))
+        return batch.feature_stats().l1.to(slopes) * slopes
 
 
 class _Sums(HeadDetector):
@@ -175,11 +215,11 @@ class _Sums(HeadDetector):
         if not self.counts.sum():
             raise ValueError(f"{where}: there must be ID samples to fit to, got none")
 
-    def _centred(self, batch: Batch) -> Tensor:
-        """Features less the mean of all that were fitted to."""
-        mean = self.sums.sum(0) / self.counts.sum()
-        x = floats(present(batch.features))
-        return batch.once(("centred", self), lambda: x - mean.to(x))
+    def _distance(self, batch: Batch) -> Tensor:
+        """Distance of the features to the mean of all that were fitted to, (N,)."""
+        features = present(batch.features)
+        mean = (self.sums.sum(0) / self.counts.sum()).to(floats(features[:0]))
+        return in_blocks(lambda x: (x - mean).norm(dim=1), features)
 
 
 class _Mean(_Sums):
@@ -192,7 +232,13 @@ class _Mean(_Sums):
         self._add(where, features, torch.zeros(len(features), dtype=torch.int64), 1)
 
 
-@register("fdbd", "B", "Liu & Qin, ICML 2024")
+@register(
+    "fdbd",
+    "B",
+    "Liu & Qin, ICML 2024",
+    grid={"normalize": ("mean", "norm")},
+    at_score=("normalize",),
+)
 class FDBD(_Mean):
     """Distances of the features to the decision boundaries, over their distance to the mean.
 
@@ -226,15 +272,15 @@ class FDBD(_Mean):
 
     def _score(self, batch: Batch) -> Tensor:
         z = floats(batch.class_logits(self.absent))
-        x = floats(present(batch.features)) if self.normalize == "norm" else self._centred(batch)
+        size = batch.feature_stats().l2 if self.normalize == "norm" else self._distance(batch)
         best, label = z.max(1)
         out = torch.empty_like(best)
         order = label.argsort(stable=True)  # so that a block has few classes
-        for rows in order.split(max(1, _CHUNK // z.shape[1])):
+        for rows in blocks(order, max(1, _CHUNK // z.shape[1])):
             classes, place = label[rows].unique(return_inverse=True)
             apart = self._inverse_distances(batch, classes)[place]
             out[rows] = ((best[rows, None] - z[rows]) * apart).sum(1)
-        return out / x.norm(dim=1).to(out)
+        return out / size.to(out)
 
     def _inverse_distances(self, batch: Batch, classes: Tensor) -> Tensor:
         """1 / |w_p - w_c| of the head's rows, (len(classes), C); 0 where they are equal."""
@@ -260,7 +306,13 @@ def _inverse_distances(weight: Tensor, classes: Tensor) -> Tensor:
     return torch.where(square > tiny, square.rsqrt(), 0).to(weight)
 
 
-@register("nci", "B", "Liu & Qin, CVPR 2025")
+@register(
+    "nci",
+    "B",
+    "Liu & Qin, CVPR 2025",
+    grid={"alpha": (1e-4, 1e-3, 1e-2, 1e-1)},
+    at_score=("alpha",),
+)
 class NCI(_Mean):
     """Projection of the centred features on the predicted class's row, plus alpha times |h|_1.
 
@@ -288,15 +340,20 @@ class NCI(_Mean):
             raise ValueError(f"NCI: alpha must be >= 0 and finite, got {alpha}")
 
     def _score(self, batch: Batch) -> Tensor:
-        centred = self._centred(batch)
+        distance = self._distance(batch)
         weight, bias = self._linear(batch)
-        best, label = floats(batch.class_logits(self.absent)).to(centred).max(1)
+        scores = batch.logit_scores(absent=self.absent)
         shift = bias + weight @ self.means[0].to(weight)
-        projected = (best - shift[label]) / centred.norm(dim=1)
-        return projected + self.alpha * floats(present(batch.features)).norm(1, dim=1)
+        projected = (scores.max_logit.to(distance) - shift[scores.label]) / distance
+        return projected + self.alpha * batch.feature_stats().l1
 
 
-@register("she", "B", "Zhang et al., ICLR 2023")
+@register(
+    "she",
+    "B",
+    "Zhang et al., ICLR 2023",
+    at_score=("metric",),
+)
 class SHE(_Sums):
     """Inner product with the predicted class's mean of correctly classified training features.
 
@@ -339,13 +396,18 @@ class SHE(_Sums):
             )
 
     def _score(self, batch: Batch) -> Tensor:
-        x = floats(present(batch.features))
-        means = self.means.to(x)[batch.class_logits(self.absent).argmax(1)]
-        if self.metric == "euclidean":
-            return -(x - means).norm(dim=1)
-        if self.metric == "cosine":
-            return torch.cosine_similarity(x, means)
-        return (x * means).sum(1)
+        features, label = present(batch.features), batch.logit_scores(absent=self.absent).label
+        patterns = self.means.to(floats(features[:0]))
+
+        def score(rows: Tensor, classes: Tensor) -> Tensor:
+            x, means = floats(rows), patterns[classes]
+            if self.metric == "euclidean":
+                return -(x - means).norm(dim=1)
+            if self.metric == "cosine":
+                return torch.cosine_similarity(x, means)
+            return (x * means).sum(1)
+
+        return in_blocks(score, features, label)
 
 
 @register("cadref", "B", "Ling et al., CVPR 2025")
@@ -395,20 +457,27 @@ class CADRef(_Sums):
             )
 
     def _score(self, batch: Batch) -> Tensor:
-        x = floats(present(batch.features))
-        scores = batch.logit_scores(absent=self.absent)
-        apart = x - self.means.nan_to_num().to(x)[scores.label]
-        size = x.norm(1, dim=1)
+        features, scores = present(batch.features), batch.logit_scores(absent=self.absent)
+        means = self.means.nan_to_num().to(floats(features[:0]))
+        size = batch.feature_stats().l1
         if self.decoupled:
             weight, _ = self._linear(batch)
-            apart = apart * weight.sign()[scores.label]
-            above, below = apart.relu().sum(1) / size, (-apart).relu().sum(1) / size
-            mean = (self.energy / self.counts.sum()).to(x)
-            score = -(above / scores.energy.to(x) + below / mean)
+            signs = weight.sign()
+
+            def errors(rows: Tensor, label: Tensor) -> Tensor:
+                apart = (rows - means[label]).mul_(signs[label])
+                return torch.stack([apart.relu().sum(1), (-apart).relu_().sum(1)], 1)
+
+            above, below = (in_blocks(errors, features, scores.label) / size[:, None]).unbind(1)
+            mean = (self.energy / self.counts.sum()).to(means)
+            score = -(above / scores.energy.to(means) + below / mean)
         else:
-            score = -apart.norm(1, dim=1) / size
+            score = -in_blocks(
+                lambda rows, label: (rows - means[label]).norm(1, dim=1), features, scores.label
+            )
+            score = score / size
         # A class that was never predicted has no mean: no sample is like it.
-        known = (self.counts > 0).to(x.device)[scores.label]
+        known = (self.counts > 0).to(score.device)[scores.label]
         return torch.where(known | score.isnan(), score, -torch.inf)
 
 
@@ -453,7 +522,7 @@ class PNML(HeadDetector):
         check_finite(where, features)
         self.width = features.shape[1]
         self._factor = None
-        for rows in features.split(max(1, _CHUNK // self.width)):
+        for rows in blocks(features, max(1, _CHUNK // self.width)):
             u = normalize(rows.double(), dim=1)
             self.gram = u.T @ u + vars(self).get("gram", 0)
 
@@ -463,13 +532,19 @@ class PNML(HeadDetector):
             values, vectors = torch.linalg.eigh(self.gram)
             least = values[-1] * len(values) * torch.finfo(torch.float64).eps
             self._factor = vectors[:, values > least] * values[values > least].rsqrt()
-        length = x.norm(dim=1, keepdim=True)
-        q = ((x / length) @ self._factor.to(x)).square().sum(1)
+        length = batch.feature_stats().l2
+        factor = self._factor.to(x)
+        q = in_blocks(
+            lambda rows, size: ((rows / size[:, None]) @ factor).square().sum(1), x, length
+        )
         _, bias = self._linear(batch)
-        z = (floats(batch.class_logits(self.absent)).to(x) - bias) / length + bias
-        log_p = z.log_softmax(1)
-        # log(1 - p), of the largest from the others: 1 - p would cancel.
-        rest = torch.log(-torch.expm1(log_p.clamp(max=-1e-30)))
-        g = (q / (1 + q))[:, None]
-        regret = torch.sigmoid(-(rest + (g - 1) * log_p)).sum(1).log()
-        return -regret / math.log(z.shape[1])
+
+        def score(rows: Tensor, size: Tensor, share: Tensor) -> Tensor:
+            z = (floats(rows).to(x) - bias) / size[:, None] + bias
+            log_p = z.log_softmax(1)
+            # log(1 - p), of the largest from the others: 1 - p would cancel.
+            rest = torch.log(-torch.expm1(log_p.clamp(max=-1e-30)))
+            regret = torch.sigmoid(-(rest + (share[:, None] - 1) * log_p)).sum(1).log()
+            return -regret / math.log(z.shape[1])
+
+        return in_blocks(score, batch.class_logits(self.absent), length, q / (1 + q))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,19 +13,25 @@ from torch.nn.functional import normalize
 from oodkernels._checks import accumulate_type, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import NotFittedError, OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import Reservoir, Sampled, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
-from oodkernels.ops import LogitScores, logit_scores
+from oodkernels.ops import LogitScores, logit_scores, nearest_neighbors
 
 __all__ = ["KNN", "MCM", "NNGuide", "Relation"]
 
 _QUERIES, _BLOCK = 1024, 1 << 14  # rows of a matrix of similarities, and columns
 
 
-@register("knn", "E", "Sun et al., ICML 2022")
+@register(
+    "knn",
+    "E",
+    "Sun et al., ICML 2022",
+    grid={"k": (50, 100, 200, 500, 1000)},
+    at_score=("k", "backend"),
+)
 class KNN(OODDetector):
     """Distance to the k-th nearest training sample among normalised features, negated.
 
@@ -34,14 +40,14 @@ class KNN(OODDetector):
     samples' z. It lies in [-2, 0]. The authors' code reports the squared distance, which ranks
     alike. A sample that was trained on counts itself as its nearest.
 
-    The neighbour is found by faiss on the CPU where it is installed, else by matrix products in
-    torch, block by block; its distance is then computed from differences in either case, so that
-    nothing cancels and both give the same scores.
+    The neighbour is that of :func:`oodkernels.nearest_neighbors`, exactly. faiss, and torch's
+    matrix products, may take another one that is as near but for their rounding; the distance is
+    then computed from differences, too, so that nothing cancels.
 
     Args:
         k: Which neighbour; the paper has 50 for CIFAR-10, 200 for CIFAR-100, 1000 for ImageNet.
-        backend: ``"faiss"``, ``"torch"``, or ``"auto"`` for faiss where it is installed and the
-            features are on the CPU.
+        backend: ``"native"`` for the op; ``"faiss"``, on the CPU; ``"torch"``, of which exported
+            and compiled programs are made whatever the backend.
         model: As for :class:`OODDetector`.
 
     Attributes:
@@ -60,13 +66,13 @@ class KNN(OODDetector):
     def __init__(
         self,
         k: int = 50,
-        backend: Literal["auto", "faiss", "torch"] = "auto",
+        backend: Literal["native", "faiss", "torch"] = "native",
         *,
         model: Model | None = None,
     ) -> None:
         super().__init__(model)
-        if backend not in ("auto", "faiss", "torch"):
-            raise ValueError(f"KNN: backend must be auto, faiss or torch, got {backend!r}")
+        if backend not in ("native", "faiss", "torch"):
+            raise ValueError(f"KNN: backend must be native, faiss or torch, got {backend!r}")
         self.k = check_count("KNN", "k", k)
         self.backend = backend
         self._reset()
@@ -91,27 +97,59 @@ class KNN(OODDetector):
             )
         self.bank, self._new, self._index = bank, [], None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_index": None}  # which is made anew
+
     def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
         super()._load_state(tensors)
-        if len(self.bank) < self.k:
-            raise ValueError(f"bank must have at least k = {self.k} rows, got {len(self.bank)}")
+        self._index = None
+        check_bank("", self)
+
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        self._ready(where)
+        check_bank(f"{where}: ", self)
 
     def _score(self, batch: Batch) -> Tensor:
         features = present(batch.features)
         if self.bank.device != features.device:
             self.to(features.device)
-        scores = [self._distance(rows) for rows in features.split(_QUERIES)]
-        return -torch.cat(scores).to(accumulate_type(features.dtype))
+        return -self._distances(features, [self.k])[:, 0].to(accumulate_type(features.dtype))
 
-    def _distance(self, features: Tensor) -> Tensor:
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        if any(one.keys() != {"k"} for one in settings):
+            return super()._scorer(where, settings)
+        own = [self.varied(**one) for one in settings]
+        most = max(own, key=lambda variant: variant.k)
+
+        def scores(batch: Batch) -> Tensor:
+            features = present(batch.features)
+            distances = most._distances(features, [v.k for v in own])
+            return -distances.to(accumulate_type(features.dtype))
+
+        return scores
+
+    def _distances(self, features: Tensor, ks: Sequence[int]) -> Tensor:
+        """Distances to several of the k nearest, from one scan, (N, len(ks))."""
         z = _direction(features).to(self.bank)
-        kth = self.bank[self._kth_by_faiss(z) if self._uses_faiss(z) else self._kth(z)]
-        return (z - kth).norm(dim=1)
+        program = torch.compiler.is_compiling()
+        if self.backend == "native" and not program:
+            found = nearest_neighbors(z, self.bank, self.k)
+            return found.distances[:, [k - 1 for k in ks]].sqrt()
+        find = self._by_faiss if self.backend == "faiss" and not program else self._nearest
+        parts = []
+        for part in blocks(z, _QUERIES):
+            rows = find(part)
+            parts.append(
+                torch.stack([(part - self.bank[rows[:, k - 1]]).norm(dim=1) for k in ks], 1)
+            )
+        return torch.cat(parts)
 
-    def _kth(self, z: Tensor) -> Tensor:
-        """Rows of the k-th nearest in the bank, (N,): those of the k-th largest z.b - |b|^2 / 2."""
-        best = torch.empty(len(z), 0, dtype=z.dtype, device=z.device)
-        rows = torch.empty(len(z), 0, dtype=torch.int64, device=z.device)
+    def _nearest(self, z: Tensor) -> Tensor:
+        """Rows of the k nearest in the bank, (N, k): those of the largest z.b - |b|^2 / 2."""
+        best = torch.empty(z.shape[0], 0, dtype=z.dtype, device=z.device)
+        rows = torch.empty(z.shape[0], 0, dtype=torch.int64, device=z.device)
         for begin in range(0, len(self.bank), max(_BLOCK, 2 * self.k)):
             block = self.bank[begin : begin + max(_BLOCK, 2 * self.k)]
             with torch.autocast(z.device.type, enabled=False):
@@ -122,26 +160,16 @@ class KNN(OODDetector):
             if best.shape[1] > self.k:
                 top = best.topk(self.k)
                 best, rows = top.values, rows.gather(1, top.indices)
-        return rows[:, -1]
+        return rows
 
-    def _uses_faiss(self, z: Tensor) -> bool:
-        if self.backend == "torch" or (self.backend == "auto" and z.device.type != "cpu"):
-            return False
-        try:
-            faiss = require("faiss", "faiss", "KNN: backend='faiss'")
-        except ModuleNotFoundError:
-            if self.backend == "auto":
-                return False
-            raise
+    def _by_faiss(self, z: Tensor) -> Tensor:
+        faiss = require("faiss", "faiss", "KNN: backend='faiss'")
         if self._index is None:
             index = faiss.IndexFlatL2(self.bank.shape[1])
             index.add(self.bank.float().cpu().numpy())
             self._index = index  # whole, for other threads
-        return True
-
-    def _kth_by_faiss(self, z: Tensor) -> Tensor:
         _, rows = self._index.search(z.float().cpu().numpy(), self.k)
-        return torch.from_numpy(rows[:, -1]).to(z.device)
+        return torch.from_numpy(rows).to(z.device)
 
 
 class _Bank(Sampled):
@@ -163,7 +191,14 @@ class _Bank(Sampled):
         raise NotImplementedError
 
 
-@register("nnguide", "E", "Park et al., ICCV 2023")
+@register(
+    "nnguide",
+    "E",
+    "Park et al., ICCV 2023",
+    grid={"k": (10, 100, 1000)},
+    at_fit=("size", "seed"),
+    at_score=("k",),
+)
 class NNGuide(_Bank):
     """Energy times the mean of the k largest similarities to training samples, each by its energy.
 
@@ -198,6 +233,11 @@ class NNGuide(_Bank):
         self.size = None if size is None else check_count("NNGuide", "size", size, self.k)
         self.seed = check_int("NNGuide", "seed", seed)
 
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        super()._settle(where, changed)
+        self._ready(where)
+        check_bank(f"{where}: ", self)
+
     def _beside(self, batch: Batch) -> Tensor:
         return batch.logit_scores(absent=self.absent).energy
 
@@ -205,18 +245,35 @@ class NNGuide(_Bank):
         units, energy = self._rows(where, self.k)
         self.bank = units * energy[:, None].to(units)
 
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        if any(one.keys() != {"k"} for one in settings):
+            return super()._scorer(where, settings)
+        own = [self.varied(**one) for one in settings]
+        most = max(own, key=lambda variant: variant.k)
+        return lambda batch: most._guided(batch, [v.k for v in own])
+
     def _score(self, batch: Batch) -> Tensor:
+        return self._guided(batch, [self.k])[:, 0]
+
+    def _guided(self, batch: Batch, ks: Sequence[int]) -> Tensor:
+        """Scores by several numbers of neighbours, from one scan, (N, len(ks))."""
         units = _direction(present(batch.features))
-        bank = self.bank.to(units)
-        best = units.new_full((len(units), self.k), -torch.inf)
-        for i, near in _products(units, bank):
-            rows = slice(i, i + len(near))
-            best[rows] = torch.cat([best[rows], near], 1).topk(self.k).values
-        score = batch.logit_scores(absent=self.absent).energy.to(units) * best.mean(1)
-        return torch.where(units.isnan().any(1), torch.nan, score)
+        best = _largest_products(units, self.bank.to(units), self.k)
+        near = torch.stack([best[:, :k].mean(1) for k in ks], 1)
+        scores = batch.logit_scores(absent=self.absent).energy.to(units)[:, None] * near
+        return torch.where(units.isnan().any(1, keepdim=True), torch.nan, scores)
 
 
-@register("relation", "E", "Kim et al., NeurIPS 2023")
+@register(
+    "relation",
+    "E",
+    "Kim et al., NeurIPS 2023",
+    grid={"power": (1, 2, 4, 6, 8)},
+    at_fit=("size", "seed"),
+    at_score=("power", "cut"),
+)
 class Relation(_Bank):
     """Sum of the relations to training samples: similar features times similar predictions.
 
@@ -267,19 +324,38 @@ class Relation(_Bank):
     def _finish(self, where: str) -> None:
         self.bank, self.probabilities = self._rows(where)
 
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        if any(one.keys() - self.spec.at_score for one in settings):
+            return super()._scorer(where, settings)
+        own = [self.varied(**one) for one in settings]
+        return lambda batch: self._related(batch, own)
+
     def _score(self, batch: Batch) -> Tensor:
+        return self._related(batch, [self])[:, 0]
+
+    def _related(self, batch: Batch, variants: Sequence[Relation]) -> Tensor:
+        """Scores by several powers and thresholds, from one scan, (N, variants)."""
         units = _direction(present(batch.features))
         p = self._beside(batch).to(units)
         bank, known = self.bank.to(units), self.probabilities.to(units)
-        score = units.new_zeros(len(units))
+        scores = units.new_zeros(units.shape[0], len(variants))
         for (i, near), (_, alike) in zip(_products(units, bank), _products(p, known), strict=True):
             relation = near.clamp(min=0) * alike
-            relation = torch.where(relation > self.cut, relation**self.power, 0)
-            score[i : i + len(near)] += relation.sum(1)
-        return torch.where(units.isnan().any(1) | p.isnan().any(1), torch.nan, score)
+            for j, own in enumerate(variants):
+                kept = torch.where(relation > own.cut, relation**own.power, 0)
+                scores[i : i + near.shape[0], j] += kept.sum(1)
+        nan = units.isnan().any(1, keepdim=True) | p.isnan().any(1, keepdim=True)
+        return torch.where(nan, torch.nan, scores)
 
 
-@register("mcm", "E", "Ming et al., NeurIPS 2022")
+@register(
+    "mcm",
+    "E",
+    "Ming et al., NeurIPS 2022",
+    grid={"temperature": (0.01, 1, 10)},
+)
 class MCM(OODDetector):
     """Maximum softmax probability of the cosines to the classes' text embeddings.
 
@@ -336,12 +412,42 @@ class MCM(OODDetector):
         return self._cosines(batch).label, None
 
 
+def check_bank(where: str, detector: KNN | NNGuide) -> None:
+    """Raise ValueError unless the bank has as many rows as neighbours are asked for."""
+    if len(detector.bank) < detector.k:
+        raise ValueError(
+            f"{where}bank must have at least k = {detector.k} rows, got {len(detector.bank)}"
+        )
+
+
 def _products(rows: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of ``rows @ bank.T``, each with the number of its first row."""
-    for i in range(0, len(rows), _QUERIES):
+    begin = 0
+    for part in blocks(rows, _QUERIES):
         for block in bank.split(_BLOCK):
             with torch.autocast(rows.device.type, enabled=False):
-                yield i, rows[i : i + _QUERIES] @ block.T
+                yield begin, part @ block.T
+        begin += part.shape[0]
+
+
+def _largest_products(units: Tensor, bank: Tensor, k: int) -> Tensor:
+    """The k largest of each row of ``units @ bank.T``, descending."""
+    if torch.compiler.is_compiling():
+        best = units.new_full((units.shape[0], k), -torch.inf)
+        for i, near in _products(units, bank):
+            rows = slice(i, i + near.shape[0])
+            best[rows] = torch.cat([best[rows], near], 1).topk(k).values
+        return best
+    # The nearest, where one more column makes all rows of the bank as long as the longest, 1:
+    # |u - b|^2 = 2 - 2 u.b, for a zero row of units 1 - 2 u.b.
+    longest = bank.norm(dim=1).amax().clamp(min=torch.finfo(bank.dtype).tiny)
+    bank = bank / longest
+    missing = (1 - bank.double().square().sum(1, keepdim=True)).clamp(min=0).sqrt().to(bank)
+    found = nearest_neighbors(
+        torch.cat([units, units.new_zeros(len(units), 1)], 1), torch.cat([bank, missing], 1), k
+    )
+    lengths = 1 + units.square().sum(1, keepdim=True)
+    return (lengths - found.distances) / 2 * longest
 
 
 def _direction(features: Tensor) -> Tensor:

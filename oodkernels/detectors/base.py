@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -18,12 +20,12 @@ from oodkernels._checks import check_class_ids, check_int
 from oodkernels._digest import digest
 from oodkernels._safetensors import read_tensors, write_tensors
 from oodkernels.detectors.batch import Batch, Features, as_batch, check_axes, joined, present
-from oodkernels.detectors.model import Model
+from oodkernels.detectors.model import Model, Walk
 from oodkernels.detectors.passes import completed, score_batch
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
 from oodkernels.groups import Groups
 from oodkernels.metrics.ood import Scores
-from oodkernels.metrics.threshold import Threshold, ThresholdSource
+from oodkernels.metrics.threshold import Threshold, ThresholdSource, is_below
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,14 +103,26 @@ class OODDetector:
     num_classes: int | None = None
     width: int | None = None
     threshold: Threshold | None = None
+    _walk: Walk | None = None
     _status: str = "unfitted"  # then "pending", seen data but not finished; then "fitted"
     _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
+    _carried: ClassVar[frozenset[str]] = frozenset({"num_classes", "width", "statistics", "_new"})
+    # What fitting sets, of what ``__init__`` sets too.
+    _loaded = False  # from a file
+    _lent = False  # what was fitted is another's, too
+    passes = 1
+    """How many passes over the training data a fit takes."""
     _least: float = -math.inf  # no score is below it
     _finer: str = ""  # what to do where many have it
 
     def __init__(self, model: Model | None = None, absent: int | None = None) -> None:
         self.model = model
         self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
+
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Percentiles, in per cent, at which it reads :meth:`Batch.feature_stats`."""
+        return ()
 
     # --- fitting ------------------------------------------------------------------------------
 
@@ -141,12 +155,18 @@ class OODDetector:
         where = f"{type(self).__name__}.fit"
         self._reset()
         if data is None:
-            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
+            for i in range(self.passes):
+                if i:
+                    self._next_pass(where)
+                self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
         else:
-            for batch, y in self._training_batches(where, data):
-                self.fit_batch(batch, y, where=where)
-            if self._status == "unfitted":
-                raise ValueError(f"{where}: data must give a batch, got none")
+            for i in range(self.passes):
+                if i:
+                    self._next_pass(where)
+                for batch, y in self._training_batches(where, data):
+                    self.fit_batch(batch, y, where=where)
+                if self._status == "unfitted":
+                    raise ValueError(f"{where}: data must give a batch, got none")
         self._ready(where)
         return self
 
@@ -199,6 +219,10 @@ class OODDetector:
             if ood.any():
                 batch, labels = batch.rows(~ood), labels[~ood]
         self._check(where, batch)
+        if self._lent:
+            own = {*self._tensors, *self._carried, "_sample", "_statistics"} & vars(self).keys()
+            vars(self).update({name: copy.deepcopy(vars(self)[name]) for name in own})
+            self._lent = False
         with torch.no_grad():
             self._update(where, batch, labels)
         self._status = "pending"
@@ -232,7 +256,12 @@ class OODDetector:
         """
         where = f"{type(self).__name__}.score"
         batch = as_batch(where, x, logits, features, confidence)
-        return score_batch({"": self}, batch, where=where)[""]
+        with torch.no_grad():
+            if x is not None and len(batch) > self.batch_size:
+                parts = [self._score(part) for part in self._parts(where, batch)]
+                return present(joined(parts, batch.device))
+            score = self._score(*completed(where, (self,), batch))
+            return score if x is None or score.device == x.device else score.to(x.device)
 
     def calibrate(
         self, id_scores: Scores, tpr: float = 0.95, confidence: float = 0.95
@@ -299,15 +328,113 @@ class OODDetector:
             raise NotFittedError(
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
-        self._verify(where, self.threshold)
+        self.check_threshold(self.threshold, where)
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
-            parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
-        score, label, group = (joined(p, batch.device) for p in zip(*parts, strict=True))
-        score = present(score)
-        return Prediction(label, group, score, self.threshold.predict(score))
+            if x is not None and len(batch) > self.batch_size:
+                parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
+            else:
+                (own,) = completed(where, (self,), batch)
+                parts = [(self._score(own), *self._label(own))]
+            score, label, group = parts[0]
+            if len(parts) > 1 or score.device != batch.device:
+                columns = zip(*parts, strict=True)
+                found, label, group = (joined(column, batch.device) for column in columns)
+                score = present(found)
+            return Prediction(label, group, score, is_below(score, self.threshold.value, where))
+
+    def varied(self, **settings: Any) -> Self:
+        """The detector with other settings, fitted to the same data, which are not read again.
+
+        Args:
+            **settings: Options by name; the others stay as they are.
+
+        Returns:
+            Another detector, without threshold; weights of layers are to be fitted anew.
+
+        Raises:
+            ValueError: An option is unknown or out of its range, or one that the pass over the
+                training data depends on (:attr:`DetectorSpec.at_fit`), or the detector is from a
+                file, in which there is no more of the data than its own settings need.
+            TypeError: An option is of a wrong type.
+        """
+        where, spec = f"{type(self).__name__}.varied", self.spec
+        if unknown := settings.keys() - spec.options.keys():
+            raise ValueError(
+                f"{where}: {self.name} has no option {min(unknown)!r}, only "
+                f"{', '.join(spec.options) or None}"
+            )
+        mine = self._arguments()
+        changed = {name for name, value in settings.items() if value != mine.get(name)}
+        fitted = bool(self.trained_on) and self._status != "unfitted"
+        if fitted and (bound := changed & spec.at_fit):
+            raise ValueError(
+                f"{where}: {min(bound)} must be {mine[min(bound)]!r}, as in the fit, which depends "
+                f"on it: fit another detector"
+            )
+        if fitted and self._loaded and (bound := changed - spec.at_score):
+            raise ValueError(
+                f"{where}: {min(bound)} must be {mine[min(bound)]!r}, as in the file: fit the "
+                f"detector again"
+            )
+        other = type(self)._from_settings({**self._settings(), **settings}, self.model)
+        fresh = vars(other).keys() - self._carried
+        vars(other).update({n: v for n, v in vars(self).items() if n not in fresh})
+        other.threshold, other._status = None, self._status
+        self._lent = other._lent = True
+        if fitted and other.trained_on:
+            other._settle(where, changed - spec.at_score)
+        return other
+
+    def check_threshold(self, threshold: Threshold, where: str = "check_threshold") -> None:
+        """Refuse a threshold of other scores; one that says nothing of its own is the user's.
+
+        Args:
+            threshold: That scores of this detector are to be compared with.
+            where: What errors start with.
+
+        Raises:
+            ValueError: It is of another detector, other settings, groups or another model.
+        """
+        if threshold.source is None:
+            return
+        key = (threshold, self.model, self._plain_settings())
+        known = self._verified
+        if known and known[0] is threshold and known[1] is self.model and known[2] == key[2]:
+            return
+        mine = self.source()
+        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
+            mine = replace(mine, model=threshold.source.model)
+        threshold.check_source(mine, where)
+        self._verified = key
 
     # --- keeping ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that were fitted, by name.
+
+        Raises:
+            NotFittedError: ``fit`` has not been called.
+        """
+        self._ready(f"{type(self).__name__}.state_dict")
+        return self._state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take in the tensors of a detector with the same settings, classes and width.
+
+        Raises:
+            ValueError: They are others, or not of the same shapes.
+        """
+        where = f"{type(self).__name__}.load_state_dict"
+        self._ready(where)
+        device = next((t.device for t in self._state().values()), None)
+        try:
+            self._load_state(dict(state))
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        if device is not None:
+            self.to(device)
+        self.threshold = None  # it was of other scores
 
     def to(self, device: torch.device | str | int) -> Self:
         """Move what was fitted; the model is left where it is."""
@@ -366,7 +493,7 @@ class OODDetector:
         where = f"{cls.__name__}.load: {os.fspath(path)}"
         content, tensors = read_tensors(where, path, _FORMAT, _VERSION)
         try:
-            known = DETECTORS if cls is OODDetector else {cls.name: cls}
+            known = {**DETECTORS, **COMPOUNDS} if cls is OODDetector else {cls.name: cls}
             if content["detector"] not in known:
                 name = str(content["detector"])[:80]
                 raise ValueError(f"detector must be one of {sorted(known)}, got {name!r}")
@@ -383,9 +510,9 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
-            detector._status = "fitted"
+            detector._status, detector._loaded = "fitted", True
             if detector.threshold is not None:
-                detector._verify("threshold", detector.threshold)
+                detector.check_threshold(detector.threshold, "threshold")
         except KeyError as error:
             raise ValueError(f"{where}: {error} is missing") from None
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -419,9 +546,29 @@ class OODDetector:
         if batch.logits is not None:
             batch.absent_column(where, self.absent)
 
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        """Bring what was fitted in line with options that were changed; refuse what it cannot."""
+        if changed:
+            self._status = "pending"
+            self._ready(where)
+
+    def _every(self, option: str) -> Sequence[Any] | None:
+        """All values that an option can have, after the fit; None where that means nothing."""
+        return None
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        """What gives the scores of a batch under each of several settings, (N, settings)."""
+        variants = [self.varied(**one) for one in settings]
+        for variant in variants:
+            variant._ready(where)
+        return lambda batch: torch.stack([variant._score(batch) for variant in variants], 1)
+
     def _reset(self) -> None:
         """Forget what was learnt."""
         self._status = "unfitted"
+        self._loaded = self._lent = False
         self.num_classes = self.width = self.threshold = None
         for name in self._tensors:
             vars(self).pop(name, None)
@@ -429,6 +576,9 @@ class OODDetector:
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         """Learn from a batch, OOD samples left out; errors start with ``where``."""
         raise NotImplementedError
+
+    def _next_pass(self, where: str) -> None:
+        """Called between two passes over the training data."""
 
     def _finish(self, where: str) -> None:
         """Set the attributes in ``_tensors`` from all batches; errors start with ``where``."""
@@ -456,28 +606,12 @@ class OODDetector:
     # --- shared -------------------------------------------------------------------------------
 
     def _arguments(self) -> dict[str, Any]:
-        parameters = inspect.signature(type(self)).parameters
-        return {name: getattr(self, name) for name in parameters if name != "model"}
+        names: tuple[str, ...] = _parameters(type(self))  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
 
     def _plain_settings(self) -> dict[str, Any]:
         """The settings without the groups, whose digest says as much."""
         return {k: v for k, v in self._arguments().items() if k != "groups"}
-
-    def _verify(self, where: str, threshold: Threshold) -> None:
-        """Refuse a threshold of other scores; one that says nothing of its own is the user's."""
-        key = (threshold, self.model, self._plain_settings())
-        if threshold.source is None or (
-            self._verified is not None
-            and self._verified[0] is threshold
-            and self._verified[1] is self.model
-            and self._verified[2] == key[2]
-        ):
-            return
-        mine = self.source()
-        if not isinstance(self.model, nn.Module):  # scores may come from anywhere
-            mine = replace(mine, model=threshold.source.model)
-        threshold.check_source(mine, where)
-        self._verified = key
 
     def _ready(self, where: str) -> None:
         """Finish a fit that is pending; NotFittedError if there is none."""
@@ -497,12 +631,12 @@ class OODDetector:
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]:
         """What of ``wanted`` a batch lacks."""
         missing = []
-        for name in sorted(wanted):
+        for name in wanted:
             if name == "features" and self.layers:
                 missing += [f"features[{n!r}]" for n in self.layers if n not in batch.layers]
             elif name != "labels" and getattr(batch, name) is None:
                 missing.append(name)
-        return missing
+        return sorted(missing) if missing else missing
 
     def _training_batches(
         self, where: str, data: Iterable[Sequence[Tensor]]
@@ -522,6 +656,12 @@ class OODDetector:
             with torch.no_grad():
                 (batch,) = completed(where, [self], as_batch(where, x), self.trained_on)
             yield batch, y
+
+
+@cache
+def _parameters(detector: type[OODDetector]) -> tuple[str, ...]:
+    """Names of the constructor's arguments but for the model."""
+    return tuple(name for name in inspect.signature(detector).parameters if name != "model")
 
 
 def score_all(
@@ -575,10 +715,21 @@ def score_all(
 DETECTORS: dict[str, type[OODDetector]] = {}
 """Short name -> class, of all that were registered; ``DETECTORS[name].spec`` says more."""
 
+COMPOUNDS: dict[str, type[OODDetector]] = {}
+"""What is made of detectors, by the name that files give it."""
+
 D = TypeVar("D", bound=OODDetector)
 
 
-def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]:
+def register(
+    name: str,
+    family: str,
+    paper: str,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    at_fit: Iterable[str] = (),
+    at_score: Iterable[str] = (),
+) -> Callable[[type[D]], type[D]]:
     """Put a detector's class into :data:`DETECTORS`, from which commands, files and docs take it.
 
     Example:
@@ -589,6 +740,10 @@ def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]
         name: The paper's short name in lower case; a variant's behind a hyphen.
         family: What it reads, a key of :data:`FAMILIES`.
         paper: Authors, venue and year.
+        grid: Option -> values that :func:`sweep` tries where it is not told any: those that the
+            authors choose from, as far as they say.
+        at_fit: Options on which the pass over the training data depends; ``absent`` always is.
+        at_score: Options that matter in scoring alone.
 
     Raises:
         ValueError: There is one of that name, or no such family.
@@ -600,7 +755,10 @@ def register(name: str, family: str, paper: str) -> Callable[[type[D]], type[D]]
 
     def add(detector: type[D]) -> type[D]:
         detector.name = name
-        detector.spec = DetectorSpec(name, detector, family, paper)
+        bound = frozenset({"absent", *at_fit})
+        detector.spec = DetectorSpec(
+            name, detector, family, paper, dict(grid or {}), bound, frozenset(at_score)
+        )
         DETECTORS[name] = detector
         return detector
 

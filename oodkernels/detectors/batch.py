@@ -6,18 +6,38 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oodkernels.detectors.model import Outputs
 from oodkernels.groups import Groups
-from oodkernels.ops import LogitScores, MOSPrediction, logit_scores, mos_predict
+from oodkernels.ops import (
+    FeatureStats,
+    LogitScores,
+    MOSPrediction,
+    feature_stats,
+    logit_scores,
+    mos_predict,
+)
 
 T = TypeVar("T")
 Features: TypeAlias = Tensor | Mapping[str, Tensor]
 """(N, d), or by the name of the layer for a detector that reads several."""
 
-__all__ = ["Batch", "Features", "as_batch", "check_axes", "check_kept", "joined", "present"]
+__all__ = [
+    "Batch",
+    "Features",
+    "as_batch",
+    "blocks",
+    "check_axes",
+    "check_kept",
+    "in_blocks",
+    "joined",
+    "present",
+]
+
+_BLOCK = 1 << 18  # numbers of a block that stays in cache
 
 
 class Batch:
@@ -31,6 +51,7 @@ class Batch:
         confidence: (N,) logit of the confidence, or None.
         axes: Axis of the features in ``layers``, for those of which the module tells.
         absent: Column of ``logits`` that stands for no class, >= 0, or None.
+        percentiles: Those at which :meth:`feature_stats` will be asked for, all found at once.
     """
 
     def __init__(
@@ -51,6 +72,7 @@ class Batch:
         self.confidence = confidence
         self.axes = axes or {}
         self.absent = absent
+        self.percentiles: set[float] = set()
         self._known: dict[Hashable, Any] = {}
 
     @classmethod
@@ -67,12 +89,18 @@ class Batch:
         )
 
     def __len__(self) -> int:
-        return len(self.tensors()[0][1])
+        return self._first().shape[0]
 
     @property
     def device(self) -> torch.device:
         """Device of the first tensor there is."""
-        return self.tensors()[0][1].device
+        return self._first().device
+
+    def _first(self) -> Tensor:
+        for tensor in (self.x, self.logits, self.features, self.confidence):
+            if tensor is not None:
+                return tensor
+        return next(iter(self.layers.values()))
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Those that are there, by the name that errors give them."""
@@ -95,8 +123,7 @@ class Batch:
 
     def chunks(self, size: int | None) -> Iterator[Batch]:
         """The batch in parts of at most ``size`` rows; None: in one."""
-        n = len(self)
-        if size is None or n <= size:
+        if size is None or (n := len(self)) <= size:
             yield self
             return
         for begin in range(0, n, size):
@@ -156,6 +183,30 @@ class Batch:
             lambda: logit_scores(self.class_logits(absent), temperature),
         )
 
+    def feature_stats(
+        self, percentile: float | None = None, rectified: bool = False
+    ) -> FeatureStats:
+        """:func:`oodkernels.feature_stats` of the features, each (N,).
+
+        Args:
+            percentile: In per cent; None where neither threshold nor the sum above it is read.
+            rectified: Whether negative features count as 0.
+        """
+        features = present(self.features)
+        if self._known.get("negative features") is False:
+            rectified = False
+        key = ("feature_stats", rectified)
+        asked, found = self._known.get(key, ((), None))
+        if found is None or (percentile is not None and percentile not in asked):
+            more = self.percentiles if percentile is None else {*self.percentiles, percentile}
+            asked = tuple(sorted({*asked, *more}))
+            found = feature_stats(features, asked, rectified)
+            self._known[key] = asked, found
+        if percentile is None:
+            return found
+        at = asked.index(percentile)
+        return found._replace(threshold=found.threshold[:, at], top_sum=found.top_sum[:, at])
+
     def mos_predict(self, groups: Groups) -> MOSPrediction:
         """:func:`oodkernels.mos_predict` of the logits."""
         logits = present(self.logits)
@@ -175,32 +226,54 @@ def as_batch(
         ValueError: There is none, or one has the wrong shape.
         TypeError: One is no tensor, or not floating-point.
     """
+    layers = None
     if isinstance(features, Mapping):
-        batch = Batch(x, logits, None, features, confidence)
-    else:
-        batch = Batch(x, logits, features, None, confidence)
-    shapes = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
+        layers = {name: _checked(where, f"features[{name!r}]", f) for name, f in features.items()}
+        features = None
+    batch = Batch(
+        None if x is None else _checked(where, "x", x),
+        None if logits is None else _checked(where, "logits", logits),
+        None if features is None else _checked(where, "features", features),
+        layers,
+        None if confidence is None else _checked(where, "confidence", confidence),
+    )
+    others = features is not None or confidence is not None or layers
+    if not others and (x is None) != (logits is None):
+        return batch  # of one tensor
     tensors = batch.tensors()
     if not tensors:
         raise ValueError(f"{where}: x, logits, features or confidence must be given, got none")
+    first, n = tensors[0][0], len(tensors[0][1])
     for name, tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
-        if name != "x" and not tensor.is_floating_point():
-            raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
-        dim, shape = shapes.get(name, (None, "(N, ...)"))
-        if tensor.dim() == 0 or dim not in (None, tensor.dim()):
-            raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
-        if len(tensor) != len(tensors[0][1]):
+        if len(tensor) != n:
             raise ValueError(
-                f"{where}: {tensors[0][0]} and {name} must be of the same samples, got "
-                f"{len(tensors[0][1])} and {len(tensor)}"
+                f"{where}: {first} and {name} must be of the same samples, got {n} and "
+                f"{len(tensor)}"
             )
-    if confidence is not None and confidence.numel() != len(confidence):
+    confidence = batch.confidence
+    if confidence is not None and confidence.numel() != n:
         raise ValueError(
             f"{where}: confidence must be (N,) or (N, 1), got {tuple(confidence.shape)}"
         )
     return batch
+
+
+_SHAPES = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
+
+
+def _checked(where: str, name: str, tensor: Any) -> Tensor:
+    """A tensor, or an array as one, that is floating-point and has the right number of axes."""
+    if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, np.ndarray):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+        tensor = torch.from_numpy(np.require(tensor, requirements="W"))
+    if name != "x" and not tensor.is_floating_point():
+        raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
+    dim, shape = _SHAPES.get(name, (0, "(N, ...)"))
+    found = tensor.dim()
+    if found == 0 or (dim and found != dim):
+        raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
+    return tensor
 
 
 def check_kept(name: str, tensor: Tensor) -> None:
@@ -237,12 +310,30 @@ def check_axes(
         known.update(zip(wanted, tensor.shape, strict=True))
 
 
+def in_blocks(compute: Callable[..., Tensor], *rows: Tensor, size: int = _BLOCK) -> Tensor:
+    """``compute`` of blocks of rows of some tensors, put together.
+
+    Args:
+        compute: Gives a tensor of as many rows as it is given.
+        *rows: (N, ...) each.
+        size: Numbers of a block of the widest of them.
+    """
+    width = max(1, *(t[:1].numel() for t in rows))
+    parts = zip(*(blocks(t, max(1, size // width)) for t in rows), strict=True)
+    return torch.cat([compute(*part) for part in parts])
+
+
 def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
     """The parts that are there as one tensor on a device, None where none is."""
     tensors = [part for part in parts if part is not None]
     if not tensors:
         return None
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(device)
+
+
+def blocks(x: Tensor, rows: int) -> Sequence[Tensor]:
+    """Rows of a tensor in blocks of at most so many; in one where a program is made of it."""
+    return (x,) if torch.compiler.is_compiling() else x.split(rows)
 
 
 def present(value: T | None) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from oodkernels._checks import accumulate_type, check_class_ids, check_count, check_int, check_real
 from oodkernels._optional import require
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, present
+from oodkernels.detectors.batch import Batch, Features, as_batch, blocks, check_kept, present
 from oodkernels.detectors.gradients import check_step, input_step
 from oodkernels.detectors.model import Model, positions_mean, run, to_model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -37,7 +37,13 @@ class _Space(NamedTuple):
     centroids: Tensor  # (C, d)
 
 
-@register("mahalanobis", "D", "Lee et al., NeurIPS 2018")
+@register(
+    "mahalanobis",
+    "D",
+    "Lee et al., NeurIPS 2018",
+    at_fit=("layers", "axis", "classes"),
+    at_score=("eps", "std"),
+)
 class Mahalanobis(OODDetector):
     """Half the squared Mahalanobis distance to the nearest class mean, negated.
 
@@ -87,6 +93,7 @@ class Mahalanobis(OODDetector):
 
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
+    _carried = OODDetector._carried | {"_whitening", "shrinkages"}
     weights: Tensor | None
 
     def __init__(
@@ -222,6 +229,10 @@ class Mahalanobis(OODDetector):
             self._whiten(where, name, self.shrinkage)
         self._set_shape()
 
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        self._whitening, self.shrinkages = dict(self._whitening), dict(self.shrinkages)
+        super()._settle(where, changed)
+
     @torch.inference_mode(False)
     def _whiten(self, where: str, name: str, shrinkage: float | None) -> None:
         statistics = self.statistics[name]
@@ -299,7 +310,7 @@ class Mahalanobis(OODDetector):
     def _distances(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest class and squared Mahalanobis distance."""
         found = []
-        for rows in features.split(max(1, _CHUNK // max(1, features.shape[1]))):
+        for rows in blocks(features, max(1, _CHUNK // max(1, features.shape[1]))):
             space, z = self._whitened(name, rows)
             found.append(nearest_centroid(z, space.centroids))
         labels, distance = zip(*found, strict=True)

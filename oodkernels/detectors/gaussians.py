@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from oodkernels._checks import check_count
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.covariance import check_samples, check_shrinkage, whitening
 from oodkernels.detectors.head import floats
 from oodkernels.detectors.model import Model
@@ -33,6 +33,7 @@ class _Gaussians(OODDetector):
     needs = frozenset({"features"})
     trained_on = frozenset({"features", "labels"})
     _tensors: ClassVar[Mapping[str, str]] = {"counts": "C", "means": "C d", "scatter": "d d"}
+    _carried = OODDetector._carried | {"_maps"}
     _unit: ClassVar[bool]
     _relative: ClassVar[bool]
     _maps: list[Tensor]
@@ -93,7 +94,8 @@ class _Gaussians(OODDetector):
 
     @property
     def _mean(self) -> Tensor:
-        return self.statistics.counts.double() @ self.statistics.means / self.statistics.count
+        counts = self.statistics.counts
+        return counts.double() @ self.statistics.means / counts.sum()
 
     def _score(self, batch: Batch) -> Tensor:
         return self._nearest(batch)[0]
@@ -112,7 +114,7 @@ class _Gaussians(OODDetector):
         origin = self._mean.to(like)
         means = self.statistics.means.to(like.device) - origin.double()
         centroids = (means @ maps[0].double()).to(like)
-        for rows in features.split(max(1, _CHUNK // features.shape[1])):
+        for rows in blocks(features, max(1, _CHUNK // features.shape[1])):
             x = self._read(rows) - origin
             with torch.autocast(x.device.type, enabled=False):
                 label, distance = nearest_centroid(x @ maps[0], centroids)
@@ -134,7 +136,12 @@ class _Gaussians(OODDetector):
         self._finish("load")
 
 
-@register("rmds", "D", "Ren et al., arXiv 2106.09022")
+@register(
+    "rmds",
+    "D",
+    "Ren et al., arXiv 2106.09022",
+    at_fit=("classes",),
+)
 class RMDS(_Gaussians):
     """Squared Mahalanobis distance to the nearest class mean less that to the mean of all, negated.
 
@@ -151,7 +158,12 @@ class RMDS(_Gaussians):
     _unit, _relative = False, True
 
 
-@register("mahalanobis++", "D", "Mueller & Hein, ICML 2025")
+@register(
+    "mahalanobis++",
+    "D",
+    "Mueller & Hein, ICML 2025",
+    at_fit=("classes",),
+)
 class MahalanobisPlusPlus(_Gaussians):
     """Squared Mahalanobis distance to the nearest class mean of normalised features, negated.
 
@@ -163,7 +175,12 @@ class MahalanobisPlusPlus(_Gaussians):
     _unit, _relative = True, False
 
 
-@register("rmds++", "D", "Mueller & Hein, ICML 2025")
+@register(
+    "rmds++",
+    "D",
+    "Mueller & Hein, ICML 2025",
+    at_fit=("classes",),
+)
 class RMDSPlusPlus(_Gaussians):
     """:class:`RMDS` of normalised features.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ from oodkernels.ops import logit_scores
 __all__ = ["ODIN", "input_step"]
 
 
-@register("odin", "F", "Liang, Li & Srikant, ICLR 2018")
+@register(
+    "odin",
+    "F",
+    "Liang, Li & Srikant, ICLR 2018",
+    grid={"temperature": (1, 10, 100, 1000), "eps": (0.0014, 0.0028)},
+)
 class ODIN(OODDetector):
     """Maximum softmax probability at temperature T of an input moved towards its class.
 
@@ -72,14 +77,41 @@ class ODIN(OODDetector):
         return batch.once(self, lambda: self._compute(batch))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        x, away, labels = self._away(batch)
+        return self._moved(x - self.eps * away), labels
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        own = [self.varied(**one) for one in settings]
+
+        def scores(batch: Batch) -> Tensor:
+            steps = {}  # one gradient for all sizes of a step
+            found = []
+            for v in own:
+                key = (v.temperature, str(v.std), v.absent)
+                if key not in steps:
+                    steps[key] = v._away(batch)
+                x, away, _ = steps[key]
+                found.append(v._moved(x - v.eps * away))
+            return torch.stack(found, 1)
+
+        return scores
+
+    def _class_logits(self, x: Tensor) -> Tensor:
+        found = run(present(self.model), x, features=False)
+        return Batch.of(x, found).class_logits(self.absent)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return logit_scores(self._class_logits(x), self.temperature).msp
+
+    def _away(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs, the direction that raises the loss, and the classes predicted."""
         model = present(self.model)
         labels: list[Tensor] = []
 
-        def class_logits(x: Tensor) -> Tensor:
-            return Batch.of(x, run(model, x, features=False)).class_logits(self.absent)
-
         def loss(x: Tensor) -> Tensor:
-            logits = class_logits(x)
+            logits = self._class_logits(x)
             logits = logits.to(accumulate_type(logits.dtype))
             labels.append(logits.detach().argmax(1))
             # Times T, which leaves the sign as it is and keeps half precision from underflow.
@@ -87,9 +119,9 @@ class ODIN(OODDetector):
                 logits / self.temperature, labels[0], reduction="sum"
             )
 
-        x = input_step("ODIN.score", loss, to_model(model, present(batch.x)), self.eps, self.std)
-        scores = logit_scores(class_logits(x), self.temperature)
-        return scores.msp, labels[0]
+        x = to_model(model, present(batch.x))
+        away = input_sign("ODIN.score", loss, x, self.std)
+        return x.detach(), away, labels[0]
 
 
 def input_step(
@@ -99,13 +131,22 @@ def input_step(
     eps: float,
     std: float | Sequence[float] | None,
 ) -> Tensor:
-    """Step to x - eps sign(grad_x loss(x)) / std, with gradients for nothing but x.
+    """Step to x - eps sign(grad_x loss(x)) / std, arguments as for :func:`input_sign`."""
+    return x.detach() - eps * input_sign(where, loss, x, std)
+
+
+def input_sign(
+    where: str,
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    std: float | Sequence[float] | None,
+) -> Tensor:
+    """The sign of :func:`input_gradient`, over ``std``.
 
     Args:
         where: What errors start with.
         loss: (N, ...) -> scalar, a sum over the samples.
         x: (N, ...), floating-point.
-        eps: Size of the step.
         std: None, a number, or one for each channel of (N, channels, ...).
 
     Raises:
@@ -122,6 +163,23 @@ def input_step(
                 f"{tuple(x.shape)}"
             )
         step = step.reshape(-1, *[1] * (x.dim() - 2))
+    return step * input_gradient(where, loss, x).sign()
+
+
+def input_gradient(where: str, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A loss's gradient in x, with gradients for nothing but x.
+
+    Args:
+        where: What errors start with.
+        loss: (N, ...) -> scalar, a sum over the samples.
+        x: (N, ...), floating-point.
+
+    Raises:
+        ValueError: The loss is not differentiable in x.
+        TypeError: ``x`` is not floating-point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"{where}: x must be floating-point, got {x.dtype}")
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x.detach()
         x.requires_grad_()
@@ -131,7 +189,7 @@ def input_step(
             (gradient,) = torch.autograd.grad(value, x, allow_unused=True)
         if gradient is None:
             raise ValueError(f"{where}: model must be differentiable in x")
-    return x.detach() - eps * step * gradient.sign()
+    return gradient
 
 
 def check_step(

@@ -30,6 +30,7 @@ __all__ = [
     "floats",
     "kept",
     "linear_head",
+    "read_head",
 ]
 
 HEAD: Mapping[str, str] = {"weight": "C d", "bias": "C"}
@@ -70,7 +71,7 @@ class HeadDetector(OODDetector):
         if head is None and isinstance(model, nn.Module):
             head = linear_head(model)
         if head is not None:
-            self.weight, self.bias = _read(where, head)
+            self.weight, self.bias = read_head(where, head)
             self.num_classes, self.width = self.weight.shape
         self._checked = self._warned = False
 
@@ -100,8 +101,8 @@ class HeadDetector(OODDetector):
 
     def _check(self, where: str, batch: Batch) -> None:
         super()._check(where, batch)
-        if batch.features is None or not len(batch.features):
-            return
+        if batch.features is None or torch.compiler.is_compiling() or not len(batch.features):
+            return  # what follows looks at numbers
         features = batch.features
         if (
             self._positive
@@ -162,7 +163,13 @@ def floats(x: Tensor) -> Tensor:
     return x.to(accumulate_type(x.dtype))
 
 
-def _read(where: str, head: Any) -> tuple[Tensor, Tensor]:
+def read_head(where: str, head: Any) -> tuple[Tensor, Tensor]:
+    """Weight (C, d) and bias (C,) of a :data:`Head`, copied.
+
+    Raises:
+        ValueError: Shapes do not fit.
+        TypeError: It is none.
+    """
     weight: Tensor
     bias: Tensor | None
     if isinstance(head, nn.Linear):

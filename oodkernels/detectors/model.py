@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +19,17 @@ from oodkernels._checks import accumulate_type
 Model: TypeAlias = Callable[[Tensor], Any]
 """A callable of a batch: an ``nn.Module``, or one that gives logits, a pair or ``Outputs``."""
 
-__all__ = ["FeatureModel", "Model", "Outputs", "extract", "positions_mean", "run", "to_model"]
+__all__ = [
+    "FeatureModel",
+    "Model",
+    "Outputs",
+    "OutputsModule",
+    "Walk",
+    "extract",
+    "positions_mean",
+    "run",
+    "to_model",
+]
 
 
 class Outputs(NamedTuple):
@@ -35,6 +47,13 @@ class Outputs(NamedTuple):
     """Axis of the features in ``layers``, for those of which the module tells."""
     absent: int | None = None
     """Column of the logits that stands for no class: the model's ``absent_column``, if any."""
+
+
+class OutputsModule(nn.Module):
+    """A module that gives :class:`Outputs` by itself, with all layers and features one wants.
+
+    It is in evaluation mode. Nothing of it is hooked.
+    """
 
 
 class FeatureModel(nn.Module):
@@ -69,6 +88,7 @@ def extract(
     axis: int | None = None,
     *,
     evaluate: bool = True,
+    walk: Walk | None = None,
 ) -> Outputs:
     """Logits, penultimate features and outputs of named layers, from one forward pass.
 
@@ -95,6 +115,7 @@ def extract(
             and group normalisation and pooling, and behind element-wise layers of an
             ``nn.Sequential`` that of the layer before.
         evaluate: False to run the model in the mode it is in.
+        walk: Of the model, current: saves a walk over its modules.
 
     Returns:
         :class:`Outputs`.
@@ -112,7 +133,16 @@ def extract(
         if features is None:
             features = model.features
         axis = model.axis if axis is None else axis
-        return extract(model.model, x, layers, features, axis, evaluate=evaluate)
+        return extract(model.model, x, layers, features, axis, evaluate=evaluate, walk=walk)
+    if walk is not None and walk.model is not model:
+        walk = None
+    if evaluate and walk is not None and walk.is_evaluating():
+        evaluate = False
+    if features is False and not layers and not evaluate:
+        outputs = as_outputs(model(x))
+        if outputs.absent is None and (absent := absent_column(model)) is not None:
+            outputs = outputs._replace(absent=absent)
+        return outputs._replace(layers={}, axes={}) if outputs.layers else outputs
     named = {name: _layer(model, name) for name in dict.fromkeys(layers)}
     thread = threading.get_ident()
     seen: dict[str | None, Tensor] = {}
@@ -139,7 +169,7 @@ def extract(
         if isinstance(features, str):
             source = _layer(model, features)
             stack.enter_context(source.register_forward_hook(partial(keep, None)))
-        elif features is not False and (source := _classifier(model)) is not None:
+        elif features is not False and (source := _classifier(model, walk)) is not None:
             stack.enter_context(source.register_forward_pre_hook(keep_input))
         outputs = as_outputs(model(x))
 
@@ -234,10 +264,10 @@ def as_outputs(result: Any) -> Outputs:
     Raises:
         TypeError: It is neither logits, nor (logits, confidence), nor ``Outputs``.
     """
-    if isinstance(result, Outputs):
-        return result
     if isinstance(result, Tensor):
         return Outputs(result)
+    if isinstance(result, Outputs):
+        return result
     if isinstance(result, Sequence) and [isinstance(r, Tensor) for r in result] == [True, True]:
         return Outputs(result[0], confidence=result[1])
     raise TypeError(
@@ -254,7 +284,13 @@ def absent_column(model: Model | None) -> int | None:
     return column if isinstance(column, int) and not isinstance(column, bool) else None
 
 
-def run(model: Model, x: Tensor, layers: Sequence[str] = (), features: bool = True) -> Outputs:
+def run(
+    model: Model,
+    x: Tensor,
+    layers: Sequence[str] = (),
+    features: bool = True,
+    walk: Walk | None = None,
+) -> Outputs:
     """What any :data:`Model` says about ``x``, which is brought to the model's device.
 
     Args:
@@ -263,13 +299,16 @@ def run(model: Model, x: Tensor, layers: Sequence[str] = (), features: bool = Tr
         layers: As for :func:`extract`.
         features: Whether penultimate features are wanted. Without them and layers nothing is
             hooked.
+        walk: As for :func:`extract`.
 
     Raises:
         ValueError: Layers are asked of a callable that does not give them.
         TypeError: As :func:`as_outputs`.
     """
     if isinstance(model, nn.Module):
-        return extract(model, to_model(model, x), layers, None if features else False)
+        x = to_model(model, x, walk)
+        if not isinstance(model, OutputsModule):
+            return extract(model, x, layers, None if features else False, walk=walk)
     outputs = as_outputs(model(x))
     missing = [name for name in layers if name not in outputs.layers]
     if missing:
@@ -279,8 +318,11 @@ def run(model: Model, x: Tensor, layers: Sequence[str] = (), features: bool = Tr
     return outputs
 
 
-def to_model(model: Model, x: Tensor) -> Tensor:
+def to_model(model: Model, x: Tensor, walk: Walk | None = None) -> Tensor:
     """``x`` on the device of the model's parameters."""
+    if walk is not None:
+        device = walk.device()
+        return x if device is None or x.device == device else x.to(device)
     if isinstance(model, nn.Module):
         first = _first(model, "_parameters")
         first = _first(model, "_buffers") if first is None else first
@@ -303,14 +345,86 @@ def _first(module: nn.Module, kind: str) -> Tensor | None:
 _SWITCH = threading.Lock()
 _switched: dict[int, int] = {}  # id of a module -> calls that have it in evaluation mode
 _inside: dict[int, int] = {}  # thread -> its calls under way on models that were switched
+_switches = 0  # times that modules have been switched
+
+
+class Walk:
+    """What a walk over a model's modules found, for as long as the model has the same.
+
+    :meth:`current` looks whether it has, in a tenth of the time of a walk.
+
+    Args:
+        model: The model; of a :class:`FeatureModel` the one within.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.model if isinstance(model, FeatureModel) else model
+        self._go()
+
+    def _go(self) -> None:
+        modules = _modules(self.model)
+        self._states = [vars(module) for module in modules]
+        held = [module._modules for module in modules]
+        # Those of TorchScript are no dicts.
+        self._plain = all(isinstance(h, dict) for h in held) and all(
+            "training" in state for state in self._states
+        )
+        self._inner = [h for h in held if h]
+        self._leaves = [h for h in held if not h]
+        self._children = self._found() if self._plain else []
+        self.classifier = _known_classifier(self.model)
+        self._tensor: tuple[dict[str, Any], str] | None = None
+        for kind in ("_parameters", "_buffers"):
+            for module in modules if self._tensor is None else ():
+                names = [k for k, tensor in getattr(module, kind).items() if tensor is not None]
+                if names:
+                    self._tensor = getattr(module, kind), names[0]
+                    break
+
+    def is_of(self, model: Model) -> bool:
+        """Whether it is a walk over this model."""
+        return self.model is (model.model if isinstance(model, FeatureModel) else model)
+
+    def _found(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self._inner)))
+
+    def current(self) -> Walk | None:
+        """The walk, gone again where modules are others than before; None for TorchScript's."""
+        if self._plain and (any(self._leaves) or self._found() != self._children):
+            self._go()
+        return self if self._plain else None
+
+    def is_evaluating(self) -> bool:
+        """Whether all modules are in evaluation mode, and none was put there for a call."""
+        before = _switches
+        if _switched or any(map(_TRAINING, self._states)):
+            return False
+        return before == _switches
+
+    def device(self) -> torch.device | None:
+        """That of the first parameter, or buffer; None without any."""
+        if self._tensor is not None and self._tensor[0].get(self._tensor[1]) is None:
+            self._go()
+        return None if self._tensor is None else self._tensor[0][self._tensor[1]].device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # it is of the model that was copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+_TRAINING = itemgetter("training")
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode until the last of the calls that have it so is over."""
+    global _switches
     thread = threading.get_ident()
     with _SWITCH:
         own = [m for m in _modules(model) if m.training or id(m) in _switched]
+        _switches += bool(own)
         for module in own:
             _switched[id(module)] = _switched.get(id(module), 0) + 1
             module.training = False
@@ -335,14 +449,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         if guard is not None:
             guard.remove()
         with _SWITCH:
+            for module in own:
+                if _switched[id(module)] == 1:
+                    module.training = True
             for counts, keys in ((_switched, [id(m) for m in own]), (_inside, [thread])):
                 for key in keys:
                     counts[key] -= 1
                     if not counts[key]:
                         del counts[key]
-            for module in own:
-                if id(module) not in _switched:
-                    module.training = True
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
@@ -359,13 +473,18 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _classifier(model: nn.Module) -> nn.Module | None:
+def _classifier(model: nn.Module, walk: Walk | None = None) -> nn.Module | None:
     """The layer that maps features to logits."""
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
         classifier = get_classifier()
         if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity):
             return classifier
+    return _known_classifier(model) if walk is None else walk.classifier
+
+
+def _known_classifier(model: nn.Module) -> nn.Module | None:
+    """The layer that maps features to logits, where the model does not say it itself."""
     for name in ("head", "fc", "classifier"):
         if isinstance(layer := getattr(model, name, None), nn.Linear):
             return layer

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oodkernels.detectors.batch import Batch, joined, present
-from oodkernels.detectors.model import Model, absent_column, run, to_model
+from oodkernels.detectors.model import Model, Walk, absent_column, run, to_model
 
-__all__ = ["Detector", "completed", "score_batch"]
+__all__ = ["Detector", "completed", "predict_batch", "score_batch"]
 
 
 class Detector(Protocol):
@@ -22,11 +22,18 @@ class Detector(Protocol):
     needs: frozenset[str]
     layers: Sequence[str]
     batch_size: int
+    _walk: Walk | None
+
+    @property
+    def row_percentiles(self) -> Sequence[float]:
+        """Percentiles at which it reads :meth:`Batch.feature_stats`."""
+        ...
 
     def _ready(self, where: str) -> None: ...
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]: ...
     def _check(self, where: str, batch: Batch) -> None: ...
     def _score(self, batch: Batch) -> Tensor: ...
+    def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def score_batch(
@@ -58,10 +65,35 @@ def score_batch(
     scores: list[list[Tensor]] = [[] for _ in used]
     with torch.no_grad():
         for part in batch.chunks(chunk):
-            for i, own in enumerate(completed(where, used, part)):
+            mine = completed(where, used, part)
+            for detector, own in zip(used, mine, strict=True):
+                own.percentiles.update(detector.row_percentiles)
+            for i, own in enumerate(mine):
                 scores[i].append(used[i]._score(own))
     found = [present(joined(parts, batch.device)) for parts in scores]
     return dict(zip(detectors, found, strict=True))
+
+
+def predict_batch(
+    detector: Detector, batch: Batch, *, where: str = "predict_batch"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores of a batch with predicted classes and groups, whatever the threshold.
+
+    Args:
+        detector: The detector.
+        batch: As for :func:`score_batch`; it goes through in one piece.
+        where: What errors start with.
+
+    Returns:
+        Score, label and group as in :class:`Prediction`.
+
+    Raises:
+        ValueError: As :func:`score_batch`.
+        NotFittedError: As there.
+    """
+    with torch.no_grad():
+        (own,) = completed(where, [detector], batch)
+        return detector._score(own), *detector._label(own)
 
 
 def completed(
@@ -87,7 +119,9 @@ def completed(
                 )
             key = id(detector.model)
             if key not in ran:
-                sharing = [d for d in detectors if d.model is detector.model]
+                sharing = detectors
+                if len(detectors) > 1:
+                    sharing = [d for d in detectors if d.model is detector.model]
                 ran[key] = _run(detector.model, batch, sharing, wanted)
             mine = ran[key]
             if missing := detector._missing(mine, needs):
@@ -95,9 +129,10 @@ def completed(
                     f"{where}: the model must give {', '.join(missing)} for {detector.name}; "
                     f"see FeatureModel"
                 )
-        column = absent_column(detector.model)
-        if mine.absent is None and mine.logits is not None and column is not None:
-            mine = mine.without(mine.absent_column(where, column))
+        if mine.absent is None and mine.logits is not None:
+            column = absent_column(detector.model)
+            if column is not None:
+                mine = mine.without(mine.absent_column(where, column))
         detector._check(where, mine)
         own.append(mine)
     return own
@@ -110,16 +145,33 @@ def _run(
     wanted: frozenset[str] | None,
 ) -> Batch:
     """The batch with what the model makes of its x; what was given is kept."""
-    layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
-    features = any(
-        not d.layers and "features" in (d.needs if wanted is None else wanted) for d in detectors
-    )
-    x = to_model(model, present(batch.x))
-    found = Batch.of(x, run(model, x, layers, features))
-    for name in ("logits", "features", "confidence"):
-        if (given := getattr(batch, name)) is not None:
-            setattr(found, name, given)
-    found.layers = {**found.layers, **batch.layers}
+    layers: Sequence[str] = detectors[0].layers
+    if len(detectors) > 1:
+        layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
+    features = False
+    for d in detectors:
+        reads = d.needs if wanted is None else wanted
+        features = features or (not d.layers and "features" in reads)
+    walk = _walk(detectors[0], model)
+    x = to_model(model, present(batch.x), walk)
+    found = Batch.of(x, run(model, x, layers, features, walk))
+    if batch.logits is not None:
+        found.logits = batch.logits
+    if batch.features is not None:
+        found.features = batch.features
+    if batch.confidence is not None:
+        found.confidence = batch.confidence
+    if batch.layers:
+        found.layers = {**found.layers, **batch.layers}
     if batch.absent is not None:
         found.absent = batch.absent
     return found
+
+
+def _walk(detector: Detector, model: Model) -> Walk | None:
+    """The walk over its model that a detector keeps, as it is now."""
+    if not isinstance(model, nn.Module):
+        return None
+    if detector._walk is None or not detector._walk.is_of(model):
+        detector._walk = Walk(model)
+    return detector._walk.current()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodkernels._checks import accumulate_type, check_count, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.model import Model
 
 if TYPE_CHECKING:
@@ -28,11 +28,16 @@ _SHIFT = 10_000.0  # libMR adds it to what it fits a Weibull distribution to
 def _by_rows(z: Tensor, width: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """``compute`` of blocks of rows, read as float32 or float64, put together."""
     kind = accumulate_type(z.dtype)
-    blocks = z.split(max(1, _CHUNK // max(1, width)))
-    return torch.cat([compute(block.to(kind)) for block in blocks])
+    parts = blocks(z, max(1, _CHUNK // max(1, width)))
+    return torch.cat([compute(part.to(kind)) for part in parts])
 
 
-@register("gen", "A", "Liu, Lochman & Zach, CVPR 2023")
+@register(
+    "gen",
+    "A",
+    "Liu, Lochman & Zach, CVPR 2023",
+    grid={"gamma": (0.01, 0.1, 0.5, 1, 2, 5, 10), "m": (10, 50, 100, 200, 500, 1000)},
+)
 class GEN(OODDetector):
     """Negative generalised entropy of the largest probabilities, -sum_j (p_j (1 - p_j))^gamma.
 
@@ -72,21 +77,42 @@ class GEN(OODDetector):
             raise ValueError(f"GEN: form must be log or plain, got {form!r}")
         self.m, self.form = check_count("GEN", "m", m), form
 
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        own = [self.varied(**one) for one in settings]
+        if any(v.form != "log" or v.absent != self.absent for v in own):
+            return super()._scorer(where, settings)
+
+        def of_block(z: Tensor) -> Tensor:
+            logs = self._logarithms(z, max(v.m for v in own))
+            sums = {g: -(g * logs).exp().cumsum(1) for g in {v.gamma for v in own}}
+            return torch.stack([sums[v.gamma][:, min(v.m, z.shape[1]) - 1] for v in own], 1)
+
+        def scores(batch: Batch) -> Tensor:
+            z = batch.class_logits(self.absent)
+            return _by_rows(z, z.shape[1], of_block)
+
+        return scores
+
     def _score(self, batch: Batch) -> Tensor:
         z = batch.class_logits(self.absent)
         return _by_rows(z, z.shape[1], self._of_block)
 
     def _of_block(self, z: Tensor) -> Tensor:
-        m = min(self.m, z.shape[1])
         if self.form == "plain":
-            p = z.softmax(1).topk(m).values
+            p = z.softmax(1).topk(min(self.m, z.shape[1])).values
             return -(p * (1 - p)).pow(self.gamma).sum(1)
-        top = z.topk(m)
+        return -(self.gamma * self._logarithms(z, self.m)).exp().sum(1)
+
+    @staticmethod
+    def _logarithms(z: Tensor, m: int) -> Tensor:
+        """The logarithms of p (1 - p) of the m largest probabilities, descending in p."""
+        top = z.topk(min(m, z.shape[1]))
         every = z.logsumexp(1, keepdim=True)
         log_p = top.values - every
         others = z.scatter(1, top.indices[:, :1], -math.inf).logsumexp(1, keepdim=True) - every
-        log_rest = torch.cat([others, torch.log1p(-log_p[:, 1:].exp())], 1)
-        return -(self.gamma * (log_p + log_rest)).exp().sum(1)
+        return log_p + torch.cat([others, torch.log1p(-log_p[:, 1:].exp())], 1)
 
 
 @register("temperature-scaling", "A", "Guo et al., ICML 2017")
@@ -276,6 +302,7 @@ class WeightedEnergy(OODDetector):
 
     needs = frozenset({"logits"})
     _tensors: ClassVar[Mapping[str, str]] = {"weights": "C"}
+    _carried = OODDetector._carried | {"weights"}
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 from oodkernels._checks import check_count, check_flag, check_number
 from oodkernels.detectors.activations import _Mean
 from oodkernels.detectors.base import register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import (
     HEAD,
     Head,
@@ -51,7 +51,7 @@ class _Shaped(HeadDetector):
         weight, bias = self._weights(batch)
         rows = max(1, _BLOCK // max(weight.shape))
         energies = []
-        for block in features.split(rows):
+        for block in blocks(features, rows):
             x = floats(block)
             with torch.autocast(x.device.type, enabled=False):
                 z = torch.addmm(bias, self._shape(x), weight.T)
@@ -79,7 +79,12 @@ class _Sampled(Sampled, _Shaped):
         raise NotImplementedError
 
 
-@register("react", "C", "Sun et al., NeurIPS 2021")
+@register(
+    "react",
+    "C",
+    "Sun et al., NeurIPS 2021",
+    grid={"percentile": (85, 90, 95, 99)},
+)
 class ReAct(_Sampled):
     """Energy of the logits of features clipped from above.
 
@@ -122,7 +127,12 @@ class ReAct(_Sampled):
         return features.clamp(max=self.clip.to(features))
 
 
-@register("vra", "C", "Xu et al., NeurIPS 2023")
+@register(
+    "vra",
+    "C",
+    "Xu et al., NeurIPS 2023",
+    grid={"low": (50, 60), "high": (80, 85, 95)},
+)
 class VRA(_Sampled):
     """Energy of the logits of features that are zeroed below a limit and clipped above another.
 
@@ -217,7 +227,12 @@ class _ASH(_Shaped):
         return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
 
 
-@register("ash-p", "C", "Djurisic et al., ICLR 2023")
+@register(
+    "ash-p",
+    "C",
+    "Djurisic et al., ICLR 2023",
+    grid={"percentile": (65, 70, 75, 80, 85, 90, 95)},
+)
 class ASHP(_ASH):
     """Energy of the logits of the largest features, the others set to zero.
 
@@ -231,7 +246,12 @@ class ASHP(_ASH):
         return torch.where(self._largest(features), features, 0)
 
 
-@register("ash-b", "C", "Djurisic et al., ICLR 2023")
+@register(
+    "ash-b",
+    "C",
+    "Djurisic et al., ICLR 2023",
+    grid={"percentile": (65, 70, 75, 80, 85, 90, 95)},
+)
 class ASHB(_ASH):
     """Energy of the logits of the largest features, all set to one value that keeps the sum.
 
@@ -246,7 +266,12 @@ class ASHB(_ASH):
         return torch.where(self._largest(features), features.sum(1, keepdim=True) / k, 0)
 
 
-@register("ash-s", "C", "Djurisic et al., ICLR 2023")
+@register(
+    "ash-s",
+    "C",
+    "Djurisic et al., ICLR 2023",
+    grid={"percentile": (65, 70, 75, 80, 85, 90, 95)},
+)
 class ASHS(_ASH):
     """Energy of the logits of the largest features times exp(sum / their sum).
 
@@ -269,7 +294,13 @@ class ASHS(_ASH):
         return top * (features.sum(1, keepdim=True) / top.sum(1, keepdim=True)).exp()
 
 
-@register("dice", "C", "Sun & Li, ECCV 2022")
+@register(
+    "dice",
+    "C",
+    "Sun & Li, ECCV 2022",
+    grid={"percentile": (10, 30, 50, 70, 90, 99)},
+    at_score=("percentile",),
+)
 class DICE(_Mean, _Shaped):
     """Energy of the logits by the head's most contributing weights alone.
 
@@ -319,7 +350,12 @@ class DICE(_Mean, _Shaped):
         return self._sparse[1], bias
 
 
-@register("optfs", "C", "Zhao et al., ICLR 2024")
+@register(
+    "optfs",
+    "C",
+    "Zhao et al., ICLR 2024",
+    at_score=("kind",),
+)
 class OptFS(_Sampled):
     """Features weighted by how much features of their size speak for the class predicted.
 

@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["FAMILIES", "DetectorSpec", "Option"]
@@ -64,12 +64,18 @@ class DetectorSpec:
         detector: The class.
         family: A key of :data:`FAMILIES`.
         paper: Authors, venue and year.
+        grid: Option -> values that a sweep tries where it is not told any.
+        at_fit: Options on which the pass over the training data depends.
+        at_score: Options that matter in scoring alone.
     """
 
     name: str
     detector: type[Any]
     family: str
     paper: str
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    at_fit: frozenset[str] = frozenset({"absent"})
+    at_score: frozenset[str] = frozenset()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -106,7 +112,7 @@ class DetectorSpec:
         Args:
             where: What errors start with.
             options: By name; a text is read as :meth:`Option.read` has it, unless text is wanted.
-            **offered: For the constructor where it takes them, such as ``model`` and ``groups``;
+            **offered: For the constructor where it takes them: ``model``, ``head``, ``groups``;
                 None counts as not given.
 
         Raises:
@@ -114,8 +120,8 @@ class DetectorSpec:
                 it.
             TypeError: The detector refuses it.
         """
-        known = self.options
-        given = {k: v for k, v in offered.items() if v is not None and k in {*known, *_GIVEN}}
+        known, takes = self.options, inspect.signature(self.detector).parameters
+        given = {k: v for k, v in offered.items() if v is not None and k in takes}
         for name, value in (options or {}).items():
             if name not in known:
                 raise ValueError(

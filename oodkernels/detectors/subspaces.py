@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodkernels._checks import check_count, check_flag, check_int, check_real
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, present
+from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import HEAD, Head, HeadDetector, Reservoir, floats
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import ClassStatistics
@@ -83,12 +83,17 @@ def length(features: Tensor, origin: Tensor, vectors: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         parts = [
             ((rows - origin) @ vectors).norm(dim=1)
-            for rows in features.split(max(1, _CHUNK // features.shape[1]))
+            for rows in blocks(features, max(1, _CHUNK // features.shape[1]))
         ]
     return torch.cat(parts)
 
 
-@register("residual", "D", "Wang et al., CVPR 2022")
+@register(
+    "residual",
+    "D",
+    "Wang et al., CVPR 2022",
+    grid={"dim": (16, 32, 64, 128, 256, 512, 1000)},
+)
 class Residual(_Subspace, HeadDetector):
     """Norm of the features outside the principal subspace, negated.
 
@@ -111,6 +116,7 @@ class Residual(_Subspace, HeadDetector):
     _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "origin": "d", "null": "d m"}
     origin: Tensor
     null: Tensor
+    _vectors: Tensor | None = None  # (d, d), all of them
 
     def __init__(
         self,
@@ -125,17 +131,55 @@ class Residual(_Subspace, HeadDetector):
 
     def _finish(self, where: str) -> None:
         mean, covariance = self._moments(where)
-        d = len(mean)
-        dim = (1000 if d >= 2048 else 512 if d >= 768 else d // 2) if self.dim is None else self.dim
-        if not dim < d:
-            raise ValueError(f"{where}: dim must be less than the {d} features, got {dim}")
+        dim = self._dim(where, self.dim, len(mean))
         weight, bias = self.weight.to(mean), self.bias.to(mean)
         if self.absent is not None:
             rows = torch.arange(len(bias), device=bias.device) != self.absent % len(bias)
             weight, bias = weight[rows], bias[rows]
         self.origin = -torch.linalg.pinv(weight) @ bias
         away = mean - self.origin
-        self.null = principal(covariance + torch.outer(away, away))[1][:, dim:].contiguous()
+        self._vectors = principal(covariance + torch.outer(away, away))[1]
+        self.null = self._vectors[:, dim:].contiguous()
+
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        if changed == {"dim"} and self._vectors is not None:
+            self.null = self._vectors[:, self._dim(where, self.dim, len(self._vectors)) :]
+            return
+        super()._settle(where, changed)
+
+    @staticmethod
+    def _dim(where: str, dim: int | None, d: int) -> int:
+        if dim is None:
+            dim = 1000 if d >= 2048 else 512 if d >= 768 else d // 2
+        if not dim < d:
+            raise ValueError(f"{where}: dim must be less than the {d} features, got {dim}")
+        return dim
+
+    def _every(self, option: str) -> Sequence[Any] | None:
+        return range(1, present(self.width)) if option == "dim" else super()._every(option)
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        if self._vectors is None or any(one.keys() != {"dim"} for one in settings):
+            return super()._scorer(where, settings)
+        own = [type(self)(one["dim"]).dim for one in settings]
+        return self._at_dims([self._dim(where, dim, len(self._vectors)) for dim in own])
+
+    def _at_dims(self, dims: Sequence[int]) -> Callable[[Batch], Tensor]:
+        return lambda batch: -self._all_outside(present(batch.features), dims)
+
+    def _all_outside(self, features: Tensor, dims: Sequence[int]) -> Tensor:
+        """Norms outside of subspaces of several dimensions, from one projection, (N, dims)."""
+        x = floats(features)
+        origin, vectors = self.origin.to(x), present(self._vectors).to(x)
+        parts = []
+        for rows in x.split(max(1, _CHUNK // x.shape[1])):
+            with torch.autocast(x.device.type, enabled=False):
+                squares = ((rows - origin) @ vectors).square()
+            # Summed from the smallest, so that nothing cancels.
+            parts.append(squares.flip(1).cumsum(1).flip(1)[:, list(dims)].sqrt())
+        return torch.cat(parts)
 
     def _outside(self, features: Tensor) -> Tensor:
         return length(floats(features), self.origin, self.null)
@@ -144,7 +188,12 @@ class Residual(_Subspace, HeadDetector):
         return -self._outside(present(batch.features))
 
 
-@register("vim", "D", "Wang et al., CVPR 2022")
+@register(
+    "vim",
+    "D",
+    "Wang et al., CVPR 2022",
+    grid={"dim": (16, 32, 64, 128, 256, 512, 1000)},
+)
 class ViM(Residual):
     """Energy less alpha times the norm of the features outside the principal subspace.
 
@@ -187,14 +236,38 @@ class ViM(Residual):
 
     def _finish(self, where: str) -> None:
         super()._finish(where)
+        self._scale(where)
+
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        super()._settle(where, changed)
+        if changed == {"dim"}:
+            self._scale(where)
+
+    def _scale(self, where: str) -> None:
         largest, outside = self._sums()
+        self._check_outside(where, outside)
+        self.alpha = (largest / outside).reshape(1)
+
+    def _check_outside(self, where: str, outside: Tensor) -> None:
         features = present(self._sample).rows()[0].double()
-        if not outside > 1e-10 * (features - self.origin).norm(dim=1).sum():
+        if not (outside > 1e-10 * (features - self.origin).norm(dim=1).sum()).all():
             raise ValueError(
                 f"{where}: training features must have a part outside of the subspace, got none: "
                 f"choose a smaller dim"
             )
-        self.alpha = (largest / outside).reshape(1)
+
+    def _at_dims(self, dims: Sequence[int]) -> Callable[[Batch], Tensor]:
+        features, largest = present(self._sample).rows()
+        outside = self._all_outside(features.double(), dims).sum(0)
+        self._check_outside("ViM", outside)
+        alphas = largest.double().sum() / outside
+
+        def scores(batch: Batch) -> Tensor:
+            apart = self._all_outside(present(batch.features), dims)
+            energy = batch.logit_scores(absent=self.absent).energy.to(apart)
+            return energy[:, None] - alphas.to(apart) * apart
+
+        return scores
 
     def _sums(self) -> Tensor:
         """Sums of the sample: the largest logits, and the norms outside the subspace."""
@@ -207,7 +280,13 @@ class ViM(Residual):
         return energy - self.alpha.to(outside) * outside
 
 
-@register("neco", "D", "Ben Ammar et al., ICLR 2024")
+@register(
+    "neco",
+    "D",
+    "Ben Ammar et al., ICLR 2024",
+    grid={"dim": (10, 50, 100, 150, 200, 250, 300)},
+    at_score=("max_logit",),
+)
 class NECO(_Subspace):
     """Share of the standardised features' norm within their principal subspace.
 
@@ -231,6 +310,7 @@ class NECO(_Subspace):
     mean: Tensor
     std: Tensor
     components: Tensor
+    _spectrum: tuple[Tensor, Tensor] | None = None  # all eigenvalues and vectors
 
     def __init__(
         self,
@@ -252,22 +332,64 @@ class NECO(_Subspace):
         mean, covariance = self._moments(where)
         std = covariance.diagonal().sqrt()
         std = torch.where(std > 0, std, 1)  # a constant feature stays 0
-        values, vectors = principal(covariance / std / std[:, None])
+        self._spectrum = principal(covariance / std / std[:, None])
+        self.mean, self.std = mean, std
+        self.components = self._spectrum[1][:, : self._dim(where)].contiguous()
+
+    def _dim(self, where: str) -> int:
+        values, _ = present(self._spectrum)
         dim = components(values, self.variance) if self.dim is None else self.dim
-        if dim > len(mean):
-            raise ValueError(f"{where}: dim must be at most the {len(mean)} features, got {dim}")
-        self.mean, self.std, self.components = mean, std, vectors[:, :dim].contiguous()
+        if dim > len(values):
+            raise ValueError(f"{where}: dim must be at most the {len(values)} features, got {dim}")
+        return dim
+
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        if changed and self._spectrum is not None:
+            self.components = self._spectrum[1][:, : self._dim(where)]
+            return
+        super()._settle(where, changed)
+
+    def _every(self, option: str) -> Sequence[Any] | None:
+        return range(1, present(self.width) + 1) if option == "dim" else super()._every(option)
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        if self._spectrum is None or any(one.keys() - {"dim", "variance"} for one in settings):
+            return super()._scorer(where, settings)
+        places = [self.varied(**one)._dim(where) - 1 for one in settings]
+        _, vectors = self._spectrum
+
+        def scores(batch: Batch) -> Tensor:
+            z = self._standardized(batch)
+            with torch.autocast(z.device.type, enabled=False):
+                squares = (z @ vectors.to(z)).square()
+            share = squares.cumsum(1)[:, places].sqrt() / z.norm(dim=1, keepdim=True)
+            return self._weighted(batch, share)
+
+        return scores
+
+    def _standardized(self, batch: Batch) -> Tensor:
+        x = floats(present(batch.features))
+        return (x - self.mean.to(x)) / self.std.to(x)
 
     def _score(self, batch: Batch) -> Tensor:
-        x = floats(present(batch.features))
-        z = (x - self.mean.to(x)) / self.std.to(x)
+        z = self._standardized(batch)
         share = length(z, z.new_zeros(z.shape[1]), self.components) / z.norm(dim=1)
+        return self._weighted(batch, share[:, None])[:, 0]
+
+    def _weighted(self, batch: Batch, share: Tensor) -> Tensor:
         if not self.max_logit:
             return share
-        return share * batch.logit_scores(absent=self.absent).max_logit.to(share)
+        return share * batch.logit_scores(absent=self.absent).max_logit.to(share)[:, None]
 
 
-@register("cop", "D", "Fang et al., NeurIPS 2024")
+@register(
+    "cop",
+    "D",
+    "Fang et al., NeurIPS 2024",
+    grid={"variance": (60, 70, 80, 85, 90, 99)},
+)
 class CoP(_Subspace):
     """Error of reconstructing the normalised features from their principal components, negated.
 
@@ -287,6 +409,7 @@ class CoP(_Subspace):
     _tensors: ClassVar[Mapping[str, str]] = {"mean": "m", "null": "m n"}
     mean: Tensor
     null: Tensor
+    _spectrum: tuple[Tensor, Tensor] | None = None  # all eigenvalues and vectors
 
     def __init__(self, variance: float = 99.0, *, model: Model | None = None) -> None:
         super().__init__(model)
@@ -298,17 +421,55 @@ class CoP(_Subspace):
 
     def _finish(self, where: str) -> None:
         self.mean, covariance = self._moments(where)
-        values, vectors = principal(covariance)
+        self._spectrum = principal(covariance)
+        self._cut()
+
+    def _cut(self) -> None:
+        values, vectors = present(self._spectrum)
         self.null = vectors[:, components(values, self.variance) :].contiguous()
 
+    def _settle(self, where: str, changed: Collection[str]) -> None:
+        if changed == {"variance"} and self._spectrum is not None:
+            self._cut()
+            return
+        super()._settle(where, changed)
+
+    def _scorer(
+        self, where: str, settings: Sequence[Mapping[str, Any]]
+    ) -> Callable[[Batch], Tensor]:
+        if self._spectrum is None or any(one.keys() != {"variance"} for one in settings):
+            return super()._scorer(where, settings)
+        values, vectors = self._spectrum
+        own = [type(self)(one["variance"]).variance for one in settings]
+        places = [components(values, variance) for variance in own]
+
+        def of_rows(features: Tensor) -> Tensor:
+            z = self._read(features)
+            with torch.autocast(z.device.type, enabled=False):
+                squares = ((z - self.mean.to(z)) @ vectors.to(z)).square()
+            # Summed from the smallest, so that nothing cancels; of no component, 0.
+            sums = torch.nn.functional.pad(squares.flip(1).cumsum(1).flip(1), (0, 1))
+            return sums[:, places].sqrt()
+
+        return lambda batch: (
+            -torch.cat([of_rows(rows) for rows in present(batch.features).split(self._rows(batch))])
+        )
+
+    def _rows(self, batch: Batch) -> int:
+        return max(1, _CHUNK // max(len(self.mean), present(batch.features).shape[1]))
+
     def _score(self, batch: Batch) -> Tensor:
-        features = present(batch.features)
-        rows = max(1, _CHUNK // max(len(self.mean), features.shape[1]))
-        parts = [length(self._read(f), self.mean, self.null) for f in features.split(rows)]
-        return -torch.cat(parts)
+        parts = blocks(present(batch.features), self._rows(batch))
+        return -torch.cat([length(self._read(rows), self.mean, self.null) for rows in parts])
 
 
-@register("corp", "D", "Fang et al., NeurIPS 2024")
+@register(
+    "corp",
+    "D",
+    "Fang et al., NeurIPS 2024",
+    grid={"variance": (50, 80)},
+    at_fit=("gamma", "m", "seed"),
+)
 class CoRP(CoP):
     """:class:`CoP` of random Fourier features of the normalised features.
 

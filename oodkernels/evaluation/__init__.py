@@ -14,7 +14,6 @@ from oodkernels.evaluation.scoring import (
     DEFAULT_DETECTORS,
     ScoredBatch,
     as_detectors,
-    fit_detectors,
     score_sets,
     source_of,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "as_detectors",
     "combine",
     "evaluate",
-    "fit_detectors",
     "plain",
     "score_sets",
     "software",

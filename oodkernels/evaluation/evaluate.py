@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oodkernels.detectors import Batch, Model
+from oodkernels._digest import StreamDigest
+from oodkernels._ranks import ranks
+from oodkernels.detectors import Batch, Model, Tuning
+from oodkernels.detectors.walk import Data, Part, identity
 from oodkernels.evaluation.methods import (
     OTHER,
     OWN,
@@ -23,7 +27,7 @@ from oodkernels.evaluation.methods import (
     StreamedMethodResult,
 )
 from oodkernels.evaluation.results import Evaluation
-from oodkernels.evaluation.scoring import Data, Detectors, ScoredBatch, as_detectors, score_sets
+from oodkernels.evaluation.scoring import Detectors, ScoredBatch, as_detectors, score_sets
 from oodkernels.evaluation.tables import AVERAGE, printable
 from oodkernels.groups import Groups
 from oodkernels.metrics.ood import CONVENTIONS
@@ -49,6 +53,8 @@ def evaluate(
     model_name: str = "model",
     memory: int | str | None = None,
     convention: str = "default",
+    tuning: Tuning | None = None,
+    shared: bool = False,
     on_batch: Callable[[str, int], None] = lambda name, samples: None,
 ) -> Evaluation:
     """Detectors on one ID set and any number of OOD sets, each read once for all of them.
@@ -82,6 +88,10 @@ def evaluate(
         memory: Size of the metrics' state for each detector, as in "16MiB": see
             :class:`oodkernels.OODMetrics`. By default scores are kept, and all figures exact.
         convention: Of :func:`oodkernels.ood_metrics`; with ``memory`` only the default.
+        tuning: Of the sweep that the detectors' settings come from: for the report, and so that
+            none of the sets is one that they were chosen on.
+        shared: Whether all ranks of ``torch.distributed`` call this, and share the batches as
+            :func:`oodkernels.evaluation.score_sets` has it; all are given the same.
         on_batch: Told the data set and the number of its samples done, "ID" for the ID set.
 
     Returns:
@@ -90,7 +100,8 @@ def evaluate(
     Raises:
         ValueError: A set has no samples, an OOD set a name that is not allowed, a score is NaN
             (with set, sample and where the NaN comes from), a label is no class id, or a detector
-            is unknown, not fitted, or needs what the batches do not have.
+            is unknown, not fitted, or needs what the batches do not have; or the settings were
+            chosen on one of the sets, or for another model.
         TypeError: A batch is none of the above.
         ImportError: torchmetrics is needed and missing.
     """
@@ -121,10 +132,20 @@ def evaluate(
     id_data, why = _comparable(id_loader, model, groups)
     sets = {ID: id_data, **{printable(name): data for name, data in ood_loaders.items()}}
     found = _Tally(groups, memory, list(sets)[1:], why)
-    for batch in score_sets("evaluate", sets, chosen, model=model, groups=groups):
+    seen = {name: StreamDigest() for name in sets}
+    if tuning is not None:
+        if shared and ranks()[1] > 1:
+            raise ValueError("evaluate: tuning is for one process, which reads all of the data")
+        tuning.check_model("evaluate", model)
+    for batch in score_sets("evaluate", sets, chosen, model=model, groups=groups, shared=shared):
         found.take(batch)
+        if tuning is not None:
+            seen[batch.name].add(**identity(Part(batch.batch)))
         on_batch(batch.name, batch.done)
-    return found.result(model_name, convention)
+    if tuning is not None:
+        for name, read in seen.items():
+            tuning.check_test("evaluate", name, read.found())
+    return replace(found.result(model_name, convention), tuning=tuning)
 
 
 def _comparable(data: Any, model: Model | None, groups: Groups | None) -> tuple[Any, str | None]:
@@ -210,7 +231,10 @@ class _Tally:
         if score not in self.metrics:
             from oodkernels.metrics.streaming import OODMetrics
 
-            self.metrics[score] = OODMetrics(memory=self.memory, sets=len(self.ood_sets))
+            # This process is told of all samples: ranks have nothing to add up.
+            self.metrics[score] = OODMetrics(
+                memory=self.memory, sets=len(self.ood_sets), sync_on_compute=False
+            )
         if name == ID:
             self.metrics[score].update_id(values)
         else:
@@ -262,7 +286,7 @@ class _Tally:
         if self.calibration is None:
             from oodkernels.metrics.streaming import CalibrationError
 
-            self.calibration = CalibrationError()
+            self.calibration = CalibrationError(sync_on_compute=False)
         self.calibration.update(confidence.cpu().clamp(max=1), correct.cpu())
 
     def result(self, model: str, convention: str) -> Evaluation:

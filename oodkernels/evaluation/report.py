@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from oodkernels.detectors import Tuning
 from oodkernels.evaluation.methods import (
     OTHER,
     Array,
@@ -60,7 +61,7 @@ def render(template: str, draw: Callable[[], dict[str, Figure]], facts: Mapping[
     )
     with matplotlib.rc_context(STYLE):
         drawn = {name: _data_uri(figure) for name, figure in draw().items()}
-    names = ("histograms", "roc", "others", "reliability", "sweep")
+    names = ("histograms", "roc", "others", "reliability", "sweep", "tuning")
     return environment.get_template(template).render(
         {"figures": dict.fromkeys(names) | drawn, **facts}
     )
@@ -77,6 +78,8 @@ class Shown(Protocol):
     def reliability(self) -> dict[str, CalibrationBins]: ...  # noqa: D102
     @property
     def sweep(self) -> Sweep | None: ...  # noqa: D102
+    @property
+    def tuning(self) -> Tuning | None: ...  # noqa: D102
 
 
 def figures(evaluation: Shown, without: Sequence[str] = ()) -> dict[str, Figure]:
@@ -94,6 +97,10 @@ def figures(evaluation: Shown, without: Sequence[str] = ()) -> dict[str, Figure]
         found["reliability"] = reliability(evaluation.reliability)
     if evaluation.sweep is not None:
         found["sweep"] = sweep(evaluation.sweep)
+    if evaluation.tuning is not None and any(
+        d.varied for d in evaluation.tuning.detectors.values()
+    ):
+        found["tuning"] = tuning(evaluation.tuning)
     return found
 
 
@@ -324,6 +331,54 @@ def draw_sweep(axes: Axes, given: Sweep) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=as_label(given.x), ylabel=f"{as_label(given.y)}, %")
     axes.grid()
+
+
+def tuning(given: Tuning) -> Figure:
+    """Per detector, what it was chosen by against the first of the options that were varied.
+
+    A line for each combination of the others; the setting that was chosen has a ring.
+    """
+    shown = {name: found for name, found in given.detectors.items() if found.varied}
+    figure = Figure(figsize=(11, _height(len(shown), 2.6)), layout="constrained")
+    for axes, (name, found) in zip(_panels(figure, len(shown)), shown.items(), strict=True):
+        first, *others = found.varied
+        values = list(dict.fromkeys(str(one.get(first)) for one in found.settings))
+        place = _places(values)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for one, figures in zip(found.settings, found.mean, strict=True):
+            label = ", ".join(f"{option}={one.get(option)}" for option in others)
+            point = place[str(one.get(first))], 100 * getattr(figures, given.by)
+            lines.setdefault(label, []).append(point)
+        many = len(values) > 20
+        for i, (label, points) in enumerate(lines.items()):
+            color = _METHOD_COLORS[(3 + i) % len(_METHOD_COLORS)]
+            xs, ys = zip(*sorted(points), strict=True)
+            marker = "" if many else "o"
+            axes.plot(xs, ys, marker=marker, ms=3, lw=1.4, color=color, label=as_label(label))
+        best = getattr(found.mean[found.chosen], given.by)
+        x = place[str(found.best.get(first))]
+        axes.plot([x], [100 * best], "o", ms=9, mfc="none", color="#222222")
+        if not many:
+            axes.set_xticks(list(place.values()), list(place), fontsize=7)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(title=as_label(name), xlabel=as_label(first))
+        axes.grid()
+        if others and len(lines) <= 8:
+            axes.legend(fontsize=6)
+        if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            axes.set_ylabel(f"{given.by.upper()}, %")
+    return figure
+
+
+def _places(values: Sequence[str]) -> dict[str, float]:
+    """Where values stand on an axis: many numbers at their value, all else in order."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        numbers = []
+    if len(numbers) <= 20:
+        numbers = list(map(float, range(len(values))))
+    return dict(zip(values, numbers, strict=True))
 
 
 def _data_uri(figure: Figure) -> str:

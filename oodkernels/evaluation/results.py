@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from oodkernels._extension import build_info
 from oodkernels._files import write_text
 from oodkernels._optional import require
+from oodkernels.detectors import Tuning
 from oodkernels.evaluation import tables
 from oodkernels.evaluation.methods import (
     GroupOthers,
@@ -43,6 +44,7 @@ class Evaluation:
         others: The MOS models' "others".
         reliability: Model -> its answers on ID samples by confidence, where labels are known.
         sweep: For the report; None for none.
+        tuning: Of the sweep that settings come from, for the report; None for none.
         notes: Model -> what was left out or decided, a sentence each; shown with the table.
     """
 
@@ -51,6 +53,7 @@ class Evaluation:
     reliability: dict[str, CalibrationBins] = field(default_factory=dict)
     sweep: Sweep | None = None
     notes: dict[str, list[str]] = field(default_factory=dict)
+    tuning: Tuning | None = None
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -83,7 +86,19 @@ class Evaluation:
     def remarks(self) -> list[str]:
         """The notes on the models in the table, each with the model's name."""
         models = dict.fromkeys(method.model for method in self.methods)
-        return [f"{model}: {note}" for model in models for note in self.notes.get(model, [])]
+        found = [f"{model}: {note}" for model in models for note in self.notes.get(model, [])]
+        if self.tuning is not None:
+            names = [name for name in self.tuning.detectors if name in self._scores]
+            if names:
+                found.append(
+                    f"settings of {', '.join(names)} were chosen by {self.tuning.by} on "
+                    f"{self.tuning.chosen_on}."
+                )
+        return found
+
+    @property
+    def _scores(self) -> set[str]:
+        return {method.score for method in self.methods}
 
     @property
     def uncertainty(self) -> float:
@@ -122,6 +137,7 @@ class Evaluation:
             },
             "grouped_models": [asdict(model) for model in self.others],
             "sweep": None if self.sweep is None else asdict(self.sweep),
+            "tuning": None if self.tuning is None else json.loads(self.tuning.to_json()),
             "software": software(),
         }
         return {"format": "oodkernels.evaluation", "version": 1, **plain(record)}
@@ -271,4 +287,5 @@ def combine(*evaluations: Evaluation) -> Evaluation:
         {model: bins for e in evaluations for model, bins in e.reliability.items()},
         next((e.sweep for e in evaluations if e.sweep is not None), None),
         {model: notes for e in evaluations for model, notes in e.notes.items()},
+        next((e.tuning for e in evaluations if e.tuning is not None), None),
     )

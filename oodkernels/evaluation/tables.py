@@ -8,12 +8,26 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 AVERAGE = "average"
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
 METRIC_NAMES = {"fpr95": "FPR95", "auroc": "AUROC", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
-LOWER_IS_BETTER = frozenset({"fpr95"})
+EVERY_NAME = {**METRIC_NAMES, "fpr95_ood": "FPR95-OOD"}
+LOWER_IS_BETTER = frozenset({"fpr95", "fpr95_ood"})
+
+
+class AnyRow(Protocol):
+    """A line of a table, with a metric in each attribute of its name."""
+
+    @property
+    def ood_set(self) -> str: ...  # noqa: D102
+    @property
+    def model(self) -> str: ...  # noqa: D102
+    @property
+    def score(self) -> str: ...  # noqa: D102
+    @property
+    def id_accuracy(self) -> float: ...  # noqa: D102
 
 
 class Row(NamedTuple):
@@ -55,7 +69,7 @@ class Line(NamedTuple):
     cells: list[Cell]
 
 
-def best(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+def best(rows: Sequence[AnyRow], metrics: Sequence[str] = METRICS) -> dict[tuple[str, str], float]:
     """(OOD set, metric) -> best value over the methods; the smallest for FPR95, else the largest.
 
     For ``id_accuracy`` too. Where all methods are equal, none is the best; nor of averages, where
@@ -63,7 +77,7 @@ def best(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     """
     values: dict[tuple[str, str], set[float]] = {}
     for row in rows:
-        for metric in ("id_accuracy", *METRICS):
+        for metric in ("id_accuracy", *metrics):
             value = getattr(row, metric)
             if not math.isnan(value):
                 values.setdefault((row.ood_set, metric), set()).add(value)
@@ -76,7 +90,7 @@ def best(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     }
 
 
-def _sets(rows: Iterable[Row]) -> dict[tuple[str, str], list[str]]:
+def _sets(rows: Iterable[AnyRow]) -> dict[tuple[str, str], list[str]]:
     """Model and score -> the sets that it was tried on."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -84,16 +98,16 @@ def _sets(rows: Iterable[Row]) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def ood_sets(rows: Iterable[Row]) -> list[str]:
+def ood_sets(rows: Iterable[AnyRow]) -> list[str]:
     """The OOD sets in the order of the table; the average comes last."""
     return sorted(dict.fromkeys(row.ood_set for row in rows), key=lambda name: name == AVERAGE)
 
 
-def lines(rows: Sequence[Row]) -> list[Line]:
+def lines(rows: Sequence[AnyRow], metrics: Sequence[str] = METRICS) -> list[Line]:
     """A line per method, with a cell for each metric on each of :func:`ood_sets`."""
-    top = best(rows)
+    top = best(rows, metrics)
 
-    def cell(row: Row, metric: str) -> Cell:
+    def cell(row: AnyRow, metric: str) -> Cell:
         value: float = getattr(row, metric)
         return Cell(value, value == top.get((row.ood_set, metric)))
 
@@ -103,7 +117,7 @@ def lines(rows: Sequence[Row]) -> list[Line]:
         cells = [
             cell(own[name], metric) if name in own else Cell(math.nan, False)
             for name in ood_sets(rows)
-            for metric in METRICS
+            for metric in metrics
         ]
         found.append(Line(model, score, cell(next(iter(own.values())), "id_accuracy"), cells))
     return found
@@ -131,31 +145,31 @@ def to_csv(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
+def to_markdown(rows: Sequence[AnyRow], metrics: Sequence[str] = METRICS) -> str:
     """One line per method in per cent, the best of each column in bold."""
-    arrow = {metric: "↓" if metric in LOWER_IS_BETTER else "↑" for metric in METRICS}
+    arrow = {metric: "↓" if metric in LOWER_IS_BETTER else "↑" for metric in metrics}
     header = ["model", "score", "ID acc. ↑"]
     for name in ood_sets(rows):
-        header += [f"{_markdown(name)} {METRIC_NAMES[m]} {arrow[m]}" for m in METRICS]
+        header += [f"{_markdown(name)} {EVERY_NAME[m]} {arrow[m]}" for m in metrics]
     table = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
-    table += _body(rows, _markdown, "**{}**")
+    table += _body(rows, _markdown, "**{}**", metrics)
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
-def to_latex(rows: Sequence[Row]) -> str:
+def to_latex(rows: Sequence[AnyRow], metrics: Sequence[str] = METRICS) -> str:
     """One line per method in per cent, the best of each column in bold; for ``booktabs``."""
-    names, width = ood_sets(rows), len(METRICS)
+    names, width = ood_sets(rows), len(metrics)
     top = [
         rf"\multicolumn{{{width}}}{{c}}{{{name.capitalize() if name == AVERAGE else _latex(name)}}}"
         for name in names
     ]
     rules = [rf"\cmidrule(lr){{{4 + width * i}-{3 + width * (i + 1)}}}" for i in range(len(names))]
     arrow = {True: r"$\downarrow$", False: r"$\uparrow$"}
-    heads = [f"{METRIC_NAMES[metric]} {arrow[metric in LOWER_IS_BETTER]}" for metric in METRICS]
+    heads = [f"{EVERY_NAME[metric]} {arrow[metric in LOWER_IS_BETTER]}" for metric in metrics]
     body = []
     model = None
     for line, (_, score, *cells) in zip(
-        lines(rows), _body(rows, _latex, r"\textbf{{{}}}"), strict=True
+        lines(rows, metrics), _body(rows, _latex, r"\textbf{{{}}}", metrics), strict=True
     ):
         if model not in (None, line.model):
             body.append(r"\midrule")
@@ -178,7 +192,9 @@ def to_latex(rows: Sequence[Row]) -> str:
     )
 
 
-def _body(rows: Sequence[Row], escaped: Callable[[str], str], bold: str) -> list[list[str]]:
+def _body(
+    rows: Sequence[AnyRow], escaped: Callable[[str], str], bold: str, metrics: Sequence[str]
+) -> list[list[str]]:
     """The lines of a table as text, for a format with these means."""
     return [
         [
@@ -188,7 +204,7 @@ def _body(rows: Sequence[Row], escaped: Callable[[str], str], bold: str) -> list
                 for c in (line.accuracy, *line.cells)
             ),
         ]
-        for line in lines(rows)
+        for line in lines(rows, metrics)
     ]
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodkernels._checks import check_confidence, check_tpr, plain
+from oodkernels._checks import FLOATS, check_confidence, check_tpr, plain
 from oodkernels._files import check_file, read_json, write_text
 from oodkernels.metrics.intervals import Interval, clopper_pearson
 from oodkernels.metrics.ood import Scores, as_tensor
@@ -466,12 +467,19 @@ def is_below(scores: Scores, value: float, function: str) -> Tensor:
     Raises:
         TypeError: Scores are not numbers.
     """
-    scores = as_tensor(function, "scores", scores)
-    # The least number of the scores' type that is not below value parts them as value does.
-    edge = torch.tensor(value, dtype=torch.float64, device="cpu").to(scores.dtype)
-    if float(edge) < value:
-        edge = scores_of_keys(sort_keys(edge.reshape(1)) + 1, edge.dtype)[0]
-    return torch.logical_not(scores >= edge)
+    if not isinstance(scores, Tensor) or scores.dtype not in FLOATS:
+        scores = as_tensor(function, "scores", scores)
+    return torch.ge(scores, _edge(value, scores.dtype)).logical_not_()
+
+
+@lru_cache(maxsize=256)
+def _edge(value: float, dtype: torch.dtype) -> float:
+    """The least number of a type that is not below ``value``: it parts scores as that does."""
+    with torch.inference_mode(False):
+        edge = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)
+        if float(edge) < value:
+            edge = scores_of_keys(sort_keys(edge.reshape(1)) + 1, dtype)[0]
+        return float(edge)
 
 
 def _to_json(name: str, value: Any) -> Any:

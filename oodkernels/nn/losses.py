@@ -23,10 +23,14 @@ __all__ = [
     "AbsentClassLoss",
     "ConfidenceLoss",
     "EnergyBoundedLoss",
+    "LogitNormLoss",
+    "ObjectosphereLoss",
     "OutlierExposureLoss",
     "absent_class_loss",
     "confidence_loss",
     "energy_bounded_loss",
+    "logit_norm_loss",
+    "objectosphere_loss",
     "outlier_exposure_loss",
 ]
 
@@ -179,6 +183,83 @@ def confidence_loss(
     return reduce_terms(nll + weight * cost, target == OOD, reduction)
 
 
+def logit_norm_loss(
+    logits: Tensor, target: Tensor, temperature: float = 0.04, reduction: Reduction = "mean"
+) -> Tensor:
+    """LogitNorm (Wei et al., ICML 2022), equation 4.
+
+    Cross entropy of the logits over their norm, z / (T (|z| + 1e-7)), by the fused cross entropy of
+    this package. OOD samples are left out, as the method is trained without; their term is 0. The
+    trained model is scored by its logits as they are.
+
+    Args:
+        logits: (..., C), as for :func:`outlier_exposure_loss`.
+        target: (...,) int64, classes 0..C-1 or -1 for OOD.
+        temperature: T > 0; the authors' 0.04 for CIFAR-10.
+        reduction: "mean", "sum" or "none", see the module.
+
+    Returns:
+        A scalar, or (...,) with reduction "none".
+
+    Raises:
+        ValueError: As :func:`outlier_exposure_loss`; ``temperature`` is not positive.
+        TypeError: As :func:`outlier_exposure_loss`.
+    """
+    _check_reduction("logit_norm_loss", reduction)
+    _check_temperature("logit_norm_loss", temperature)
+    check_classes("logit_norm_loss", logits)
+    z = logits.to(accumulate_type(logits.dtype))
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return _outlier_loss(z / (temperature * (norm + 1e-7)), target, 0.0, False, reduction)
+
+
+def objectosphere_loss(
+    logits: Tensor,
+    features: Tensor,
+    target: Tensor,
+    weight: float = 1e-4,
+    xi: float = 50.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Objectosphere (Dhamija, Guenther & Boult, NeurIPS 2018), equation 3.
+
+    The entropic open-set loss, cross entropy on ID samples and the cross entropy to the uniform
+    distribution on OOD samples, plus ``weight`` times max(0, xi - |h|)^2 on ID and |h|^2 on OOD
+    samples. The authors average over all samples together, here as everywhere in this package ID
+    and OOD samples have means of their own.
+
+    Args:
+        logits: (..., C), as for :func:`outlier_exposure_loss`.
+        features: (..., d), what the logits are computed from.
+        target: (...,) int64, classes 0..C-1 or -1 for OOD.
+        weight: The paper's lambda; 0 for the entropic open-set loss alone.
+        xi: The least norm that ID features are to have.
+        reduction: "mean", "sum" or "none", see the module.
+
+    Returns:
+        A scalar, or (...,) with reduction "none".
+
+    Raises:
+        ValueError: As :func:`outlier_exposure_loss`; ``features`` have another shape.
+        TypeError: As :func:`outlier_exposure_loss`, for features too.
+    """
+    _check_reduction("objectosphere_loss", reduction)
+    each = outlier_cross_entropy(logits, target).loss
+    check_floating("objectosphere_loss", "features", features)
+    if features.shape[:-1] != target.shape:
+        raise ValueError(
+            f"objectosphere_loss: features must have shape (..., d) for target "
+            f"{tuple(target.shape)}, got {tuple(features.shape)}"
+        )
+    is_ood = target == OOD
+    square = features.to(each.dtype).square().sum(-1)
+    # The norm of zeros has no gradient, and none is wanted where it does not count.
+    norm = torch.where(is_ood | (square == 0), torch.ones_like(square), square).sqrt()
+    norm = torch.where(square == 0, torch.zeros_like(norm), norm)
+    ring = torch.where(is_ood, square, (xi - norm).relu().square())
+    return reduce_terms(each + weight * ring, is_ood, reduction)
+
+
 def _confidence_terms(
     logits: Tensor, confidence_logits: Tensor, target: Tensor, hints: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -288,6 +369,47 @@ class EnergyBoundedLoss(SettingsLoss):
         return energy_bounded_loss(
             logits, target, self.weight, self.m_in, self.m_out, self.temperature, self.reduction
         )
+
+
+class LogitNormLoss(SettingsLoss):
+    """:func:`logit_norm_loss` as a module.
+
+    Args:
+        temperature: T > 0.
+        reduction: "mean", "sum" or "none".
+    """
+
+    temperature: float
+
+    def __init__(self, temperature: float = 0.04, reduction: Reduction = "mean") -> None:
+        _check_temperature("LogitNormLoss", temperature)
+        super().__init__(reduction, temperature=temperature)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits (..., C) and target (...,)."""
+        return logit_norm_loss(logits, target, self.temperature, self.reduction)
+
+
+class ObjectosphereLoss(SettingsLoss):
+    """:func:`objectosphere_loss` as a module.
+
+    Args:
+        weight: Of the features' norms.
+        xi: The least norm that ID features are to have.
+        reduction: "mean", "sum" or "none".
+    """
+
+    weight: float
+    xi: float
+
+    def __init__(
+        self, weight: float = 1e-4, xi: float = 50.0, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__(reduction, weight=weight, xi=xi)
+
+    def forward(self, logits: Tensor, features: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits (..., C), features (..., d) and target (...,)."""
+        return objectosphere_loss(logits, features, target, self.weight, self.xi, self.reduction)
 
 
 class AbsentClassLoss(SettingsLoss):

@@ -33,6 +33,12 @@ from oodkernels.training.objectives import (
     SyntheticObjective,
     make_objective,
 )
+from oodkernels.training.open_set import (
+    EntropicOpenSetObjective,
+    LogitNormObjective,
+    ObjectosphereObjective,
+    VOSObjective,
+)
 from oodkernels.training.trainer import FitResult, Trainer
 
 __all__ = [
@@ -45,7 +51,9 @@ __all__ = [
     "DOSMiner",
     "DOSObjective",
     "EnergyBoundedObjective",
+    "EntropicOpenSetObjective",
     "FitResult",
+    "LogitNormObjective",
     "MOSObjective",
     "MOSOutlierObjective",
     "MiningLog",
@@ -53,6 +61,7 @@ __all__ = [
     "NTOMObjective",
     "Objective",
     "ObjectiveSpec",
+    "ObjectosphereObjective",
     "OutlierExposureObjective",
     "OutlierMiner",
     "OutlierObjective",
@@ -65,6 +74,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "UniformMiner",
+    "VOSObjective",
     "load_checkpoint",
     "load_weights",
     "make_objective",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import run_code
 
 pytest.importorskip("typer")
 
@@ -111,7 +111,7 @@ def test_the_report_does_not_depend_on_a_notebooks_backend(
     arguments = ["eval", "--id", str(data["id"]), "--ood", str(data["far"])]
     arguments += ["--out", str(tmp_path / "run")]
     code = f"import sys; sys.argv = ['oodk', *{arguments!r}]; from oodk import main; main()"
-    found = python("-c", code, MPLBACKEND=backend)
+    found = run_code(code, MPLBACKEND=backend)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "run" / "report.html").exists()
 

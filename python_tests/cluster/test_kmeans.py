@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from points import INF, NAN, distributed_problems, features, problems, same
+from processes import ranks
 from torch import Tensor
 
 from oodkernels import KMeansResult, kmeans, kmeans_init, nearest_centroid
@@ -511,45 +511,19 @@ def test_missing_faiss_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- many processes -------------------------------------------------------------------------------
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-from points import distributed_problems
-from oodkernels import kmeans
-rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-results = []
-for x, k, options in distributed_problems():
-    cuts = torch.linspace(0, 1, world + 1).square().mul(len(x)).long().tolist()  # uneven
-    results.append(kmeans(x[cuts[rank]:cuts[rank + 1]], k, group=dist.group.WORLD, **options))
-torch.save(results, f"{out}/{rank}.pt")
-dist.destroy_process_group()
-"""
+
+def share(rank: int, world: int) -> list[KMeansResult]:
+    results = []
+    for x, k, options in distributed_problems():
+        cuts = torch.linspace(0, 1, world + 1).square().mul(len(x)).long().tolist()  # uneven
+        mine = x[cuts[rank] : cuts[rank + 1]]
+        results.append(kmeans(mine, k, group=torch.distributed.group.WORLD, **options))
+    return results
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_distributed(world: int, tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                WORKER,
-                str(rank),
-                str(world),
-                str(tmp_path / "s"),
-                str(tmp_path),
-            ],
-            cwd=HERE.parent,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    parts = ranks(tmp_path, world, share)
     for i, (x, k, options) in enumerate(distributed_problems()):
         exact = x.double() if float(x.nanmean()) > 1e3 else x  # far from zero
         one = kmeans(exact, k, **options)

@@ -6,7 +6,7 @@ The sums of the ROC ops, which it does not have, are held against the CPU backen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -20,20 +20,6 @@ from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
 from oodkernels.ops.keys import order_key, scores_of_keys
 
 pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny torch calls cost less without waking other threads for each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -405,6 +391,21 @@ def test_a_row_keeps_its_bits(
             torch.testing.assert_close(x, expected[take], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", FORWARD)
+def test_rows_beyond_2_31_values(emulator: Emulator, kernel: str, dtype: torch.dtype) -> None:
+    """Three rows of a view of a tensor of many GiB, of which only they take memory."""
+    sample = Sample(3, (5, 7), dtype)
+    outputs = dict.fromkeys(FORWARD[kernel], sample.accumulated)
+    outputs |= dict.fromkeys(INDICES.get(kernel, ()), torch.int64)
+    inputs = sample.inputs(target=torch.tensor([1, 0, 3]))
+    values = {**sample.values(), "orders": 1, "ignore_index": -100, "temperature": 1.0}
+    near = emulator.run(kernel, inputs, outputs, **values)
+    far = emulator.run(kernel, inputs, outputs, **{**values, "stride": 2**31 - 16, "far": 1})
+    for x, expected in zip(far, near, strict=True):
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
 # --- ROC ------------------------------------------------------------------------------------------
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -715,6 +716,15 @@ def test_missing_wait_is_caught(emulator: Emulator) -> None:
     done = emulator.start("missing_wait", {})
     assert done.returncode == 0
     assert unwritten(emulator.output("out", torch.int32)).all()
+
+
+def test_unwritten_shared_memory_is_caught(emulator: Emulator) -> None:
+    done = emulator.start("unwritten_shared", {}, orders=1)
+    assert done.returncode == 0
+    out = emulator.output("out", torch.int32).view(2, -1)
+    expected = torch.arange(out.size(1), dtype=torch.int32)
+    expected[1::2] = -1
+    assert torch.equal(out, torch.stack([expected, torch.full_like(expected, -1)]))
 
 
 def test_unwritten_output_is_caught(emulator: Emulator) -> None:

@@ -25,11 +25,6 @@ NAN, INF = math.nan, math.inf
 f64, f32, bf16, f16 = DTYPES
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
-
-
 def wide(x: Tensor) -> torch.dtype:
     return f64 if x.dtype == f64 else f32
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from cuda_emulator import Emulator
 from test_cuda_emulation import (
     Sample,
     assert_close,
     check_backward,
-    one_thread,  # noqa: F401  (a fixture)
     pytestmark,  # noqa: F401
     samples,
 )
 from torch import Tensor
 
 from oodkernels import reference
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("cuda_emulation"))
 
 
 def target_of(sample: Sample) -> Tensor:

@@ -73,6 +73,20 @@ def test_parse_bounds() -> None:
     assert resources.parse_bounds(PTX) == {BOUNDED: 256, "two_dimensional": 128}
 
 
+def test_wide_stores() -> None:
+    wide = "\tst.global.cs.v4.u32 \t[%rd1], {%r1, %r2, %r3, %r4};\n"
+    ptx = PTX.replace("{\n\tret;", "{\n" + wide + "\tst.global.cs.u32 [%rd1], %r1;\n\tret;", 1)
+    found = resources.wide_stores(ptx)
+    assert found[BOUNDED] == 1
+    assert found["two_dimensional"] == 0
+    rows = [
+        {"kernel": f"mos_backward<{t}>", "source": "mos.cu", "architecture": 90, "wide_stores": n}
+        for t, n in (("half", 1), ("float", 0))
+    ]
+    rows.append({**rows[1], "kernel": "mos_forward<float>"})
+    assert resources.narrow_gradients(rows) == ["mos_backward<float> (mos.cu) on sm_90"]
+
+
 def test_launch_threads() -> None:
     source = """
         constexpr int kOneThreads = 128; // of a block
@@ -141,6 +155,15 @@ def test_spills_that_fail() -> None:
     ]
     assert resources.spills([{**row, "spill_stores": 0, "spill_loads": 0}]) == []
     assert resources.spills([{**spilling, "kernel": "f<double, g<double>>"}]) == []
+
+
+def test_every_kernel_can_be_launched() -> None:
+    """With the threads that it is launched with, a multiprocessor has the registers for a block."""
+    kernels = json.loads(resources.RESULTS.read_text())["kernels"]
+    impossible = [row for row in kernels if row["threads"] and row["blocks"] == 0]
+    assert kernels
+    assert not impossible
+    assert resources.occupancy(90, 1024, Resources(80, 0, 0, 0, 0))[0] == 0
 
 
 def test_architectures() -> None:

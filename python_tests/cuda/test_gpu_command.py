@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,15 +32,6 @@ NOT_BUILT = {**GPU, "oodkernels": None}
 
 def names(stages: list[gpu.Stage]) -> list[str]:
     return [stage.name for stage in stages]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny calls cost less without waking other threads for each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -81,7 +73,8 @@ def test_refused(
 
 
 def test_on_the_cpu(tmp_path: Path) -> None:
-    arguments = ["--device", "cpu", "--only", "streaming", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--only", "streaming", "streaming peers"]
+    arguments += ["--out", str(tmp_path)]
     done = python(str(ROOT / "benchmarks" / "gpu.py"), *arguments, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "gpu.json").read_text())
@@ -95,7 +88,8 @@ def test_on_the_cpu(tmp_path: Path) -> None:
     assert stage["rows"][0]["peers"]["histc"]["ms"] > 0
     table = done.stdout[done.stdout.index("op ") :]
     assert len(table.splitlines()) == 2 + len(stage["rows"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "streaming.log"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "logs.tar"]
+    assert "=== streaming" in done.stdout
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -104,18 +98,52 @@ def test_on_the_cpu(tmp_path: Path) -> None:
 def test_chosen_stages() -> None:
     everything = names(gpu.STAGES)
     assert everything[0] == "build"
-    assert names(gpu.chosen_stages(None, "cuda", NOT_BUILT)) == everything
-    assert names(gpu.chosen_stages(None, "cuda", GPU)) == everything[1:]
-    assert names(gpu.chosen_stages(["roc", "tests"], "cuda", GPU)) == ["tests", "roc"]
-    assert names(gpu.chosen_stages(["roc"], "cuda", NOT_BUILT)) == ["build", "roc"]
-    assert names(gpu.chosen_stages(["build"], "cuda", GPU)) == ["build"]
-    on_cpu = names(gpu.chosen_stages(None, "cpu", NOT_BUILT))
-    assert on_cpu == list(gpu_ops.GROUPS)
+
+    def chosen(only: list[str] | None, device: str, environment: dict, **done: str) -> list[str]:
+        records = {name: {"status": status} for name, status in done.items()}
+        return names(gpu.chosen_stages(only, device, environment, records))
+
+    assert chosen(None, "cuda", NOT_BUILT) == everything
+    assert chosen(None, "cuda", GPU) == everything[1:]
+    assert chosen(["roc", "tests"], "cuda", GPU) == ["roc", "tests"]
+    assert chosen(["roc"], "cuda", NOT_BUILT) == ["build", "roc"]
+    assert chosen(["build"], "cuda", GPU) == ["build"]
+    left = chosen(None, "cuda", GPU, mos="ok", roc="failed")
+    assert "mos" not in left
+    assert "roc" in left
+    assert chosen(["mos"], "cuda", GPU, mos="ok") == ["mos"]
+    on_cpu = chosen(None, "cpu", NOT_BUILT)
+    assert on_cpu == list(gpu_ops.GROUPS) + [f"{group} peers" for group in gpu_ops.GROUPS]
 
 
-def test_all_stages_fit_into_the_time() -> None:
-    assert sum(stage.seconds for stage in gpu.STAGES) <= 20 * 60
+def test_every_stage_is_in_a_part_that_fits_into_a_call() -> None:
+    by_name = {stage.name: stage for stage in gpu.STAGES}
+    assert sorted(name for part in gpu.PARTS.values() for name in part) == sorted(by_name)
+    for part, members in gpu.PARTS.items():
+        assert sum(by_name[name].seconds for name in members) <= 60 * gpu.MINUTES, part
     assert all(stage.seconds > 2 * gpu.MARGIN for stage in gpu.STAGES)
+    assert gpu.stages_of(["ours"], None, GPU) == list(gpu.GROUPS)
+    assert gpu.stages_of(["ours"], ["tests"], NOT_BUILT) == ["build", *gpu.GROUPS, "tests"]
+
+
+def test_no_part_outruns_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device where every command takes as long as it is let, and every stage fails."""
+    now = 0.0
+
+    def slow(run: gpu.Run, name: str, arguments: list[str], seconds: float, *rest: Any, **env: str):
+        nonlocal now
+        now += seconds + gpu.MARGIN / 2  # and had to be killed
+        return None, ""
+
+    monkeypatch.setattr(gpu, "command", slow)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(gpu.Run, "describe", lambda run: run.result["environment"].update(GPU))
+    for part in gpu.PARTS:
+        start = now
+        assert gpu.main(["--out", str(tmp_path), "--part", part]) == 1
+        assert now - start <= 60 * gpu.MINUTES
+        stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+        assert all(stages[name]["status"] != "ok" for name in gpu.PARTS[part] if name != "build")
 
 
 def test_limit(run: gpu.Run) -> None:
@@ -190,7 +218,12 @@ def test_output_of_a_command(run: gpu.Run) -> None:
     arguments = [sys.executable, "-c", "import os; print(os.environ['IT']); raise SystemExit(3)"]
     status, output = gpu.command(run, "quick", arguments, 60, run.out, IT="is here")
     assert (status, output.strip()) == (3, "is here")
-    assert (run.out / "quick.log").read_text() == output
+    with tarfile.open(run.out / "logs.tar") as logs:
+        (kept,) = logs.getmembers()
+        file = logs.extractfile(kept)
+        assert file is not None
+        assert file.read().decode() == output
+    assert [file.name for file in run.out.iterdir()] == ["logs.tar"]
     with pytest.raises(gpu.StageError, match="is here"):
         gpu.finished(status, output)
 
@@ -234,8 +267,12 @@ def test_sanitizer(
     assert record["status"] == status
     assert message in record.get("message", "")
     if script:
-        called = (tmp_path / "memcheck.log").read_text().splitlines()[0]
+        with tarfile.open(tmp_path / "logs.tar") as logs:
+            file = logs.extractfile("memcheck/memcheck.log")
+            assert file is not None
+            called = file.read().decode().splitlines()[0]
         assert called.startswith("--tool memcheck --error-exitcode 9")
+        assert "--report-api-errors no" in called
         assert "gpu_ops.py samples --seconds 40" in called
         assert called.endswith(" 1")
 
@@ -255,6 +292,43 @@ def test_a_row_that_fails_fails_its_stage(run: gpu.Run, monkeypatch: pytest.Monk
     assert record["rows"] == rows
     last = gpu.table(run.result).splitlines()[-1]
     assert last.split() == ["f", "2", "float32", "failed:", "ValueError:", "no"]
+
+
+def test_peers_stand_beside_our_rows(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = gpu.Stage("mos peers", 60, gpu.ops("mos", "peers"))
+    run.execute(stage)
+    assert run.result["stages"]["mos peers"]["status"] == "skipped"
+
+    ours = {"op": "f", "shape": "2", "dtype": "float32", "ms": 1.0, "peers": {}}
+    run.result["stages"]["mos"] = {"status": "ok", "rows": [ours]}
+    peers = {"eager": {"ms": 2.0, "differs": True, "difference": 0.5}}
+
+    def command(run: gpu.Run, name: str, arguments: list[str], *rest: Any) -> tuple[int, str]:
+        file = Path(arguments[arguments.index("--out") + 1])
+        assert json.loads(file.read_text()) == {"rows": [ours]}
+        file.write_text(json.dumps({"rows": [{**ours, "peers": peers}]}))
+        return 0, ""
+
+    monkeypatch.setattr(gpu, "command", command)
+    run.execute(stage)
+    saved = json.loads(run.file.read_text())["stages"]
+    assert saved["mos"]["rows"][0]["peers"] == peers
+    assert saved["mos peers"]["status"] == "failed"
+    assert saved["mos peers"]["message"] == "f 2 float32: differs from eager by 0.5"
+
+
+def test_rows_without_time_end_a_stage(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"op": "f", "shape": "2", "dtype": "float32", "skipped": "no time was left"}]
+
+    def command(run: gpu.Run, name: str, arguments: list[str], *rest: Any) -> tuple[int, str]:
+        Path(arguments[arguments.index("--out") + 1]).write_text(json.dumps({"rows": rows}))
+        return 0, ""
+
+    monkeypatch.setattr(gpu, "command", command)
+    run.execute(gpu.Stage("graphs", 60, gpu.ops("graphs", "graphs")))
+    record = run.result["stages"]["graphs"]
+    assert record["status"] == "out of time"
+    assert record["message"] == "no time was left for f 2 float32"
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -296,8 +370,9 @@ def test_table(run: gpu.Run) -> None:
         "mos": {"status": "ok", "seconds": 60, "rows": [ROW], "ceilings": {"copy GB/s": 3000.0}},
     }
     lines = gpu.table(run.result).splitlines()
-    assert lines[0] == "tests      ok               9 s  3 passed, 0 failed, 1 skipped"
-    assert lines[1] == "racecheck  failed           5 s  last"
+    lines = [*lines[1:3], *lines[:1], *lines[3:]]  # the tests come after what is measured
+    assert lines[0] == "tests           ok               9 s  3 passed, 0 failed, 1 skipped"
+    assert lines[1] == "racecheck       failed           5 s  last"
     assert lines[4] == "A GPU, torch 2.11.0; copy GB/s 3000"
     start, notes = lines[-1].split("100 GB/s")
     assert start.split() == ["mos_score", "65536", "x", "1008", "float32", "2"]
@@ -313,6 +388,9 @@ def test_table(run: gpu.Run) -> None:
 
 class FakeClock:
     """Gives each call the seconds that the call itself returns."""
+
+    def graph(self, calls: gpu_ops.Calls) -> Callable[[], Any] | None:
+        return None
 
     def times(self, calls: Iterator[Callable[[], Any]]) -> list[float]:
         return [call() for call in calls]
@@ -336,6 +414,25 @@ def test_measure_takes_turns_and_the_median() -> None:
     assert gpu_ops.measure(FakeClock(), lambda: 1e-9, [()], 0.1)["rounds"] == 500
 
 
+def test_measure_replays_a_graph_of_ten_calls_or_more() -> None:
+    class Captures(FakeClock):
+        def graph(self, calls: gpu_ops.Calls) -> Callable[[], Any]:
+            assert len(calls) == 12  # each of the three inputs as often as the others
+            return lambda: sum(call() for call in calls)
+
+    found = gpu_ops.measure(Captures(), lambda x: x, [(1.0,), (2.0,), (3.0,)], 60, capture=True)
+    assert found["clock"] == "graph"
+    assert found["ms"] == pytest.approx(2000)  # of one call
+
+    class Refuses(FakeClock):
+        def graph(self, calls: gpu_ops.Calls) -> None:
+            raise RuntimeError("not permitted\nmore")
+
+    found = gpu_ops.measure(Refuses(), lambda x: x, [(1.0,)], 60, capture=True)
+    assert found["clock"] == "calls: not permitted"
+    assert found["ms"] == pytest.approx(1000)
+
+
 CPU = gpu_ops.Setting("cpu", tiny=True)
 
 
@@ -348,13 +445,15 @@ def test_bench_reports_what_fails_and_goes_on(tmp_path: Path) -> None:
     def fails(x: torch.Tensor) -> None:
         raise RuntimeError("no")
 
-    report = gpu_ops.Report(tmp_path / "found.json")
+    report, clock = gpu_ops.Report(tmp_path / "found.json"), gpu_ops.HostClock()
     peers = {"same": lambda x: x + 1, "other": lambda x: x + 2, "fails": fails}
     rows = [
         row(fails, peers={"same": lambda x: x}),
         row(lambda x: x + 1, peers=peers, difference=gpu_ops.far, tolerance=1e-6),
     ]
-    gpu_ops.bench(iter(rows), gpu_ops.HostClock(), CPU, report, 60)
+    gpu_ops.bench(iter(rows), clock, CPU, report, 60)
+    report = gpu_ops.Report(tmp_path / "found.json")
+    gpu_ops.bench_peers(iter(rows), clock, CPU, report, 60)
     first, second = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert first["failed"] == "RuntimeError: no"
     assert first["peers"]["same"]["ms"] > 0
@@ -375,19 +474,47 @@ def test_bench_divides_by_the_iterations_there_were(monkeypatch: pytest.MonkeyPa
         row(lambda x: 1.0, **options),
         row(lambda x: 1.0, figures=lambda result: {"iterations": 4 * result}, **options),
     ]
-    gpu_ops.bench(iter(rows), FakeClock(), CPU, report, 0)
+    gpu_ops.bench(iter(rows), FakeClock(), CPU, report, 60)
     first, second = report.found["rows"]
     assert (first["ms"], first["share"]) == pytest.approx((100, 5))
     assert (second["ms"], second["share"]) == pytest.approx((250, 2))
     assert second["figures"] == {"iterations": 4}
 
 
-def test_bench_leaves_peers_out_when_time_is_up() -> None:
+def test_bench_says_what_it_leaves_out_when_time_is_up() -> None:
+    report, clock = gpu_ops.Report(None), gpu_ops.HostClock()
+    never = [row(lambda x: pytest.fail("called"), peers={"slow": lambda x: pytest.fail("called")})]
+    gpu_ops.bench(iter(never), clock, CPU, report, -1)
+    gpu_ops.bench_peers(iter(never), clock, CPU, report, -1)
+    (found,) = report.found["rows"]
+    assert found["skipped"] == "no time was left"
+    assert found["peers"] == {"slow": {"skipped": "no time was left"}}
+
+
+def test_labels_that_are_not_exact_fail_their_row() -> None:
     report = gpu_ops.Report(None)
-    rows = [row(lambda x: x + 1, peers={"slow": lambda x: pytest.fail("called")})]
-    gpu_ops.bench(iter(rows), gpu_ops.HostClock(), CPU, report, -1)
-    assert report.found["rows"][0]["ms"] > 0
-    assert report.found["rows"][0]["peers"] == {"slow": {"skipped": "no time was left"}}
+    rows = [row(lambda x: 1.0, figures=lambda result: {"exact_labels": 0.99})]
+    gpu_ops.bench(iter(rows), gpu_ops.HostClock(), CPU, report, 60)
+    assert report.found["rows"][0]["failed"].endswith("99.0000% of the labels are those of float64")
+
+
+def test_a_lost_device_ends_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(gpu_ops, "ceilings", lambda clock, s: {"copy GB/s": 1.0})
+
+    def culprit(x: torch.Tensor) -> None:
+        raise RuntimeError("the culprit")
+
+    report = gpu_ops.Report(tmp_path / "found.json")
+    rows = [row(culprit), row(lambda x: pytest.fail("called"))]
+    with pytest.raises(gpu_ops.DeviceLostError, match="the culprit"):
+        gpu_ops.bench(iter(rows), gpu_ops.HostClock(), CPU, report, 60)
+    (found,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert found["failed"] == "RuntimeError: the culprit"
 
 
 def test_packages_that_are_missing_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,6 +522,7 @@ def test_packages_that_are_missing_are_skipped(monkeypatch: pytest.MonkeyPatch) 
     report = gpu_ops.Report(None)
     rows = [row(lambda x: x, peers={"faiss-gpu": lambda x: pytest.fail("called")})]
     gpu_ops.bench(iter(rows), gpu_ops.HostClock(), CPU, report, 60)
+    gpu_ops.bench_peers(iter(rows), gpu_ops.HostClock(), CPU, report, 60)
     assert report.found["rows"][0]["peers"] == {"faiss-gpu": {"skipped": "not installed"}}
 
 
@@ -406,7 +534,7 @@ def test_every_row_runs(group: str) -> None:
     report = gpu_ops.Report(None)
     clock = gpu_ops.HostClock()
     rows = list(gpu_ops.GROUPS[group](CPU))
-    gpu_ops.bench(iter(rows), clock, CPU, report, -1)
+    gpu_ops.bench(iter(rows), clock, CPU, report, 60)
     for found in report.found["rows"]:
         assert "failed" not in found, found
         assert found["ms"] > 0
@@ -446,5 +574,8 @@ def test_samples(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_clock() -> None:
     x = torch.randn(1 << 24, device="cuda")
-    found = gpu_ops.measure(gpu_ops.CudaClock(), torch.clone, [(x,), (x + 1,)], 0.05)
-    assert 1e-3 < found["ms"] < 100
+    for capture, clock in ((False, "calls: not captured"), (True, "graph")):
+        inputs = [(x,), (x + 1,)]
+        found = gpu_ops.measure(gpu_ops.CudaClock(), torch.clone, inputs, 0.05, capture=capture)
+        assert found["clock"] == clock
+        assert 1e-3 < found["ms"] < 100

@@ -3,11 +3,12 @@
 // A C++ compiler that finds this directory before CUDA's compiles the very kernel headers. Their
 // launch() ends in cudaLaunchKernelEx() below, which runs the grid block by block (fibres.h).
 // Errors of memory show under AddressSanitizer. What is used without having been written shows
-// because shared memory is filled with `poison` first (all ones: a NaN, and an index out of range)
-// and asynchronous copies land only when they are waited for. Static shared memory works, too, but
-// is not poisoned. Dynamic shared memory is declared as extern __shared__ uint4 shared[] in
-// namespace oodk::cuda.
+// because shared memory, static and dynamic, is filled with `poison` before each block (all ones: a
+// NaN, and an index out of range) and asynchronous copies land only when they are waited for. Dynamic
+// shared memory is declared as extern __shared__ uint4 shared[] in namespace oodk::cuda.
 #pragma once
+
+#include <link.h>
 
 #include <bit>
 #include <cmath>
@@ -287,13 +288,34 @@ inline int __ffs(int x) {
 namespace emulation {
 
 constexpr unsigned char poison = 0xff;
-constexpr size_t kSharedBytes = 228 << 10;
+constexpr size_t kSharedBytes = 48 << 10; // of a block that has not asked for more
 
 struct Settings { // made by the test
   int processors = 1; // of the device
   unsigned seed = 0; // of the order of blocks and threads; 0: ascending
 };
 inline Settings settings;
+
+// Shared memory is thread-local, and nothing else in a program of the tests is: this system thread's
+// storage of the program proper.
+struct Storage {
+  char* data = nullptr;
+  size_t bytes = 0;
+
+  static Storage shared() {
+    Storage found;
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* to) {
+          for (int i = 0; i < info->dlpi_phnum; ++i)
+            if (info->dlpi_phdr[i].p_type == PT_TLS)
+              *static_cast<Storage*>(to) = {
+                  static_cast<char*>(info->dlpi_tls_data), info->dlpi_phdr[i].p_memsz};
+          return 1; // the program comes first
+        },
+        &found);
+    return found;
+  }
+};
 
 } // namespace emulation
 
@@ -325,15 +347,15 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   using namespace emulation;
-  constexpr size_t most_shared = 48 << 10; // without asking for more
   const size_t threads = size_t(config->blockDim.x) * config->blockDim.y * config->blockDim.z;
   const size_t blocks = size_t(config->gridDim.x) * config->gridDim.y * config->gridDim.z;
-  if (threads < 1 || threads > 1024 || blocks < 1 || config->dynamicSmemBytes > most_shared)
+  if (threads < 1 || threads > 1024 || blocks < 1 || config->dynamicSmemBytes > kSharedBytes)
     return cudaErrorInvalidConfiguration;
   const dim3 grid = gridDim = config->gridDim;
   blockDim = config->blockDim;
   const std::function<void()> body = [&] { kernel(arguments...); };
   char* const shared = reinterpret_cast<char*>(oodk::cuda::shared);
+  const Storage all_shared = Storage::shared();
   std::mt19937 random(settings.seed);
   std::vector<size_t> order(blocks);
   std::iota(order.begin(), order.end(), size_t(0));
@@ -342,10 +364,10 @@ cudaError_t cudaLaunchKernelEx(
   static Block block;
   for (const size_t i : order) {
     blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-    ASAN_UNPOISON_MEMORY_REGION(shared, most_shared);
-    std::memset(shared, poison, most_shared);
+    ASAN_UNPOISON_MEMORY_REGION(shared, kSharedBytes);
+    std::memset(all_shared.data, poison, all_shared.bytes);
     ASAN_POISON_MEMORY_REGION(
-        shared + config->dynamicSmemBytes, most_shared - config->dynamicSmemBytes);
+        shared + config->dynamicSmemBytes, kSharedBytes - config->dynamicSmemBytes);
     block.run(int(threads), body, random, settings.seed != 0);
   }
   return cudaSuccess;

@@ -90,6 +90,19 @@ __global__ void static_shared(int* out) {
   out[threadIdx.x] = turned[threadIdx.x];
 }
 
+__global__ void unwritten_shared(int* out) { // by the block before it, maybe
+  __shared__ int words[kThreads];
+  if (blockIdx.x == 0 && threadIdx.x % 2 == 0)
+    words[threadIdx.x] = int(threadIdx.x);
+  __syncthreads();
+  out[blockIdx.x * kThreads + threadIdx.x] = words[threadIdx.x];
+}
+
+void two_blocks(Run& run) {
+  launch(unwritten_shared, 2, kThreads, 0, nullptr,
+      run.output<int>("out", 2 * kThreads * sizeof(int)));
+}
+
 template <void (*kernel)(int*)>
 void one_block(Run& run) {
   const size_t shared = kernel == missing_wait ? kThreads * sizeof(uint4) : kThreads * sizeof(int);
@@ -109,5 +122,5 @@ int main(int argc, char** argv) {
           {"unwritten_output", one_block<unwritten_output>}, {"shuffles", one_block<shuffles>},
           {"votes", one_block<votes>}, {"matches", one_block<matches>},
           {"reductions", one_block<reductions>}, {"atomics", one_block<atomics>},
-          {"static", one_block<static_shared>}});
+          {"static", one_block<static_shared>}, {"unwritten_shared", two_blocks}});
 }

@@ -5,8 +5,6 @@
 // a seed: a kernel that lacks a barrier gives different results for different seeds.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -28,9 +26,73 @@
 #define __sanitizer_finish_switch_fiber(fake, stack, bytes) ((void)(fake))
 #endif
 
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
 namespace emulation {
 
 constexpr int kWarp = 32;
+
+// Where a fibre goes on. swapcontext asks the kernel for the signal mask and clears what
+// AddressSanitizer knows of the stack, each time: it would take most of a run.
+#if defined(__x86_64__)
+struct Context {
+  void* stack = nullptr; // the registers that a call preserves, then where to return to
+
+  void start(std::vector<char>& memory, void (*function)()) {
+    void** top = reinterpret_cast<void**>(
+        reinterpret_cast<uintptr_t>(memory.data() + memory.size()) & ~uintptr_t(15));
+    *--top = nullptr; // function's caller
+    *--top = reinterpret_cast<void*>(function);
+    for (int i = 0; i < 6; ++i)
+      *--top = nullptr;
+    stack = top;
+  }
+};
+
+asm(R"(
+  .text
+  .p2align 4
+emulation_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq (%rsi), %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+extern "C" void emulation_switch_stack(void** from, void** to);
+
+inline void go_on(Context& from, Context& to) {
+  emulation_switch_stack(&from.stack, &to.stack);
+}
+#else
+struct Context {
+  ucontext_t context;
+
+  void start(std::vector<char>& memory, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = memory.data();
+    context.uc_stack.ss_size = memory.size();
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+  }
+};
+
+inline void go_on(Context& from, Context& to) {
+  swapcontext(&from.context, &to.context);
+}
+#endif
 
 // What a thread waits at, and what it brings there.
 struct Meeting {
@@ -55,7 +117,7 @@ struct Thread {
   std::vector<Copy> copies; // under way
   int batch = 0; // of copies
 
-  ucontext_t context;
+  Context context;
   void* fake_stack = nullptr;
   std::vector<char> stack = std::vector<char>(64 << 10);
 };
@@ -95,11 +157,7 @@ class Block {
     t.done = false;
     t.meeting = {};
     t.copies.clear();
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data();
-    t.context.uc_stack.ss_size = t.stack.size();
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, &Block::enter, 0);
+    t.context.start(t.stack, &Block::enter);
   }
 
   static void enter() {
@@ -113,13 +171,13 @@ class Block {
     void* fake_stack = nullptr;
     current = &t;
     __sanitizer_start_switch_fiber(&fake_stack, t.stack.data(), t.stack.size());
-    swapcontext(&scheduler_, &t.context);
+    go_on(scheduler_, t.context);
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
   }
 
   static void leave(void** fake_stack) {
     __sanitizer_start_switch_fiber(fake_stack, scheduler_stack_, scheduler_bytes_);
-    swapcontext(&current->context, &scheduler_);
+    go_on(current->context, scheduler_);
     __sanitizer_finish_switch_fiber(current->fake_stack, &scheduler_stack_, &scheduler_bytes_);
   }
 
@@ -174,7 +232,7 @@ class Block {
     return true;
   }
 
-  static inline ucontext_t scheduler_;
+  static inline Context scheduler_;
   static inline const void* scheduler_stack_ = nullptr;
   static inline size_t scheduler_bytes_ = 0;
   static inline const std::function<void()>* body_ = nullptr;

@@ -9,8 +9,8 @@ namespace {
 void logit_scores(Run& run) {
   const int64_t rows = run.integer("rows");
   const auto per_row = [&](const char* name) { return run.output(name, rows * run.out_size()); };
-  oodk::cuda::logit_scores({run.input("logits", run.integer("offset") * run.in_size()), run.dtype(),
-                               rows, run.integer("width"), run.integer("stride"), nullptr},
+  oodk::cuda::logit_scores(
+      {run.logits(), run.dtype(), rows, run.integer("width"), run.integer("stride"), nullptr},
       run.real("temperature"), per_row("msp"), per_row("max_logit"), per_row("energy"),
       per_row("entropy"), run.output<int64_t>("label", rows * sizeof(int64_t)));
 }

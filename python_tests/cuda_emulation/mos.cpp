@@ -8,9 +8,9 @@ using runner::Run;
 namespace {
 
 MosInput input(Run& run) {
-  return {run.input("logits", run.integer("offset") * run.in_size()), run.dtype(),
-      run.integer("rows"), run.integer("width"), run.integer("stride"), run.input("groups"),
-      run.integer("wide_offsets") != 0, run.integer("groups"), nullptr};
+  return {run.logits(), run.dtype(), run.integer("rows"), run.integer("width"),
+      run.integer("stride"), run.input("groups"), run.integer("wide_offsets") != 0,
+      run.integer("groups"), nullptr};
 }
 
 void* per_row(Run& run, const char* name) {

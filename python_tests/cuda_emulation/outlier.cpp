@@ -8,9 +8,8 @@ using runner::Run;
 namespace {
 
 OutlierInput input(Run& run) {
-  return {run.input("logits", run.integer("offset") * run.in_size()), run.dtype(),
-      run.integer("rows"), run.integer("width"), run.integer("stride"),
-      run.input<int64_t>("target"), nullptr};
+  return {run.logits(), run.dtype(), run.integer("rows"), run.integer("width"),
+      run.integer("stride"), run.input<int64_t>("target"), nullptr};
 }
 
 void forward(Run& run) {

@@ -4,10 +4,11 @@
 // for each of `orders` seeds, which must give the same bits.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <exception>
 #include <fstream>
-#include <iterator>
 #include <map>
 
 #include "common/dtype.h"
@@ -61,14 +62,26 @@ class Run {
   // The file's contents from `skip` bytes on; what comes before must not be read.
   template <typename T = void>
   const T* input(const std::string& name, size_t skip = 0) {
-    std::ifstream file(directory_ + "/" + name + ".in", std::ios::binary);
-    if (!file)
-      throw std::runtime_error("no input " + name);
-    const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+    const std::string bytes = contents(directory_ + "/" + name + ".in");
     const Array& array = arrays_.try_emplace(name, bytes.size()).first->second;
     std::memcpy(array.data(), bytes.data(), bytes.size());
     ASAN_POISON_MEMORY_REGION(array.data(), skip / 8 * 8);
     return reinterpret_cast<const T*>(array.data() + skip);
+  }
+  // Rows of logits: the file as it is, from `offset` values on, or, where they are `far`, row after
+  // row of it, `stride` values apart in memory that is only reserved.
+  const void* logits() {
+    if (!values_.contains("far"))
+      return input("logits", integer("offset") * in_size());
+    const size_t row = integer("width") * in_size(), step = integer("stride") * in_size();
+    const char* const file = input<char>("logits");
+    char* const data = static_cast<char*>(mmap(nullptr, integer("rows") * step,
+        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (data == MAP_FAILED)
+      throw std::runtime_error("no address space");
+    for (int64_t r = 0; r < integer("rows"); ++r)
+      std::memcpy(data + r * step, file + r * row, row);
+    return data;
   }
   template <typename T = void>
   T* output(const std::string& name, size_t bytes, unsigned char fill = emulation::poison) {
@@ -88,14 +101,22 @@ class Run {
         std::ofstream(path, std::ios::binary).write(array.data(), std::streamsize(array.bytes()));
         continue;
       }
-      std::ifstream file(path, std::ios::binary);
-      const std::string before{std::istreambuf_iterator<char>(file), {}};
+      const std::string before = contents(path);
       if (before.compare(0, before.size(), array.data(), array.bytes()) != 0)
         throw std::runtime_error("the order of the threads changes " + name);
     }
   }
 
  private:
+  static std::string contents(const std::string& path) {
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    if (!file)
+      throw std::runtime_error("no file " + path);
+    std::string bytes(size_t(file.tellg()), '\0');
+    file.seekg(0).read(bytes.data(), std::streamsize(bytes.size()));
+    return bytes;
+  }
+
   std::string directory_;
   const std::map<std::string, std::string>& values_;
   std::map<std::string, Array> arrays_, outputs_;

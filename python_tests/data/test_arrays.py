@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import run_code
 from torch import Tensor
 
 from oodkernels.data import FORMATS, open_arrays, open_samples, save_arrays
@@ -348,7 +348,7 @@ def test_files_are_not_read_whole(tmp_path: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
     torch.save(torch.zeros(rows, columns, dtype=torch.float16), paths[2])
-    run = python("-c", MEMORY, *map(str, paths))
+    run = run_code(MEMORY, *map(str, paths))
     assert run.returncode == 0, run.stderr
     for line in run.stdout.splitlines():
         what, grown = line.split()

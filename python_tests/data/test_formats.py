@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import run_code
 
 from oodkernels.data import FORMATS, ROLES, open_arrays, open_samples, save_arrays
 from oodkernels.data.arrays import MAX_ROW_BYTES
@@ -278,7 +278,7 @@ def test_a_file_cut_short_does_not_end_the_process(tmp_path: Path) -> None:
     paths = [tmp_path / f"x{suffix}" for suffix in (".npy", ".pt", ".safetensors")]
     for path in paths:
         save_arrays(path, {"logits": torch.zeros(1 << 12, 1000)})
-    run = python("-c", CUT, *map(str, paths))
+    run = run_code(CUT, *map(str, paths))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("read") == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain, combinations
 
 import numpy as np
@@ -28,7 +29,18 @@ pytest.importorskip("skimage")
 
 
 @pytest.fixture(scope="module")
-def alphabet() -> Glyphs:
+def drawings() -> Iterator[None]:
+    """Characters are drawn and compared once: for the classes, and for the tests that look on."""
+    with pytest.MonkeyPatch.context() as patch:
+        characters, masks, has = glyphs._drawn_characters()
+        likeness = glyphs._likeness(masks, has)
+        patch.setattr(glyphs, "_drawn_characters", lambda: (characters, masks, has))
+        patch.setattr(glyphs, "_likeness", lambda masks, has: likeness)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alphabet(drawings: None) -> Glyphs:
     return Glyphs()
 
 

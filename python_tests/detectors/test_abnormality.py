@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,15 +13,6 @@ from torch.nn import functional as F  # noqa: N812
 from oodkernels import ood_metrics
 from oodkernels.detectors import AbnormalityModule, FeatureModel, NotFittedError, OODDetector
 from oodkernels.detectors.abnormality import distort
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The networks are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def classifier(shape: tuple[int, ...] = (2, 6, 5), classes: int = 3) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor
 from oodkernels import ood_metrics
 from oodkernels.detectors import KNN, NotFittedError, OODDetector, as_pytorch_ood
 
-BACKENDS = ["faiss", "torch"]
+BACKENDS = ["native", "faiss", "torch"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -73,7 +73,8 @@ def test_backends_agree() -> None:
     pytest.importorskip("faiss")
     bank, x = features(3000, 64), features(500, 64, seed=1)
     found = [KNN(50, backend).fit(features=bank).score(features=x) for backend in BACKENDS]
-    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=0)
     assert torch.equal(KNN(50).fit(features=bank).score(features=x), found[0])
 
 
@@ -118,7 +119,7 @@ def test_batches_and_file(tmp_path) -> None:
 def test_nan_is_ood() -> None:
     bank, x = features(50), features(5, seed=1)
     x[2, 2] = torch.nan
-    for backend in ("auto", "torch"):
+    for backend in ("native", "torch"):
         detector = KNN(3, backend).fit(features=bank)
         detector.calibrate(detector.score(features=bank))
         found = detector.predict(features=x)
@@ -132,7 +133,7 @@ def test_nan_is_ood() -> None:
     ("call", "error", "message"),
     [
         (lambda x: KNN(0), ValueError, "k must be an int >= 1, got 0"),
-        (lambda x: KNN(backend="annoy"), ValueError, "must be auto, faiss or torch, got 'annoy'"),
+        (lambda x: KNN(backend="annoy"), ValueError, "must be native, faiss or torch, got 'annoy'"),
         (lambda x: KNN().score(features=x), NotFittedError, "fit must come first"),
         (lambda x: KNN(41).fit(features=x), ValueError, "at least k = 41 samples .* got 40"),
         (

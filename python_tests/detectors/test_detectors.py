@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import run_code
 from pytorch_ood_package import pytorch_ood
 from torch import nn
 
@@ -525,7 +526,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 2**10 / z.
 """
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KiB on Linux")
-    assert float(python("-c", code).stdout) < 0.25
+    assert float(run_code(code).stdout) < 0.25
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -970,6 +971,19 @@ def test_registry():
         assert cls.__doc__
 
 
+def test_every_detector_of_pytorch_ood_has_its_counterpart_or_a_reason():
+    detectors = pytorch_ood("detector")
+    page = Path(__file__).parents[2] / "docs" / "migrating.md"
+    table = page.read_text(encoding="utf-8").split("<!-- pytorch-ood -->")[1].split("<!-- end")[0]
+    rows = [line.strip("| ").split(" |") for line in table.strip().splitlines()[2:]]
+    theirs = {name for name in detectors.__all__ if isinstance(getattr(detectors, name), type)}
+    assert {row[0].strip(" `") for row in rows} == theirs
+    for row in rows:
+        names = [cell.strip(" `").split(":")[0] for cell in row[1].split(",")]
+        assert all(name in DETECTORS for name in names) or (names == ["none"] and row[2].strip())
+    assert len(DETECTORS) > 40
+
+
 def test_repr_shows_the_settings():
     assert repr(MSP(2.0)) == "MSP(temperature=2.0)"
     assert repr(MOS(GROUPS)).startswith("MOS(groups=Groups(")
@@ -977,7 +991,7 @@ def test_repr_shows_the_settings():
 
 def test_import_brings_no_extra():
     code = "import sys, oodkernels.detectors; print(*(m for m in sys.modules))"
-    modules = set(python("-c", code).stdout.split())
+    modules = set(run_code(code).stdout.split())
     assert "oodkernels.detectors" in modules
     assert not modules & {"safetensors", "torchmetrics", "sklearn", "pytorch_ood", "faiss"}
 

@@ -382,3 +382,59 @@ def test_layers_of_mahalanobis_have_their_axis_said_or_known(tmp_path: Any) -> N
         assert torch.equal(again.score(features={"act": tokens["act"]}), said.score(x))
     with pytest.raises(ValueError, match=r"axis must be one but the first of \(90, 7, 5\), got 3"):
         Mahalanobis(["act"], axis=3).fit(features=tokens, labels=y)
+
+
+class Switching(nn.Module):
+    """Gives its input, and notes which of its layers are in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Sequential(nn.ReLU()), nn.Identity()])
+        self.fc = nn.Linear(3, 3)
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(any(module.training for module in self.modules()))
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.train(),
+        lambda model: model.parts[0][0].train(),
+        lambda model: model.parts.insert(0, nn.Dropout()),
+        lambda model: model.parts[1].add_module("within", nn.Dropout()),
+        lambda model: setattr(model, "fc", nn.Linear(3, 3)),
+        lambda model: model.parts.__delitem__(0),
+        lambda model: model.parts.__setitem__(1, nn.Sequential(nn.Dropout())),
+    ],
+    ids=["train", "part", "insert", "leaf", "replace", "delete", "set"],
+)
+def test_what_a_model_becomes_after_the_first_score_is_seen(
+    change: Callable[[Switching], Any],
+) -> None:
+    model = Switching().eval()
+    energy, knn = Energy(model=model), KNN(1, "torch", model=model).fit(features=torch.eye(3))
+    x = torch.randn(4, 3)
+    for _ in range(2):
+        energy.score(x)
+        knn.score(x)
+    change(model)
+    training = [module.training for module in model.modules()]
+    torch.testing.assert_close(energy.score(x), Energy().score(logits=model.fc(x)))
+    torch.testing.assert_close(knn.score(x), knn.score(features=x))
+    assert not any(model.seen)
+    assert [module.training for module in model.modules()] == training
+
+
+def test_a_model_that_moves_takes_its_inputs_along() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(3, 2)).eval()
+    energy = Energy(model=model)
+    energy.score(torch.randn(2, 3))
+    seen = []
+    model[1] = nn.Linear(3, 2, device="meta").eval()
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].device.type))
+    with pytest.raises(NotImplementedError, match="meta"):  # back to where the inputs were
+        energy.score(torch.randn(2, 3))
+    assert seen == ["meta"]

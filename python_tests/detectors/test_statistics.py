@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import ranks
 from torch import Tensor
 
-from oodkernels.detectors import statistics
+from oodkernels.detectors import Mahalanobis, statistics
 from oodkernels.detectors.statistics import ClassStatistics
-
-HERE = Path(__file__).parent
 
 
 def labelled(
@@ -145,52 +142,26 @@ def test_state_resumes() -> None:
         assert torch.equal(tensor, getattr(resumed, name))
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-from test_statistics import labelled
-from oodkernels.detectors import Mahalanobis
-from oodkernels.detectors.statistics import ClassStatistics
-rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-x, y = labelled(offset=100.0)
-y, order = y.sort()
-x = x[order]
-cuts = [0, 0, 130, 400][-world - 1:]  # of three processes the first has no rows
-mine = slice(cuts[rank], cuts[rank + 1])
-found = ClassStatistics().update(x[mine], y[mine]).all_reduce()
-torch.save(found.state_dict(), f"{out}/{rank}.pt")
-detector = Mahalanobis()
-if cuts[rank] < cuts[rank + 1]:
-    detector.partial_fit(features=x[mine], labels=y[mine])
-score = detector.all_reduce().score(features=x)
-torch.testing.assert_close(score, Mahalanobis().fit(features=x, labels=y).score(features=x))
-try:
-    wrong = ClassStatistics().update(x[:9, : 6 - rank], y[:9]).all_reduce()
-except ValueError as error:
-    assert f"of one width, got {7 - world} to 6" in str(error), error
-else:
-    raise AssertionError("no error")
-dist.destroy_process_group()
-"""
+def share(rank: int, world: int) -> dict[str, Tensor]:
+    x, y = labelled(offset=100.0)
+    y, order = y.sort()
+    x = x[order]
+    cuts = [0, 0, 130, 400][-world - 1 :]  # of three processes the first has no rows
+    mine = slice(cuts[rank], cuts[rank + 1])
+    found = ClassStatistics().update(x[mine], y[mine]).all_reduce()
+    detector = Mahalanobis()
+    if cuts[rank] < cuts[rank + 1]:
+        detector.partial_fit(features=x[mine], labels=y[mine])
+    score = detector.all_reduce().score(features=x)
+    torch.testing.assert_close(score, Mahalanobis().fit(features=x, labels=y).score(features=x))
+    with pytest.raises(ValueError, match=f"of one width, got {7 - world} to 6"):
+        ClassStatistics().update(x[:9, : 6 - rank], y[:9]).all_reduce()
+    return found.state_dict()
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes(world: int, tmp_path: Path) -> None:
-    arguments = [str(world), str(tmp_path / "store"), str(tmp_path)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), *arguments],
-            cwd=HERE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    states = ranks(tmp_path, world, share)
     x, y = labelled(offset=100.0)
     for state in states:
         for name, tensor in states[0].items():

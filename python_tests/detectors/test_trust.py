@@ -395,7 +395,7 @@ def test_options_are_read_from_text() -> None:
     assert AbnormalityModule.spec.make("x", {"epochs": "3+2"}).epochs == (3, 2)
     for spec, options, message in (
         (KNN.spec, {"k": "ten"}, "x: k must be int, got 'ten'"),
-        (KNN.spec, {"backend": "annoy"}, r"x: backend must be Literal\['auto', 'faiss', 'torch'"),
+        (KNN.spec, {"backend": "annoy"}, r"x: backend must be Literal\['native', 'faiss', 'torch'"),
         (KNN.spec, {"n": "3"}, "x: knn has no option 'n', only k, backend"),
         (MOS.spec, {}, "x: detector 'mos' needs groups"),
         (AbnormalityModule.spec, {"noise": "much"}, "x: noise must be Callable"),

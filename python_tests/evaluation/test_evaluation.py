@@ -4,8 +4,11 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("torchmetrics")
+
+from processes import forked
 
 from oodkernels import Groups, ood_metrics
 from oodkernels.data.samples import Samples, open_samples
@@ -650,3 +655,49 @@ def test_a_name_that_is_not_utf_8_is_written(tmp_path: Path) -> None:
     for path in paths:
         text = path.read_text(encoding="utf-8").replace(r"\textbackslash{}", "\\")
         assert "caf\\udce9" in text.replace("\\\\", "\\"), path
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+@pytest.mark.parametrize("memory", [None, "8MiB"])
+def test_ranks_share_the_batches_and_find_the_same(tmp_path, memory):
+    """Of every set, one of them with fewer batches than ranks; with groups and labels."""
+    generator = torch.Generator().manual_seed(0)
+    groups = Groups([0, 0, 1, 1])
+
+    def batches(count, offset):
+        for i in range(count):
+            logits = torch.randn(5 + i % 2, groups.width, generator=generator) + offset
+            yield logits, torch.arange(len(logits)) % 4
+
+    sets = {name: list(batches(n, n / 10)) for name, n in (("ID", 9), ("a", 7), ("b", 1))}
+    inside = sets.pop("ID")
+
+    def work(out):
+        found = evaluate(None, inside, sets, groups=groups, memory=memory, shared=True)
+        (tmp_path / f"{out}-{os.getpid()}.json").write_text(found.to_json())
+
+    work("one")
+    (one,) = tmp_path.glob("one-*")
+    for world in (2, 4):
+        assert forked(world, tmp_path, partial(work, f"of{world}")) == [0] * world
+        found = list(tmp_path.glob(f"of{world}-*"))
+        assert len(found) == world
+        assert {path.read_text() for path in found} == {one.read_text()}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_a_nan_on_any_rank_is_named_by_its_place_in_the_set(tmp_path, capfd):
+    logits = torch.randn(40, 6)
+    logits[37, 2] = torch.nan
+    batches = [*logits[:34].split(8), logits[34:]]
+
+    def work():
+        try:
+            evaluate(None, batches, {"a": [torch.randn(9, 6)]}, shared=True)
+        except ValueError as error:
+            sys.stderr.write(str(error))
+            sys.stderr.flush()
+            os._exit(1)
+
+    assert 1 in forked(2, tmp_path, work)
+    assert "ID: sample 37: logits must not be NaN, got NaN in column 2" in capfd.readouterr().err

@@ -17,7 +17,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
-from processes import python
+from processes import run_code
 
 from oodkernels import Groups
 from oodkernels.evaluation import (
@@ -261,5 +261,5 @@ def test_report_needs_neither_pyplot_nor_the_demos_data() -> None:
         "import oodkernels.evaluation.report\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
-    found = python("-c", code)
+    found = run_code(code)
     assert found.returncode == 0, found.stderr

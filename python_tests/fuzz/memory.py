@@ -45,6 +45,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "kmeans_init": (x, 16, 2),
         "kmeans": (x, torch.arange(64).view(1, 64), 1),
         "nearest_centroid": (x, x[:64], True),
+        "nearest_neighbors": (x, x[:64], 20, True),
         "cluster_argmax": (torch.zeros(ROWS, dtype=torch.int64), score, ROWS, 20),
         "dos_select": (x, score, 16, ROWS, 1, 1),
         "_mos_log_others": mos,

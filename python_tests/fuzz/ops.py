@@ -219,6 +219,17 @@ def _(draw: Draw) -> Case:
     return Case(draw.laid_out(z), draw.random.choice((1.0, 1.0, 0.5, 10.0)))
 
 
+@case("feature_stats")
+def _(draw: Draw) -> Case:
+    x = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    batch = draw.random.choice(((), tuple(x.shape[:-1])))
+    p = draw.integers(0, 101, (*batch, draw.random.choice((0, 1, 3, 9)))).double()
+    good = not (p.numel() and draw.one_in(8))
+    if not good:
+        p.view(-1)[0] = draw.random.choice((-1.0, 100.1, NAN, INF))
+    return Case(draw.laid_out(x), draw.laid_out(p), draw.one_in(2), good=good)
+
+
 def classified(draw: Draw) -> tuple[Tensor, Tensor, bool]:
     z = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))), False)
     target, good = draw.classes(-1, z.shape[-1], z.shape[:-1])
@@ -417,6 +428,32 @@ def _(draw: Draw) -> Case:
         assert distance[~some].isnan().all()
 
     return Case(draw.laid_out(x), draw.laid_out(c), normalize, check=check)
+
+
+@case("nearest_neighbors")
+def _(draw: Draw) -> Case:
+    x, n, normalize = points(draw), draw.random.randint(1, 60), draw.one_in(2)
+    k = draw.random.choice((1, n, draw.random.randint(-1, n + 2)))
+    bank = draw.normal((n, x.shape[-1]), special=draw.one_in(4))
+    known = bool(reference.kmeans_points(bank, normalize)[1].all())
+
+    def check(found: tuple[Tensor, ...]) -> None:
+        exact = reference.nearest_neighbors(x.double(), bank.double(), k, normalize)
+        some = found[1] >= 0
+        assert torch.equal(
+            some, reference.kmeans_points(x, normalize)[1][..., None].expand_as(some)
+        )
+        torch.testing.assert_close(found[0][some].double(), exact[0][some], rtol=1e-4, atol=1e-6)
+        assert found[0][~some].isnan().all()
+
+    return Case(
+        draw.laid_out(x),
+        draw.laid_out(bank),
+        k,
+        normalize,
+        good=1 <= k <= n and known,
+        check=check,
+    )
 
 
 @case("cluster_argmax")

@@ -11,7 +11,7 @@ import torch
 from fuzz.guarded import PAGE, Arena
 from fuzz.ops import CASES, Draw, outputs, run_all
 from op_db import OPS, Op, Sample
-from processes import python
+from processes import python, run_code
 from torch import Tensor
 
 from oodkernels import _C
@@ -35,7 +35,7 @@ assert x.tolist() == [0, 1, 2]
 print("placed", flush=True)
 (ctypes.c_float * 1).from_address(x.data_ptr() + {index} * 4)[0]
 """
-    done = python("-c", code)
+    done = run_code(code)
     assert done.stdout.strip() == "placed", done.stderr
     assert done.returncode < 0
 

@@ -9,21 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import python
+from processes import run_code
 
 from oodkernels.metrics.calibration import (
     calibration_bins,
     expected_calibration_error,
     reliability_diagram,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def answers(n=5000, seed=0, power=0.5, dtype=torch.float32):
@@ -296,7 +288,7 @@ def test_without_extras():
         "try: reliability_diagram([0.5], [True])\n"
         "except ImportError as error: print(error)\n"
     )
-    out = python("-c", code)
+    out = run_code(code)
     assert out.returncode == 0, out.stderr
     first, second, third = out.stdout.splitlines()
     assert first == "0.5"

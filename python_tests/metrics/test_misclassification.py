@@ -10,19 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import python
+from processes import ranks, run_code
 
 from oodkernels.metrics.misclassification import misclassification_metrics
 from oodkernels.metrics.ood import ood_metrics
 from oodkernels.metrics.threshold import Threshold
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def answers(n=3000, seed=0, dtype=torch.float32):
@@ -324,27 +316,18 @@ def test_in_a_collection():
         assert got[name] == single.compute()[name]
 
 
-def worker(rank, world, path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
-    )
-    try:
-        metric = make(threshold=0.7)
-        data = answers(1000)
-        metric.update(*(t[rank::world] for t in data))
-        torch.save((metric.compute(), metric.compute()), f"{path}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def share(rank, world):
+    metric = make(threshold=0.7)
+    metric.update(*(t[rank::world] for t in answers(1000)))
+    return metric.compute(), metric.compute()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_distributed(tmp_path):
-    metric = make(threshold=0.7)
-    metric.update(*answers(1000))
-    torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        for result in torch.load(tmp_path / f"{rank}.pt", weights_only=False):
-            assert result == pytest.approx(metric.compute(), abs=1e-14)
+    one, _ = share(0, 1)
+    for results in ranks(tmp_path, 2, share):
+        for result in results:
+            assert result == pytest.approx(one, abs=1e-14)
 
 
 def test_plot(tmp_path):
@@ -417,7 +400,7 @@ def test_without_torchmetrics():
         "try: from oodkernels import MisclassificationMetrics\n"
         "except ImportError as error: print(error)\n"
     )
-    out = python("-c", code)
+    out = run_code(code)
     assert out.returncode == 0, out.stderr
     first, second = out.stdout.splitlines()
     assert first == "1.0"

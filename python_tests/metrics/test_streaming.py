@@ -9,23 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import python
+from processes import ranks, run_code
 
 pytest.importorskip("torchmetrics")
 from oodkernels.metrics.ood import ood_metrics
 from oodkernels.metrics.streaming import OODMetrics
 from oodkernels.metrics.streaming._sketch import Layout, Sketch
 from oodkernels.metrics.threshold import Threshold
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The state is small; on a busy machine threads would wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 FIGURES = list(ood_metrics([1.0], [0.0]).as_dict())
 
@@ -720,7 +710,7 @@ def test_saved_state_in_another_process(tmp_path):
         "metric = OODMetrics(); metric.load_state_dict(torch.load(sys.argv[1]))\n"
         "metric.merge_state(metric.clone()); print(repr(metric.compute()['auroc_lower']))"
     )
-    out = python("-c", code, str(tmp_path / "state.pt"))
+    out = run_code(code, str(tmp_path / "state.pt"))
     assert out.returncode == 0, out.stderr
     assert float(out.stdout) == metric.compute()["auroc_lower"]
 
@@ -774,36 +764,20 @@ def share(rank, world):
         return results, prefix_counts(all_cells(single)), single._state().set_names()
 
 
-def worker(rank, world, path):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", rank=rank, world_size=world, init_method=f"file://{path}/init-{world}"
-    )
-    try:
-        torch.save(share(rank, world), f"{path}/{world}-{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_distributed(tmp_path):
-    """2 and 4 processes count the same integers as one."""
+    """Three processes count the same integers as one."""
     (half, single), counts, names = share(0, 1)
-    for world in (2, 4):
-        torch.multiprocessing.spawn(worker, (world, str(tmp_path)), nprocs=world)
-        for rank in range(world):
-            (half_n, single_n), counts_n, names_n = torch.load(
-                tmp_path / f"{world}-{rank}.pt", weights_only=False
-            )
-            assert half_n == half
-            order = [0, *(names_n.index(name) + 1 for name in names)]
-            assert torch.equal(counts_n[order], counts)
-            for name in names:
-                assert single_n[name]["n_id"] == single[name]["n_id"]
-                for figure in FIGURES:
-                    assert single_n[name][f"{figure}_lower"] <= single[name][f"{figure}_upper"]
-                    assert single_n[name][f"{figure}_upper"] >= single[name][f"{figure}_lower"]
-                assert width(single_n[name], "auroc") < 1e-4
+    for (half_n, single_n), counts_n, names_n in ranks(tmp_path, 3, share):
+        assert half_n == half
+        order = [0, *(names_n.index(name) + 1 for name in names)]
+        assert torch.equal(counts_n[order], counts)
+        for name in names:
+            assert single_n[name]["n_id"] == single[name]["n_id"]
+            for figure in FIGURES:
+                assert single_n[name][f"{figure}_lower"] <= single[name][f"{figure}_upper"]
+                assert single_n[name][f"{figure}_upper"] >= single[name][f"{figure}_lower"]
+            assert width(single_n[name], "auroc") < 1e-4
 
 
 def alone(**options):
@@ -895,7 +869,7 @@ def test_without_torchmetrics():
         "try: import oodkernels.metrics.streaming\n"
         "except ImportError as error: print(error)"
     )
-    out = python("-c", code)
+    out = run_code(code)
     assert out.returncode == 0, out.stderr
     assert "pip install 'oodkernels[metrics]'" in out.stdout
 

@@ -7,7 +7,6 @@ import io
 import math
 import sys
 import types
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,15 +47,6 @@ LOSSES = {  # name -> functional form, module, both with settings that are not t
 SIZES = {"both": (5, 8), "ID": (6, 0), "OOD": (0, 7), "none": (0, 0)}
 
 every = pytest.mark.parametrize("name", LOSSES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny torch calls cost less without waking other threads for each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

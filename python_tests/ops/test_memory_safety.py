@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from processes import python
+from processes import run_code
 
 WRAPPING = [
     [0, 2**63 - 1, -2, 6],
@@ -39,7 +39,7 @@ for offsets in {WRAPPING}:
         else:
             raise AssertionError("accepted")
 """
-    done = python("-c", code)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -70,7 +70,7 @@ except (MemoryError, RuntimeError) as error:
     assert "bad_alloc" in str(error) or "can't allocate" in str(error), error
     print("refused")
 """
-    done = python("-c", code, OMP_NUM_THREADS="1")
+    done = run_code(code, OMP_NUM_THREADS="1")
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
 
 
@@ -88,5 +88,5 @@ for seed in range(150):
         torch.ops.oodk._roc_counts(*pair)
         torch.ops.oodk._roc_counts(*(keys.int() for keys in pair))
 """
-    done = python("-c", code)
+    done = run_code(code)
     assert done.returncode == 0, (done.returncode, done.stderr)

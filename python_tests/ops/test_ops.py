@@ -144,11 +144,16 @@ def test_strides(op: Op, device: str) -> None:
 @ops
 def test_opcheck(op: Op, device: str) -> None:
     finite = [s for s in op.samples(device, torch.float32) if "special" not in s.name]
+    ways = ("test_schema", "test_autograd_registration", "test_faketensor")
+    traced = set()  # of what a trace depends on; sizes are symbols in it
     for sample in finite[::3]:
         args = sample.args
         if op.differentiable:
             args = (args[0].clone().requires_grad_(), *args[1:])
-        torch.library.opcheck(op.overload, args, sample.kwargs)
+        kind = tuple(a.dim() if isinstance(a, Tensor) else a for a in args)
+        more = () if kind in traced else ("test_aot_dispatch_dynamic",)
+        traced.add(kind)
+        torch.library.opcheck(op.overload, args, sample.kwargs, test_utils=(*ways, *more))
 
 
 def gradient(fn: Any, sample: Sample) -> Tensor:

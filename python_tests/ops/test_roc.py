@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import python
+from processes import run_code
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -377,7 +377,7 @@ print(extra * 1024 / (x.nbytes + y.nbytes))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ru_maxrss in KiB")
 def test_extra_memory_is_at_most_twice_the_input() -> None:
-    done = python("-c", MEMORY)
+    done = run_code(MEMORY)
     assert float(done.stdout) < 2, done.stderr
 
 

@@ -1,0 +1,57 @@
+"""What the row of feature_stats in op_db.py does not say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oodkernels import feature_stats
+from oodkernels.detectors import LTS, SCALE, batch, score_all
+
+ROWS = {
+    "rectified": lambda x: (x - 0.3).relu(),
+    "long tail": lambda x: (3 * x).exp(),
+    "one outlier": lambda x: x.index_fill(1, torch.tensor([5]), 1e30),
+    "bfloat16": lambda x: x.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_percentiles_do_not_depend_on_each_other(kind: str) -> None:
+    x = ROWS[kind](torch.randn(40, 700, generator=torch.Generator().manual_seed(0)))
+    percentiles = [50, 99, 3.5, 85, 84.9, 100, 0, 65]
+    together = feature_stats(x, percentiles)
+    for i, p in enumerate(percentiles):
+        alone = feature_stats(x, [p])
+        assert torch.equal(alone.threshold[:, 0], together.threshold[:, i])
+        assert torch.equal(alone.top_sum[:, 0], together.top_sum[:, i])
+
+
+def test_half_a_feature_is_rounded_to_the_even_number() -> None:
+    x = torch.arange(342.0)[None]
+    assert feature_stats(x, [75]).threshold.item() == 342 - (342 - 256)
+
+
+def test_sums_lose_nothing() -> None:
+    """In float32 one at a time, 2^24 ones end at 2^24, and 1e30 squared is infinite."""
+    x = torch.ones(1, 2**24 + 3)
+    assert feature_stats(x, [0.0]).top_sum.item() == 2**24 + 4  # 2^24 + 3 in float32
+    assert feature_stats(x * 1e30, []).l2.item() == pytest.approx(4096e30)
+
+
+def test_detectors_of_one_pass_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*args: object) -> object:
+        calls.append(args[1:])
+        return feature_stats(*args)
+
+    monkeypatch.setattr(batch, "feature_stats", counted)
+    head = torch.nn.Linear(50, 7)
+    x = torch.rand(20, 50)
+    settings = {f"scale {p}": SCALE(p, head=head) for p in (85, 50, 65.5)} | {"lts": LTS()}
+    found = score_all(settings, features=x, logits=head(x).detach())
+    assert calls == [((50.0, 65.5, 85.0, 95.0), False)]
+    for name, detector in settings.items():
+        alone = detector.score(features=x, logits=head(x).detach())
+        assert torch.equal(found[name], alone)
