@@ -29,8 +29,8 @@ from oodkernels.demo.heads import (
 )
 from oodkernels.demo.methods import FLAT, METHODS, Settings
 from oodkernels.demo.models import GlyphNet
-from oodkernels.detectors import DETECTORS, OODDetector, applicable
-from oodkernels.evaluation import Evaluation, Sweep, combine, evaluate, fit_detectors
+from oodkernels.detectors import DETECTORS, OODDetector, applicable, fit_detectors
+from oodkernels.evaluation import Evaluation, Sweep, combine, evaluate
 from oodkernels.groups import Groups
 from oodkernels.metrics import ood_metrics
 from oodkernels.nn import Head
