@@ -632,6 +632,17 @@ def sorted_stats(x: Tensor, percentiles: Tensor) -> tuple[Tensor, ...]:
     return x.abs().sum(-1), x.norm(dim=-1), x.sum(-1), ordered[:, k - 1], top
 
 
+def eager_gen(z: Tensor, gamma: float, m: int) -> Tensor:
+    """The authors' form, which float32 gets wrong for confident rows."""
+    p = z.float().softmax(-1).topk(m).values
+    return -(p * (1 - p)).pow(gamma).sum(-1)
+
+
+def eager_scale_(x: Tensor, percentile: float) -> Tensor:
+    largest = x.topk(round(x.shape[-1] * (1 - percentile / 100)), sorted=False).values
+    return x.mul_((x.sum(-1) / largest.sum(-1)).exp().unsqueeze(-1))
+
+
 def searched(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """nearest_neighbors by products and topk, a part of the queries at a time."""
     norms = bank.float().square().sum(-1)
@@ -664,6 +675,34 @@ def posthoc_rows(s: Setting) -> Iterator[Row]:
                 difference=lambda ours, theirs: far(ours.threshold, theirs[3]),
                 tolerance=1e-6,
                 wanted={"share": 0.5},
+            )
+    for shape, case, inputs in mos_cases(s):
+        m = min(100, case.logits.shape[1])
+        yield Row(
+            "gen_scores",
+            shape,
+            case.logits.dtype,
+            lambda z, m=m: ops.gen_scores(z, [0.1], [m]),
+            inputs,
+            case.nbytes,
+            peers={
+                "compiled": peers.bind(peers.compiled(eager_gen), 0.1, m),
+                "eager": peers.bind(eager_gen, 0.1, m),
+            },
+        )
+    for n, d in s.shapes((4096, 2048), tiny=(16, 48)):  # a block that the L2 cache holds
+        for name in ("clip", "ash-s", "scale"):
+            high = torch.ones(1, device=s.device)
+            options = {"high": high} if name == "clip" else {"percentile": 85.0}
+            x = logits_of(n, d, torch.float32, s.device).relu()
+            yield Row(
+                "shape_features_",
+                f"{n} x {d}, {name}",
+                torch.float32,
+                partial(ops.shape_features_, shape=name, **options),
+                [(x,), (x.clone(),)],
+                2 * n * d * 4,
+                peers={"eager": partial(eager_scale_, percentile=85.0)} if name == "scale" else {},
             )
     for n, m, d, k in s.shapes(
         (10_000, 200_000, 512, 50), (256, 1_281_167, 768, 1), tiny=(20, 300, 16, 5)

@@ -22,6 +22,8 @@ oodk_add_module(_cuda
   csrc/cuda/mos.cu
   csrc/cuda/logits.cu
   csrc/cuda/features.cu
+  csrc/cuda/gen.cu
+  csrc/cuda/shape.cu
   csrc/cuda/outlier.cu
   csrc/cuda/histogram.cu
   csrc/cuda/kmeans.cu

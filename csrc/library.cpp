@@ -28,10 +28,19 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
 
+  // GEN, Liu et al., CVPR 2023, for each pair of gamma and m. Not one of logit_scores: as many
+  // outputs as settings, and finding the m largest costs more than all that logit_scores does.
+  m.def("gen_scores(Tensor logits, float[] gamma, int[] m) -> Tensor");
+
   // Norms of rows of features, and of each percentile the threshold and the sum above it.
   m.def(
       "feature_stats(Tensor features, Tensor percentiles, bool rectified=False) -> "
       "(Tensor l1, Tensor l2, Tensor sum, Tensor threshold, Tensor top_sum)");
+
+  // Features as ReAct (clip), VRA, ASH and SCALE shape them, in place.
+  m.def(
+      "shape_features_(Tensor(a!) features, str shape, float? percentile=None, Tensor? low=None, "
+      "Tensor? high=None) -> ()");
 
   // Cross entropy of ID samples, uniform cross entropy where target is -1, and logsumexp: made of
   // the two below; `stats` is (..., 2), see ops/outlier.h.

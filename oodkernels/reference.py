@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -100,6 +101,18 @@ def logit_scores(
     return p.amax(-1), z.amax(-1), energy, negative_entropy, z.argmax(-1)
 
 
+def gen_scores(logits: Tensor, gamma: Sequence[float], m: Sequence[int]) -> Tensor:
+    """GEN, -sum of (p (1 - p))^gamma over the m largest p, of each pair of gamma and m."""
+    z = _accumulated(logits)
+    top = z.topk(min(max(m, default=1), z.shape[-1]))
+    every = z.logsumexp(-1, keepdim=True)
+    log_p = top.values - every
+    others = z.scatter(-1, top.indices[..., :1], -math.inf).logsumexp(-1, keepdim=True) - every
+    logs = log_p + torch.cat([others, torch.log1p(-log_p[..., 1:].exp())], -1)
+    found = [-(g * logs[..., :k]).exp().sum(-1) for g, k in zip(gamma, m, strict=True)]
+    return torch.stack(found, -1) if found else z.new_empty((*z.shape[:-1], 0))
+
+
 def feature_stats(
     features: Tensor, percentiles: Tensor, rectified: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,6 +127,32 @@ def feature_stats(
     nan = x.isnan().any(-1, keepdim=True)
     threshold, top = (torch.where(nan, math.nan, t) for t in (threshold, top))
     return x.abs().sum(-1), x.norm(dim=-1), x.sum(-1), threshold, top
+
+
+def shape_features(
+    features: Tensor,
+    shape: str,
+    percentile: float | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> Tensor:
+    """Features as ReAct (clip), VRA, ASH and SCALE shape them; ``shape_features_`` of a copy."""
+    x = _accumulated(features)
+    if high is not None:
+        y = x.minimum(high)
+        return (y if low is None else torch.where(x < low, 0, y)).to(features.dtype)
+    n = x.shape[-1]
+    k = max(1, n - round(n * (percentile or 0.0) / 100))
+    least = x.topk(k).values[..., -1:]
+    above, equal = x > least, x == least
+    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    total = x.sum(-1, keepdim=True)
+    factor = (total / torch.where(kept, x, 0).sum(-1, keepdim=True)).exp()
+    y = {"ash-p": x, "ash-b": (total / k).expand_as(x), "ash-s": x * factor, "scale": x * factor}[
+        shape
+    ]
+    y = y if shape == "scale" else torch.where(kept, y, 0)
+    return torch.where(x.isnan().any(-1, keepdim=True), math.nan, y).to(features.dtype)
 
 
 def roc_metrics(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:

@@ -244,6 +244,38 @@ def logit_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return [(0.0, 2e-6), (0.0, 0.0), (2e-6, 2e-6), (1e-5, 4e-6), (0.0, 0.0)][output]
 
 
+def gen_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    gamma, m = [0.1, 0.1, 2.0, 0.5], [100, 3, 1000, 7]
+    for width in (1, 2, 7, 16, 33, 65, 200, 1008):
+        for name, z in (
+            ("normal", logits_of((37,), width, device, dtype)),
+            ("confident", logits_of((37,), width, device, dtype) * 10),
+            ("ties", logits_of((37,), width, device, dtype).round()),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            yield Sample((z, gamma, m), name=f"{width} {name}")
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        z = logits_of(shape, 100, device, dtype)
+        yield Sample((z, gamma[:1], [10]), name=f"rows {shape}")
+        yield Sample((z, [], []), name=f"rows {shape}, none")
+
+
+def gen_refused(device: str) -> Iterator[Refused]:
+    z = torch.randn(4, 6, device=device)
+    yield Refused((z.long(), [0.1], [3]), TypeError, "logits must be float64")
+    yield Refused((z[0, 0], [0.1], [3]), ValueError, "at least one dimension")
+    yield Refused((z[:, :0], [0.1], [3]), ValueError, r"at least one class, got shape \(4, 0\)")
+    yield Refused((z, [0.1], [3, 4]), ValueError, "gamma and m must be as many, got 1 and 2")
+    yield Refused((z, [0.1], [0]), ValueError, "m must be at least 1, got 0")
+    for gamma in (0.0, -1.0, NAN, INF):
+        yield Refused((z, [gamma], [3]), ValueError, "gamma must be positive and finite, got")
+
+
+def gen_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    # Of a logit of 1e4, float32 knows the logarithm of its probability to 1e-3.
+    return (1e-10, 1e-10) if dtype == torch.float64 else (4e-6, 1e-6)
+
+
 def feature_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     some = torch.tensor([85.0, 0.0, 50.0, 100.0, 90.0, 90.0], dtype=torch.float64, device=device)
     for width in (1, 2, 7, 31, 64, 65, 200, 1008):
@@ -282,6 +314,59 @@ def feature_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
         return 0.0, 0.0
     # In float64 the reference's sums are no better where positive and negative values cancel.
     return (1e-10, 1e-10) if dtype == torch.float64 else (2e-7, 1e-9)
+
+
+def shape_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def limit(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=wide, device=device)
+
+    for width in (1, 7, 64, 65, 200):
+        for name, x in (
+            ("normal", logits_of((19,), width, device, dtype).relu() + 0.01),
+            ("zeros and ties", logits_of((19,), width, device, dtype).relu().round()),
+            ("special", special_rows(max(width, 2), device, dtype).abs()),
+        ):
+            for p in (65.0, 90.0):
+                # Sums of 1e4 and the like have no place in float16.
+                for shape in ("ash-p", "ash-b", "ash-s", "scale")[: 1 if name == "special" else 4]:
+                    yield Sample((x, shape, p), name=f"{width} {name}, {shape} {p}")
+            high = logits_of((), x.shape[-1], device, wide)
+            yield Sample((x, "clip", None, None, limit(1.5)), name=f"{width} {name}, clip")
+            yield Sample((x, "clip", None, None, high), name=f"{width} {name}, clip each")
+            yield Sample((x, "vra", None, limit(0.5), high + 9), name=f"{width} {name}, vra")
+    for rows in ((), (0,), (2, 3)):
+        yield Sample((logits_of(rows, 100, device, dtype).abs(), "ash-s", 90.0), name=f"{rows}")
+
+
+def shape_refused(device: str) -> Iterator[Refused]:
+    x, one = torch.randn(4, 6, device=device), torch.ones(1, device=device)
+    yield Refused((x, "ash"), ValueError, "shape must be clip, .* or scale, got 'ash'")
+    yield Refused((x.long(), "ash-p", 90.0), TypeError, "features must be float64")
+    yield Refused((x[:, :0], "ash-p", 90.0), ValueError, "at least one feature")
+    yield Refused((x[:1].expand(4, 6), "ash-p", 90.0), ValueError, "stride 0 in dimension 0")
+    yield Refused((x, "ash-p"), ValueError, "percentile must be given for ash-p")
+    yield Refused((x, "clip", 90.0, None, one), ValueError, "percentile must not be given for clip")
+    yield Refused((x, "vra", None, None, one), ValueError, "low must be given for vra")
+    yield Refused((x, "clip", None, one, one), ValueError, "low must not be given for clip")
+    yield Refused((x, "clip"), ValueError, "high must be given for clip")
+    yield Refused((x, "scale", 90.0, None, one), ValueError, "high must not be given for scale")
+    yield Refused((x, "clip", None, None, one.double()), TypeError, "high must be ")
+    for bad in (one[0], one.expand(5), one[None]):
+        yield Refused((x, "clip", None, None, bad), ValueError, r"shape \(1,\) or \(6,\)")
+    for p in (-1.0, 100.5, NAN):
+        yield Refused((x, "ash-p", p), ValueError, "percentile must be in per cent, in 0..100")
+    if device != "cpu":
+        yield Refused((x, "clip", None, None, one.cpu()), ValueError, "high must be on the device")
+
+
+def shape_call(features: Tensor, *args: Any) -> Tensor:
+    """``shape_features_`` on a copy of the features, unless they are to be refused; returns it."""
+    shared = any(n > 1 and s == 0 for n, s in zip(features.shape, features.stride(), strict=True))
+    features = features if shared else features.detach().clone()
+    torch.ops.oodk.shape_features_(features, *args)
+    return features
 
 
 def outlier_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -940,12 +1025,23 @@ OPS = [
         logit_refused,
         logit_tolerance,
     ),
+    Op("gen_scores", reference.gen_scores, gen_samples, gen_refused, gen_tolerance),
     Op(
         "feature_stats",
         reference.feature_stats,
         feature_samples,
         feature_refused,
         feature_tolerance,
+    ),
+    Op(
+        "shape_features_",
+        reference.shape_features,
+        shape_samples,
+        shape_refused,
+        lambda output, dtype: gradient_tolerance(output, dtype),
+        rowwise=(),
+        like_input=(0,),
+        functional=shape_call,
     ),
     Op(
         "outlier_cross_entropy",

@@ -24,6 +24,7 @@ def test_build_info() -> None:
 # What reaches kernels, by file; all else is the same Python on each of them.
 KERNELS = {
     "ops/test_ops.py": "reference or strides or gradient_against or special or threads",
+    "ops/test_neighbors.py": "products or batch or parts",
     "ops/test_roc.py": "counts_are or counts_beyond or sort_of or sort_where or same_bits or nan",
     "ops/test_histogram.py": "counts or rows or atoms or strided or threads or nan",
     "nn/test_losses.py": "test_one_read",

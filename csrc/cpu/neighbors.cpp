@@ -9,10 +9,10 @@
 // as computed, the product s = q . b - B / 2 gives |q - b|^2 as Q - 2 s, and that is within
 // e = c (Q + B) of the distance from differences, c = (3 d + 64) u, u = 2^-24 (2^-53): sums of d
 // products take 2 d u of that at most, the sum of differences d u / 8 + 20 u, norms and the rounding
-// of centered rows the rest; what underflows is less than d times the least normal number. So a pair
+// of centered rows the rest; what underflows is less than 4 d times the least normal number. So a pair
 // is left out where Q - 2 s - e > t, t the k-th distance so far: where
 //
-//   q . b - (1 - c) B / 2  <  ((1 - c) Q - t) / 2 - d * least.
+//   q . b - (1 - c) B / 2  <  ((1 - c) Q - t) / 2 - 4 d * least.
 //
 // All others are decided by their distances and rows. So the result is that of comparing all
 // distances, whatever the blocks, the parts and the number of threads; a frame in which rows lie
@@ -220,7 +220,7 @@ class Search {
       kmeans_kernels<T>().pack(rows.placed(center), rows.stride, rows.size, d_, columns);
       const int64_t panels = (rows.size + panel() - 1) / panel();
       for (int64_t i = 0; i < panels * panel(); ++i)
-        bias[i] = i < rows.size ? -(1 - kError()) * rows.norm2[i] / 2 : -kInf;
+        bias[i] = i < rows.size ? bias_of(rows.norm2[i]) : -kInf;
       for (int64_t t = 0; t < tiles; ++t) {
         T floor[NeighborKernels<T>::kMostRows];
         for (int64_t r = 0; r < kernels_.tile; ++r) {
@@ -234,7 +234,7 @@ class Search {
         for (int64_t p = 0; p < pairs; ++p) {
           const int64_t i = found[p] / NeighborKernels<T>::kMostRows;
           const int64_t q = t * kernels_.tile + found[p] % NeighborKernels<T>::kMostRows;
-          if (i < rows.size)
+          if (i < rows.size && q < count)
             meet(q, i, at + i);
         }
       }
@@ -248,11 +248,14 @@ class Search {
     }
   }
 
-  T kError() const {
-    return T(3 * d_ + 64) * std::numeric_limits<T>::epsilon() / 2;
+  // A norm that overflows relative to the center leaves nothing out.
+  T bias_of(T norm2) const {
+    return norm2 < kInf ? -(1 - error_) * norm2 / 2 : kInf;
   }
   T floor_of(T norm2, T kth) const {
-    return ((1 - kError()) * norm2 - kth) / 2 - T(d_) * std::numeric_limits<T>::min();
+    return norm2 < kInf
+        ? ((1 - error_) * norm2 - kth) / 2 - T(4 * d_) * std::numeric_limits<T>::min()
+        : -kInf;
   }
 
   void offer(Neighbor<T>* heap, int64_t& size, Neighbor<T> next) const {
@@ -299,6 +302,7 @@ class Search {
   const NeighborKernels<T>& kernels_ = neighbor_kernels<T>();
   int64_t n_, d_, k_;
   bool normalize_;
+  T error_ = T(3 * d_ + 64) * std::numeric_limits<T>::epsilon() / 2; // c
   int64_t chunk_, chunks_, parts_, panels_;
   std::vector<T> center_;
   std::atomic<int64_t> bad_ = kNone;

@@ -45,6 +45,49 @@ void sort_descending(T* x, int64_t n) {
   }
 }
 
+template <typename T>
+int64_t count_greater(const T* x, int64_t n, T bound) {
+  constexpr int L = lanes<T>;
+  int64_t i = 0, count = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    for (; i + L <= n; i += L)
+      count += __builtin_popcount(_mm512_cmp_ps_mask(load(x + i), splat(bound), _CMP_GT_OQ));
+#endif
+  ivec<T> a{}, b{};
+  for (; i + 2 * L <= n; i += 2 * L) {
+    a -= load(x + i) > splat(bound);
+    b -= load(x + i + L) > splat(bound);
+  }
+  a += b;
+  for (int j = 0; j < L; ++j)
+    count += a[j];
+  for (; i < n; ++i)
+    count += x[i] > bound;
+  return count;
+}
+
+// Those greater than `bound`, in their order, to `to`, which may be x and has room for n and a vector
+// more; how many there are.
+template <typename T>
+int64_t copy_greater(const T* x, int64_t n, T bound, T* to) {
+  int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    for (constexpr int L = lanes<T>; i + L <= n; i += L) {
+      const __m512 some = load(x + i);
+      const __mmask16 kept = _mm512_cmp_ps_mask(some, splat(bound), _CMP_GT_OQ);
+      store(to + count, (vec<T>)_mm512_maskz_compress_ps(kept, some));
+      count += __builtin_popcount(kept);
+    }
+#endif
+  for (; i < n; ++i) {
+    to[count] = x[i];
+    count += x[i] > bound;
+  }
+  return count;
+}
+
 struct RowSums {
   double l1, l2, sum;
 };
@@ -106,46 +149,29 @@ class Ranking {
   // Reads a row, rectified if so wanted.
   template <typename S>
   RowSums read(const S* row, bool rectified) {
-    constexpr int L = lanes<T>;
-    constexpr T inf = std::numeric_limits<T>::infinity();
-    const vec<T> floor = splat(rectified ? T(0) : -inf);
-    vec<T> low = splat(inf), high = splat(-inf);
-    Adder<T> sum, l1, square;
-    const auto add = [&](int64_t i, vec<T> x) {
-      store(&values_[i], x); // there is room after the last
-      sum.add(x);
-      l1.add_abs(x);
-      square.add_square(x);
-    };
-    const auto bound = [&](vec<T> x) {
-      low = x < low ? x : low;
-      high = max(x, high);
-    };
-    int64_t i = 0;
-    for (; i + L <= n_; i += L) {
-      const vec<T> x = max(floor, load(row + i)); // NaN stays
-      add(i, x);
-      bound(x);
-    }
-    if (const int left = int(n_ - i)) {
-      add(i, max(floor, load_first(row + i, left, T(0))));
-      bound(max(floor, load_first(row + i, left, widen(row[i]))));
-    }
-    low_ = -reduce_max(-low);
-    high_ = reduce_max(high);
-    const RowSums found{l1.total(), std::sqrt(square.total()), sum.total()};
-    nan_ = false;
-    mean_ = T(found.sum / double(n_));
-    if (found.sum != found.sum) // or infinities of both signs
-      for (int64_t j = 0; j < n_; ++j)
-        nan_ |= values_[j] != values_[j];
-    return found;
+    Adder<T> l1, square;
+    const double sum = read(row, rectified ? T(0) : -std::numeric_limits<T>::infinity(),
+        [&](vec<T> x) {
+          l1.add_abs(x);
+          square.add_square(x);
+        });
+    return {l1.total(), std::sqrt(square.total()), sum};
+  }
+  template <typename S>
+  void read_plain(const S* row) {
+    read(row, -std::numeric_limits<T>::infinity(), [](vec<T>) {});
   }
 
   bool nan() const {
     return nan_;
   }
-  T* values() { // of the row, as read
+  T low() const {
+    return low_;
+  }
+  T high() const {
+    return high_;
+  }
+  const T* values() const { // of the row, as read
     return values_;
   }
 
@@ -209,6 +235,46 @@ class Ranking {
   }
 
  private:
+  // Sum of the row's values, none below `floor`; f is called with each vector, 0 where there is none.
+  template <typename S, typename F>
+  OODK_INLINE double read(const S* row, T least, const F& f) {
+    constexpr int L = lanes<T>;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    const vec<T> floor = splat(least);
+    vec<T> low = splat(inf), high = splat(-inf);
+    Adder<T> sum;
+    T* const values = values_; // what is stored there changes no member
+    const int64_t n = n_;
+    const auto add = [&](int64_t i, vec<T> x) {
+      store(values + i, x); // there is room after the last
+      sum.add(x);
+      f(x);
+    };
+    const auto bound = [&](vec<T> x) {
+      low = x < low ? x : low;
+      high = max(x, high);
+    };
+    int64_t i = 0;
+    for (; i + L <= n; i += L) {
+      const vec<T> x = max(floor, load(row + i)); // NaN stays
+      add(i, x);
+      bound(x);
+    }
+    if (const int left = int(n - i)) {
+      add(i, max(floor, load_first(row + i, left, T(0))));
+      bound(max(floor, load_first(row + i, left, widen(row[i]))));
+    }
+    low_ = -reduce_max(-low);
+    high_ = reduce_max(high);
+    const double total = sum.total();
+    nan_ = false;
+    mean_ = T(total / double(n_));
+    if (total != total) // or infinities of both signs
+      for (int64_t j = 0; j < n_; ++j)
+        nan_ |= values_[j] != values_[j];
+    return total;
+  }
+
   static int64_t bins_of(int64_t width) {
     int64_t bins = 64;
     while (4 * bins < width && bins < 4096)
@@ -221,26 +287,12 @@ class Ranking {
     return bin < bins_ ? bin : bins_ - 1;
   }
 
-  int64_t count_greater(T bound) const {
-    constexpr int L = lanes<T>;
-    ivec<T> count{};
-    int64_t i = 0;
-    for (; i + L <= n_; i += L)
-      count -= load(&values_[i]) > splat(bound);
-    int64_t total = 0;
-    for (int j = 0; j < L; ++j)
-      total += count[j];
-    for (; i < n_; ++i)
-      total += values_[i] > bound;
-    return total;
-  }
-
   // What at least `most` values are greater than; or the least value.
   T bound_of(int64_t most) const {
     T bound = low_, above = high_;
     for (int step = 0; step < 4; ++step) {
       const T middle = bound + (above - bound) / 2;
-      const int64_t greater = count_greater(middle);
+      const int64_t greater = count_greater<T>(values_, n_, middle);
       if (greater < most)
         above = middle;
       else
@@ -253,21 +305,7 @@ class Ranking {
 
   void deal(T bound) {
     constexpr int L = lanes<T>;
-    count_ = 0;
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, float>)
-      for (; i + L <= n_; i += L) {
-        const __m512 x = load(&values_[i]);
-        const __mmask16 kept = _mm512_cmp_ps_mask(x, splat(bound), _CMP_GT_OQ);
-        store(&above_[count_], (vec<T>)_mm512_maskz_compress_ps(kept, x)); // there is room
-        count_ += __builtin_popcount(kept);
-      }
-#endif
-    for (; i < n_; ++i) {
-      above_[count_] = values_[i];
-      count_ += values_[i] > bound;
-    }
+    count_ = copy_greater<T>(values_, n_, bound, above_);
     const ivec<T> last = ivec<T>{} + int_t<T>(bins_ - 1);
     for (int64_t j = 0; j < count_; j += L) { // the last ones mean nothing
       const vec<T> place = max((top_ - load(&above_[j])) * scale_, vec<T>{});

@@ -127,13 +127,13 @@ struct RankingLaunch {
   size_t shared; // bytes
 };
 
-// A block a row, which is copied to shared memory if a few of them have room there.
+// A block a row, which is copied to shared memory if it has room there.
 template <typename S>
 RankingLaunch ranking_launch(int64_t rows, int64_t width) {
-  const Device device = Device::current();
-  const size_t bytes = size_t(width) * sizeof(acc_t<S>), most = size_t(device.shared_bytes) / 5;
-  return {std::min<int64_t>(rows, int64_t(device.processors) * 8),
-      bytes <= std::min<size_t>(most, 40 << 10) ? bytes : 0};
+  constexpr size_t most = 40 << 10; // beside the static shared memory, and for any GPU
+  const size_t bytes = size_t(width) * sizeof(acc_t<S>);
+  return {std::min<int64_t>(rows, int64_t(Device::current().processors) * 8),
+      bytes <= most ? bytes : 0};
 }
 
 } // namespace oodk::cuda

@@ -23,6 +23,7 @@ from oodkernels.deploy import exports
 from oodkernels.deploy.conformal import ConformalPValues
 from oodkernels.deploy.program import Network, Program
 from oodkernels.detectors import Batch, OODDetector, Outputs, Walk, predict_batch, run, score_batch
+from oodkernels.detectors.batch import inputs_of
 from oodkernels.groups import Groups
 from oodkernels.metrics import Threshold
 
@@ -746,22 +747,7 @@ def _batches(where: str, data: Any) -> Iterator[tuple[Any, Any]]:
     if not isinstance(data, Iterable):
         raise TypeError(f"{where}: data must be a tensor or batches, got {type(data).__name__}")
     for item in data:
-        if isinstance(item, Mapping):
-            inputs = [item[name] for name in ("x", "pixel_values") if name in item]
-            if len(inputs) != 1:
-                raise TypeError(
-                    f"{where}: a batch must have x or pixel_values, got {', '.join(map(str, item))}"
-                )
-            yield inputs[0], item.get("labels")
-        elif isinstance(item, tuple | list) and len(item) == 2:
-            yield item[0], item[1]
-        elif isinstance(item, Tensor | np.ndarray):
-            yield item, None
-        else:
-            raise TypeError(
-                f"{where}: a batch must be a tensor, (tensor, labels) or a dict, got "
-                f"{type(item).__name__}"
-            )
+        yield inputs_of(where, item)
 
 
 # --- files ------------------------------------------------------------------------------------

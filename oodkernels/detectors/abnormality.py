@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from oodkernels._checks import accumulate_type, check_class_ids, check_flag, check_int
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, check_kept, present
+from oodkernels.detectors.batch import Batch, Features, Inputs, check_kept, present
 from oodkernels.detectors.model import Model, Outputs, extract, to_model
 
 if TYPE_CHECKING:
@@ -100,32 +100,41 @@ class AbnormalityModule(OODDetector):
 
     def fit(
         self,
-        data: Iterable[Sequence[Tensor]] | None = None,
+        data: Iterable[Any] | Inputs | None = None,
+        y: Inputs | None = None,
         *,
-        logits: Tensor | None = None,
+        logits: Inputs | None = None,
         features: Features | None = None,
-        labels: Tensor | None = None,
+        labels: Inputs | None = None,
+        void: int | None = None,
     ) -> Self:
         """Both phases, forgetting what was learnt before; torch's random state is left as it was.
 
         Args:
             data: Batches (x, labels), such as a shuffling ``DataLoader`` or a list, to be gone
-                through once an epoch.
+                through once an epoch; or with ``y`` all samples, (N, ...).
+            y: (N,) labels of ``data``.
             logits: Not read.
             features: Not read.
             labels: Not read.
+            void: Not for this detector: label samples to be left out -1.
 
         Returns:
             The detector.
 
         Raises:
-            ValueError: The model is no ``nn.Module`` or has no such layer, there are no ID samples,
-                labels do not match x or the logits, or decoder or noise give another shape than x.
+            ValueError: ``void`` is given, the model is no ``nn.Module`` or has no such layer, there
+                are no ID samples, labels do not match x or the logits, or decoder or noise give
+                another shape than x.
             TypeError: Data can be gone through only once, or x is not floating-point.
         """
         where = "AbnormalityModule.fit"
+        if void is not None:
+            raise ValueError(f"{where}: void must be None, got {void}: label the samples -1")
         if not isinstance(self.model, nn.Module):
             raise ValueError(f"{where}: model must be an nn.Module, got {self.model!r:.80}")
+        if y is not None:
+            data = self._all_at_once(where, data, y)[0]
         if data is None or isinstance(data, Iterator):
             raise TypeError(
                 f"{where}: data must be batches (x, labels) that can be gone through again, got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,7 +83,8 @@ class PytorchOODDetector:
 def as_pytorch_ood(detector: OODDetector) -> PytorchOODDetector:
     """The detector as pytorch-ood's code expects one: fit, predict, larger = OOD.
 
-    pytorch-ood itself is not imported. There labels below 0 all mark OOD samples, here -1 does.
+    Where pytorch-ood is installed it is an instance of its ``Detector``. There labels below 0 all
+    mark OOD samples, here -1 does.
 
     Raises:
         TypeError: ``detector`` is not an :class:`OODDetector`.
@@ -91,4 +93,9 @@ def as_pytorch_ood(detector: OODDetector) -> PytorchOODDetector:
         raise TypeError(
             f"as_pytorch_ood: detector must be an OODDetector, got {type(detector).__name__}"
         )
+    try:
+        api = import_module("pytorch_ood.api")
+    except ImportError:  # of it, or of what it needs: then nobody can ask
+        return PytorchOODDetector(detector)
+    api.Detector.register(PytorchOODDetector)
     return PytorchOODDetector(detector)

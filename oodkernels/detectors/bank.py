@@ -23,6 +23,7 @@ from oodkernels.ops import LogitScores, logit_scores, nearest_neighbors
 __all__ = ["KNN", "MCM", "NNGuide", "Relation"]
 
 _QUERIES, _BLOCK = 1024, 1 << 14  # rows of a matrix of similarities, and columns
+_NEIGHBORS = 1 << 22  # distances and rows of neighbours that are held at a time
 
 
 @register(
@@ -135,16 +136,18 @@ class KNN(OODDetector):
         z = _direction(features).to(self.bank)
         program = torch.compiler.is_compiling()
         if self.backend == "native" and not program:
-            found = nearest_neighbors(z, self.bank, self.k)
-            return found.distances[:, [k - 1 for k in ks]].sqrt()
+            columns = [k - 1 for k in ks]
+            parts = z.split(max(_QUERIES, _NEIGHBORS // self.k))
+            near = [nearest_neighbors(x, self.bank, self.k).distances[:, columns] for x in parts]
+            return torch.cat(near).sqrt()
         find = self._by_faiss if self.backend == "faiss" and not program else self._nearest
-        parts = []
+        found = []
         for part in blocks(z, _QUERIES):
             rows = find(part)
-            parts.append(
+            found.append(
                 torch.stack([(part - self.bank[rows[:, k - 1]]).norm(dim=1) for k in ks], 1)
             )
-        return torch.cat(parts)
+        return torch.cat(found)
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Rows of the k nearest in the bank, (N, k): those of the largest z.b - |b|^2 / 2."""

@@ -13,13 +13,26 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from oodkernels._checks import check_class_ids, check_int
 from oodkernels._digest import digest
 from oodkernels._safetensors import read_tensors, write_tensors
-from oodkernels.detectors.batch import Batch, Features, as_batch, check_axes, joined, present
+from oodkernels.detectors.batch import (
+    Batch,
+    Features,
+    Inputs,
+    as_batch,
+    check_axes,
+    inputs_of,
+    is_loader,
+    joined,
+    present,
+    tensor_of,
+)
+from oodkernels.detectors.dense import pixel_rows, pixels_of, without_void
 from oodkernels.detectors.model import Model, Walk
 from oodkernels.detectors.passes import completed, score_batch
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
@@ -128,20 +141,30 @@ class OODDetector:
 
     def fit(
         self,
-        data: Iterable[Sequence[Tensor]] | None = None,
+        data: Iterable[Any] | Inputs | None = None,
+        y: Inputs | None = None,
         *,
-        logits: Tensor | None = None,
+        logits: Inputs | None = None,
         features: Features | None = None,
-        labels: Tensor | None = None,
+        labels: Inputs | None = None,
+        void: int | None = None,
     ) -> Self:
         """Learn from ID samples, forgetting what was learnt before and the threshold.
 
+        Arrays are taken wherever tensors are.
+
         Args:
             data: Batches (x, labels), such as a ``DataLoader``, for the model to run on; in one
-                pass unless the detector says otherwise.
-            logits: (N, C).
-            features: (N, d); a mapping from layer to (N, ...) for detectors of several layers.
-            labels: (N,) integer class ids; samples with label -1, OOD, are left out.
+                pass unless the detector says otherwise. They may be dicts with "x" or
+                "pixel_values", and "labels". With ``y`` all samples at once, (N, ...): inputs of
+                the model, or without one the logits or features, whichever it is trained on.
+            y: (N,) labels of ``data``.
+            logits: (N, C), or (N, C, H, W) of pixels.
+            features: (N, d), or (N, d, H, W) of pixels; a mapping from layer to (N, ...) for
+                detectors of several layers.
+            labels: (N,) integer class ids, of pixels (N, H, W); samples with label -1, OOD, are
+                left out.
+            void: Label of samples that are of no class and left out, such as 255 of pixels.
 
         Returns:
             The detector. One that needs no fit (:attr:`trained_on` is empty) reads nothing.
@@ -153,18 +176,20 @@ class OODDetector:
         if not self.trained_on:
             return self
         where = f"{type(self).__name__}.fit"
+        if y is not None:
+            data, logits, features, labels = self._all_at_once(where, data, y)
         self._reset()
         if data is None:
             for i in range(self.passes):
                 if i:
                     self._next_pass(where)
-                self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
+                self._take(where, logits, features, labels, void)
         else:
             for i in range(self.passes):
                 if i:
                     self._next_pass(where)
                 for batch, y in self._training_batches(where, data):
-                    self.fit_batch(batch, y, where=where)
+                    self.fit_batch(batch, without_void(where, y, void), where=where)
                 if self._status == "unfitted":
                     raise ValueError(f"{where}: data must give a batch, got none")
         self._ready(where)
@@ -173,9 +198,10 @@ class OODDetector:
     def partial_fit(
         self,
         *,
-        logits: Tensor | None = None,
+        logits: Inputs | None = None,
         features: Features | None = None,
-        labels: Tensor | None = None,
+        labels: Inputs | None = None,
+        void: int | None = None,
     ) -> Self:
         """Learn from one more batch; arguments as for :meth:`fit`.
 
@@ -189,11 +215,29 @@ class OODDetector:
         """
         if self.trained_on:
             where = f"{type(self).__name__}.partial_fit"
-            self.fit_batch(as_batch(where, None, logits, features), labels, where=where)
+            self._take(where, logits, features, labels, void)
         return self
 
+    def _take(
+        self,
+        where: str,
+        logits: Inputs | None,
+        features: Features | None,
+        labels: Inputs | None,
+        void: int | None,
+    ) -> None:
+        """Learn from tensors, of samples or of pixels."""
+        logits, features, labels = tensor_of(logits), tensor_of(features), tensor_of(labels)
+        if pixels_of(where, logits, features) is None:
+            batch = as_batch(where, None, logits, features)
+            self.fit_batch(batch, without_void(where, labels, void), where=where)
+            return
+        assert not isinstance(features, Mapping)
+        for batch, own in pixel_rows(where, logits, features, labels):
+            self.fit_batch(batch, without_void(where, own, void), where=where)
+
     def fit_batch(
-        self, batch: Batch, labels: Tensor | None = None, *, where: str = "fit_batch"
+        self, batch: Batch, labels: Inputs | None = None, *, where: str = "fit_batch"
     ) -> None:
         """:meth:`partial_fit` to a batch.
 
@@ -214,7 +258,7 @@ class OODDetector:
         if missing:
             raise ValueError(f"{where}: {', '.join(missing)} must be given")
         if labels is not None:
-            labels = check_class_ids(where, labels, len(batch)).to(batch.device)
+            labels = check_class_ids(where, tensor_of(labels), len(batch)).to(batch.device)
             ood = labels < 0
             if ood.any():
                 batch, labels = batch.rows(~ood), labels[~ood]
@@ -232,22 +276,25 @@ class OODDetector:
 
     def score(
         self,
-        x: Tensor | None = None,
+        x: Inputs | Iterable[Any] | None = None,
         *,
-        logits: Tensor | None = None,
+        logits: Inputs | None = None,
         features: Features | None = None,
-        confidence: Tensor | None = None,
+        confidence: Inputs | None = None,
     ) -> Tensor:
         """Scores, higher = more ID; what is needed and not given is computed from ``x``.
 
         Args:
-            x: (N, ...) inputs, for the model; sent through it :attr:`batch_size` at a time.
-            logits: (N, C).
-            features: (N, d); a mapping from layer to (N, ...) for detectors of several layers.
+            x: (N, ...) inputs, for the model; sent through it :attr:`batch_size` at a time. Or
+                batches of them, such as a ``DataLoader``, as for :meth:`fit`; labels are not read.
+            logits: (N, C), or (N, C, H, W) of pixels, whatever their strides: they are read a
+                block of pixels at a time and never copied as a whole.
+            features: (N, d), or (N, d, H, W) of pixels; a mapping from layer to (N, ...) for
+                detectors of several layers.
             confidence: (N,) or (N, 1), logit of the confidence.
 
         Returns:
-            (N,), on the device of the input.
+            (N,), or (N, H, W) of pixels, on the device of the input.
 
         Raises:
             ValueError: Something needed is missing or has the wrong shape; ``x`` without a model.
@@ -255,13 +302,18 @@ class OODDetector:
             NotFittedError: ``fit`` has not been called.
         """
         where = f"{type(self).__name__}.score"
+        if x is not None and is_loader(x):
+            return torch.cat([self.score(part) for part in self._inputs(where, x)])
+        logits, features = tensor_of(logits), tensor_of(features)
+        if pixels_of(where, logits, features, x, confidence) is not None:
+            return score_all({"": self}, logits=logits, features=features)[""]
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             if x is not None and len(batch) > self.batch_size:
                 parts = [self._score(part) for part in self._parts(where, batch)]
                 return present(joined(parts, batch.device))
             score = self._score(*completed(where, (self,), batch))
-            return score if x is None or score.device == x.device else score.to(x.device)
+            return score if score.device == batch.device else score.to(batch.device)
 
     def calibrate(
         self, id_scores: Scores, tpr: float = 0.95, confidence: float = 0.95
@@ -307,11 +359,11 @@ class OODDetector:
 
     def predict(
         self,
-        x: Tensor | None = None,
+        x: Inputs | Iterable[Any] | None = None,
         *,
-        logits: Tensor | None = None,
+        logits: Inputs | None = None,
         features: Features | None = None,
-        confidence: Tensor | None = None,
+        confidence: Inputs | None = None,
     ) -> Prediction:
         """Class, group, score and whether the score is below the threshold; as :meth:`score`.
 
@@ -324,21 +376,40 @@ class OODDetector:
             NotFittedError: ``calibrate`` (or ``fit``) has not been called.
         """
         where = f"{type(self).__name__}.predict"
+        if x is not None and is_loader(x):
+            parts = [self.predict(part) for part in self._inputs(where, x)]
+            columns: Any = zip(*parts, strict=True)
+            every: list[Any] = [joined(c, parts[0].score.device) for c in columns]
+            return Prediction(*every)
         if self.threshold is None:
             raise NotFittedError(
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
         self.check_threshold(self.threshold, where)
+        logits, features = tensor_of(logits), tensor_of(features)
+        shape = pixels_of(where, logits, features, x, confidence)
+        if shape is not None:
+            assert not isinstance(features, Mapping)
+            rows = [
+                self.predict(logits=part.logits, features=part.features)
+                for part, _ in pixel_rows(where, logits, features)
+            ]
+            device = rows[0].score.device
+            label, group, score, is_ood = (
+                None if column is None else column.reshape(shape)
+                for column in (joined(parts, device) for parts in zip(*rows, strict=True))
+            )
+            return Prediction(label, group, present(score), present(is_ood))
         batch = as_batch(where, x, logits, features, confidence)
         with torch.no_grad():
             if x is not None and len(batch) > self.batch_size:
-                parts = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
+                given = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
             else:
                 (own,) = completed(where, (self,), batch)
-                parts = [(self._score(own), *self._label(own))]
-            score, label, group = parts[0]
-            if len(parts) > 1 or score.device != batch.device:
-                columns = zip(*parts, strict=True)
+                given = [(self._score(own), *self._label(own))]
+            score, label, group = given[0]
+            if len(given) > 1 or score.device != batch.device:
+                columns = zip(*given, strict=True)
                 found, label, group = (joined(column, batch.device) for column in columns)
                 score = present(found)
             return Prediction(label, group, score, is_below(score, self.threshold.value, where))
@@ -510,7 +581,9 @@ class OODDetector:
             if content["threshold"] is not None:
                 detector.threshold = Threshold.from_json(content["threshold"])
             detector._load_state(tensors)
-            detector._status, detector._loaded = "fitted", True
+            detector._status = "fitted"
+            if detector.trained_on:
+                detector._loaded = True
             if detector.threshold is not None:
                 detector.check_threshold(detector.threshold, "threshold")
         except KeyError as error:
@@ -638,21 +711,49 @@ class OODDetector:
                 missing.append(name)
         return sorted(missing) if missing else missing
 
-    def _training_batches(
-        self, where: str, data: Iterable[Sequence[Tensor]]
-    ) -> Iterator[tuple[Batch, Tensor]]:
+    def _inputs(self, where: str, data: Iterable[Any]) -> Iterator[Any]:
+        """Inputs of the batches of a data set, at least one."""
+        none = True
+        for item in data:
+            none = False
+            yield inputs_of(where, item)[0]
+        if none:
+            raise ValueError(f"{where}: x must give a batch, got none")
+
+    def _all_at_once(self, where: str, data: Any, y: Any) -> tuple[Any, Any, Any, Any]:
+        """All samples with their labels, as batches for the model, or as logits or features."""
+        if not isinstance(data, Tensor | np.ndarray):
+            raise TypeError(
+                f"{where}: with y, data must be a tensor or an array, got {type(data).__name__}"
+            )
+        if len(data) != len(y):
+            raise ValueError(f"{where}: y must be one a sample, {len(data)}, got {len(y)}")
+        if self.model is not None:
+            begins = range(0, len(data), self.batch_size)
+            parts = [slice(i, i + self.batch_size) for i in begins]
+            return [(data[part], y[part]) for part in parts], None, None, None
+        reads = sorted(self.trained_on & {"logits", "features"})
+        if len(reads) != 1:
+            raise ValueError(
+                f"{where}: {self.name} is trained on {', '.join(sorted(self.trained_on))}: say "
+                f"{', '.join(f'{name}=...' for name in sorted(self.trained_on))}"
+            )
+        given = {reads[0]: data}
+        return None, given.get("logits"), given.get("features"), y
+
+    def _training_batches(self, where: str, data: Iterable[Any]) -> Iterator[tuple[Batch, Tensor]]:
         """Batches of ``data`` with what the detector is trained on, and their labels."""
         if isinstance(data, Tensor) or not isinstance(data, Iterable):
             raise TypeError(
                 f"{where}: data must be an iterable of batches (x, labels), "
                 f"got {type(data).__name__}"
             )
-        for pair in data:
-            if not isinstance(pair, Sequence) or len(pair) != 2:
+        for item in data:
+            if not isinstance(item, Mapping) and (not isinstance(item, Sequence) or len(item) != 2):
                 raise TypeError(
-                    f"{where}: data must give batches (x, labels), got {type(pair).__name__}"
+                    f"{where}: data must give batches (x, labels), got {type(item).__name__}"
                 )
-            x, y = pair
+            x, y = inputs_of(where, item)
             with torch.no_grad():
                 (batch,) = completed(where, [self], as_batch(where, x), self.trained_on)
             yield batch, y
@@ -667,10 +768,10 @@ def _parameters(detector: type[OODDetector]) -> tuple[str, ...]:
 def score_all(
     detectors: Mapping[str, OODDetector],
     *,
-    x: Tensor | None = None,
-    logits: Tensor | None = None,
+    x: Inputs | None = None,
+    logits: Inputs | None = None,
     features: Features | None = None,
-    confidence: Tensor | None = None,
+    confidence: Inputs | None = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
     """The scores of several detectors, from one pass over the data.
@@ -687,10 +788,10 @@ def score_all(
         features: As there.
         confidence: As there.
         chunk: Rows at a time. By default the least ``batch_size`` of the detectors where ``x`` is
-            given, else all.
+            given, else all; of pixels a block that fits the cache, whatever it says.
 
     Returns:
-        Name -> (N,) scores, higher = more ID, on the device of the input.
+        Name -> (N,) scores, or (N, H, W) of pixels, higher = more ID, on the device of the input.
 
     Raises:
         ValueError: As :meth:`OODDetector.score`, or ``chunk`` is below 1.
@@ -706,6 +807,13 @@ def score_all(
             )
     if chunk is not None and chunk < 1:
         raise ValueError(f"{where}: chunk must be >= 1, got {chunk}")
+    logits, features = tensor_of(logits), tensor_of(features)
+    shape = pixels_of(where, logits, features, x, confidence)
+    if shape is not None:
+        assert not isinstance(features, Mapping)
+        rows = pixel_rows(where, logits, features)
+        found = [score_batch(detectors, part, where=where) for part, _ in rows]
+        return {n: torch.cat([part[n] for part in found]).reshape(shape) for n in detectors}
     batch = as_batch(where, x, logits, features, confidence)
     return score_batch(detectors, batch, chunk, where=where)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from oodkernels.detectors.model import Outputs
@@ -22,12 +23,16 @@ from oodkernels.ops import (
 )
 
 T = TypeVar("T")
-Features: TypeAlias = Tensor | Mapping[str, Tensor]
+Inputs: TypeAlias = Tensor | NDArray[Any]
+"""A tensor, or an array that is taken for one."""
+Features: TypeAlias = Inputs | Mapping[str, Inputs]
 """(N, d), or by the name of the layer for a detector that reads several."""
 
 __all__ = [
+    "INPUTS",
     "Batch",
     "Features",
+    "Inputs",
     "as_batch",
     "blocks",
     "check_axes",
@@ -35,6 +40,7 @@ __all__ = [
     "in_blocks",
     "joined",
     "present",
+    "tensor_of",
 ]
 
 _BLOCK = 1 << 18  # numbers of a block that stays in cache
@@ -215,10 +221,10 @@ class Batch:
 
 def as_batch(
     where: str,
-    x: Tensor | None = None,
-    logits: Tensor | None = None,
+    x: Any = None,
+    logits: Inputs | None = None,
     features: Features | None = None,
-    confidence: Tensor | None = None,
+    confidence: Inputs | None = None,
 ) -> Batch:
     """The checked arguments of ``score`` as a batch.
 
@@ -250,11 +256,9 @@ def as_batch(
                 f"{where}: {first} and {name} must be of the same samples, got {n} and "
                 f"{len(tensor)}"
             )
-    confidence = batch.confidence
-    if confidence is not None and confidence.numel() != n:
-        raise ValueError(
-            f"{where}: confidence must be (N,) or (N, 1), got {tuple(confidence.shape)}"
-        )
+    logit = batch.confidence
+    if logit is not None and logit.numel() != n:
+        raise ValueError(f"{where}: confidence must be (N,) or (N, 1), got {tuple(logit.shape)}")
     return batch
 
 
@@ -263,10 +267,9 @@ _SHAPES = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
 
 def _checked(where: str, name: str, tensor: Any) -> Tensor:
     """A tensor, or an array as one, that is floating-point and has the right number of axes."""
+    tensor = tensor_of(tensor)
     if not isinstance(tensor, Tensor):
-        if not isinstance(tensor, np.ndarray):
-            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
-        tensor = torch.from_numpy(np.require(tensor, requirements="W"))
+        raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
     if name != "x" and not tensor.is_floating_point():
         raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
     dim, shape = _SHAPES.get(name, (0, "(N, ...)"))
@@ -274,6 +277,50 @@ def _checked(where: str, name: str, tensor: Any) -> Tensor:
     if found == 0 or (dim and found != dim):
         raise ValueError(f"{where}: {name} must be {shape}, got {tuple(tensor.shape)}")
     return tensor
+
+
+def tensor_of(value: Any) -> Any:
+    """An array as a tensor, anything else as it is; one that cannot be written to is copied."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return torch.from_numpy(np.require(value, requirements="W"))
+
+
+INPUTS = ("x", "pixel_values")
+"""What a loader's dicts may call the inputs; the second is Hugging Face's word."""
+
+
+def inputs_of(where: str, item: Any) -> tuple[Any, Any]:
+    """A model's inputs, and labels or None, of what a loader gives.
+
+    Args:
+        where: What errors start with.
+        item: A tensor or an array; a pair of one and labels; or a mapping with "x" or
+            "pixel_values", and perhaps "labels".
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if isinstance(item, Mapping):
+        found = [item[name] for name in INPUTS if item.get(name) is not None]
+        if len(found) == 1:
+            return found[0], item.get("labels")
+        raise TypeError(
+            f"{where}: a batch must have one of {' and '.join(INPUTS)}, got "
+            f"{', '.join(map(str, item))}"
+        )
+    if isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2:
+        return item[0], item[1]
+    if isinstance(item, Tensor | np.ndarray):
+        return item, None
+    raise TypeError(
+        f"{where}: a batch must be a tensor, (tensor, labels) or a dict, got {type(item).__name__}"
+    )
+
+
+def is_loader(x: Any) -> bool:
+    """Whether inputs are batches of them, and no tensor or array."""
+    return isinstance(x, Iterable) and not isinstance(x, Tensor | np.ndarray | str | Mapping)
 
 
 def check_kept(name: str, tensor: Tensor) -> None:

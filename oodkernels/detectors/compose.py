@@ -80,16 +80,12 @@ class Composed(OODDetector):
         learnt = frozenset().union(*(p.trained_on for p in self.parts))
         self.trained_on = learnt and (learnt - {"logits"} | (read - {"x"}))
         self._stage = 0
+        self.passes = max(1, len(self.stages))
 
     @property
     def stages(self) -> list[int]:
         """Parts that are fitted, each in a pass of its own over the training data."""
         return [i for i, part in enumerate(self.parts) if part.trained_on]
-
-    @property
-    def passes(self) -> int:
-        """How many passes over the training data a fit takes."""
-        return len(self.stages)
 
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         stages = self.stages
@@ -273,9 +269,7 @@ def after(step: OODDetector, batch: Batch) -> Batch:
         shaped, (weight, bias) = x, step._weights(batch)
     else:
         assert isinstance(step, _Shaping)
-        shaped = step._shape(x.clone())
-        # What shaping sets to zero may have been NaN.
-        shaped = torch.where(x.isnan().any(1, keepdim=True), torch.nan, shaped)
+        shaped = step._shape_(x.clone())
     with torch.autocast(x.device.type, enabled=False):
         return Batch(batch.x, torch.addmm(bias, shaped, weight.T), shaped)
 

@@ -28,7 +28,6 @@ __all__ = [
     "Sampled",
     "check_percentile",
     "floats",
-    "kept",
     "linear_head",
     "read_head",
 ]
@@ -200,11 +199,6 @@ def check_percentile(where: str, percentile: Any) -> float:
             + (": 0.9 is written 90" if 0 < number < 1 else "")
         )
     return number
-
-
-def kept(width: int, percentile: float) -> int:
-    """How many of ``width`` features lie above a percentile, as the authors of ASH count them."""
-    return max(1, width - round(width * percentile / 100))
 
 
 class Reservoir:

@@ -262,12 +262,15 @@ def as_outputs(result: Any) -> Outputs:
     """What a model returned, as :class:`Outputs`.
 
     Raises:
-        TypeError: It is neither logits, nor (logits, confidence), nor ``Outputs``.
+        TypeError: It is neither logits, nor (logits, confidence), nor a mapping with logits such as
+            Hugging Face's ``ImageClassifierOutput``, nor ``Outputs``.
     """
     if isinstance(result, Tensor):
         return Outputs(result)
     if isinstance(result, Outputs):
         return result
+    if isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor):
+        return Outputs(result["logits"])  # Hugging Face's ModelOutput, or a plain dict
     if isinstance(result, Sequence) and [isinstance(r, Tensor) for r in result] == [True, True]:
         return Outputs(result[0], confidence=result[1])
     raise TypeError(

@@ -122,7 +122,7 @@ def completed(
                 sharing = detectors
                 if len(detectors) > 1:
                     sharing = [d for d in detectors if d.model is detector.model]
-                ran[key] = _run(detector.model, batch, sharing, wanted)
+                ran[key] = _run(where, detector.model, batch, sharing, wanted)
             mine = ran[key]
             if missing := detector._missing(mine, needs):
                 raise ValueError(
@@ -139,6 +139,7 @@ def completed(
 
 
 def _run(
+    where: str,
     model: Model,
     batch: Batch,
     detectors: Sequence[Detector],
@@ -155,6 +156,11 @@ def _run(
     walk = _walk(detectors[0], model)
     x = to_model(model, present(batch.x), walk)
     found = Batch.of(x, run(model, x, layers, features, walk))
+    if found.logits is not None and found.logits.dim() != 2:
+        raise ValueError(
+            f"{where}: the model must give logits (N, C), got {tuple(found.logits.shape)}; those "
+            f"of pixels are scored as logits=, (N, C, H, W)"
+        )
     if batch.logits is not None:
         found.logits = batch.logits
     if batch.features is not None:

@@ -14,6 +14,7 @@ from oodkernels._checks import accumulate_type, check_count, check_real
 from oodkernels.detectors.base import OODDetector, register
 from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.model import Model
+from oodkernels.ops import gen_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,36 +84,18 @@ class GEN(OODDetector):
         own = [self.varied(**one) for one in settings]
         if any(v.form != "log" or v.absent != self.absent for v in own):
             return super()._scorer(where, settings)
-
-        def of_block(z: Tensor) -> Tensor:
-            logs = self._logarithms(z, max(v.m for v in own))
-            sums = {g: -(g * logs).exp().cumsum(1) for g in {v.gamma for v in own}}
-            return torch.stack([sums[v.gamma][:, min(v.m, z.shape[1]) - 1] for v in own], 1)
-
-        def scores(batch: Batch) -> Tensor:
-            z = batch.class_logits(self.absent)
-            return _by_rows(z, z.shape[1], of_block)
-
-        return scores
+        gamma, m = [v.gamma for v in own], [v.m for v in own]
+        return lambda batch: gen_scores(batch.class_logits(self.absent), gamma, m)
 
     def _score(self, batch: Batch) -> Tensor:
         z = batch.class_logits(self.absent)
-        return _by_rows(z, z.shape[1], self._of_block)
+        if self.form == "log":
+            return gen_scores(z, [self.gamma], [self.m])[:, 0]
+        return _by_rows(z, z.shape[1], self._plain)
 
-    def _of_block(self, z: Tensor) -> Tensor:
-        if self.form == "plain":
-            p = z.softmax(1).topk(min(self.m, z.shape[1])).values
-            return -(p * (1 - p)).pow(self.gamma).sum(1)
-        return -(self.gamma * self._logarithms(z, self.m)).exp().sum(1)
-
-    @staticmethod
-    def _logarithms(z: Tensor, m: int) -> Tensor:
-        """The logarithms of p (1 - p) of the m largest probabilities, descending in p."""
-        top = z.topk(min(m, z.shape[1]))
-        every = z.logsumexp(1, keepdim=True)
-        log_p = top.values - every
-        others = z.scatter(1, top.indices[:, :1], -math.inf).logsumexp(1, keepdim=True) - every
-        return log_p + torch.cat([others, torch.log1p(-log_p[:, 1:].exp())], 1)
+    def _plain(self, z: Tensor) -> Tensor:
+        p = z.softmax(1).topk(min(self.m, z.shape[1])).values
+        return -(p * (1 - p)).pow(self.gamma).sum(1)
 
 
 @register("temperature-scaling", "A", "Guo et al., ICML 2017")

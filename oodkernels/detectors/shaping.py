@@ -7,11 +7,12 @@ shaped features never exist as a whole.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from oodkernels import reference
 from oodkernels._checks import check_count, check_flag, check_number
 from oodkernels.detectors.activations import _Mean
 from oodkernels.detectors.base import register
@@ -24,10 +25,9 @@ from oodkernels.detectors.head import (
     Sampled,
     check_percentile,
     floats,
-    kept,
 )
 from oodkernels.detectors.model import Model
-from oodkernels.ops import logit_scores
+from oodkernels.ops import logit_scores, shape_features_
 
 __all__ = ["ASHB", "ASHP", "ASHS", "DICE", "VRA", "OptFS", "ReAct"]
 
@@ -35,12 +35,25 @@ _BLOCK = 1 << 20  # numbers of a block's features and logits: some megabytes
 _SAMPLE = 5000  # rows of which quantiles are taken
 
 
+Shaping: TypeAlias = tuple[str, float | None, Tensor | None, Tensor | None]
+"""Shape, percentile, low and high of :func:`oodkernels.ops.shape_features_`."""
+
+
 class _Shaped(HeadDetector):
     """Energy of head(shape(features))."""
 
     needs = frozenset({"features"})
+    _hides_nan = False  # whether shaping may make a number of NaN
 
-    def _shape(self, features: Tensor) -> Tensor:
+    def _shape_(self, x: Tensor) -> Tensor:
+        """Shape rows of float32 or float64, which may be overwritten."""
+        shape, percentile, low, high = self._shaping(x)
+        if torch.compiler.is_compiling():  # programs are made of what they can be taken apart to
+            return reference.shape_features(x, shape, percentile, low, high)
+        return shape_features_(x, shape, percentile=percentile, low=low, high=high)
+
+    def _shaping(self, x: Tensor) -> Shaping:
+        """Arguments of :func:`oodkernels.ops.shape_features_`."""
         raise NotImplementedError
 
     def _weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -50,14 +63,20 @@ class _Shaped(HeadDetector):
         features = present(batch.features)
         weight, bias = self._weights(batch)
         rows = max(1, _BLOCK // max(weight.shape))
+        own = z = weight.new_empty(0)  # one block's features and logits, and then the next one's
         energies = []
         for block in blocks(features, rows):
-            x = floats(block)
+            compiling = torch.compiler.is_compiling()
+            if not compiling and own.shape != block.shape:
+                own = weight.new_empty(block.shape)
+                z = weight.new_empty(len(block), len(weight))
+            x = self._shape_(floats(block) if compiling else own.copy_(block))
             with torch.autocast(x.device.type, enabled=False):
-                z = torch.addmm(bias, self._shape(x), weight.T)
-            # What shaping sets to zero may have been NaN.
+                z = torch.addmm(bias, x, weight.T, out=None if compiling else z)
             energy = logit_scores(z).energy
-            energies.append(torch.where(x.isnan().any(1), torch.nan, energy))
+            if self._hides_nan:
+                energy = torch.where(block.isnan().any(1), torch.nan, energy)
+            energies.append(energy)
         return torch.cat(energies)
 
 
@@ -123,8 +142,8 @@ class ReAct(_Sampled):
     def _learn_shape(self, features: Tensor, *beside: Tensor) -> None:
         self.clip = _quantiles(features, [self.percentile])
 
-    def _shape(self, features: Tensor) -> Tensor:
-        return features.clamp(max=self.clip.to(features))
+    def _shaping(self, x: Tensor) -> Shaping:
+        return "clip", None, None, self.clip.to(x)
 
 
 @register(
@@ -185,9 +204,9 @@ class VRA(_Sampled):
         else:
             self.range = _quantiles(features, both)[:, None]
 
-    def _shape(self, features: Tensor) -> Tensor:
-        low, high = self.range.to(features)
-        return torch.where(features < low, 0, features.minimum(high))
+    def _shaping(self, x: Tensor) -> Shaping:
+        low, high = self.range.to(x)
+        return "vra", None, low, high
 
 
 class _ASH(_Shaped):
@@ -219,12 +238,8 @@ class _ASH(_Shaped):
         percentile = self._authors if percentile is None else percentile
         self.percentile = check_percentile(type(self).__name__, percentile)
 
-    def _largest(self, features: Tensor) -> Tensor:
-        """Which are kept, (N, d) bool."""
-        k = kept(features.shape[1], self.percentile)
-        least = features.topk(k).values[:, -1:]
-        above, equal = features > least, features == least
-        return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    def _shaping(self, x: Tensor) -> Shaping:
+        return self.name, self.percentile, None, None
 
 
 @register(
@@ -242,9 +257,6 @@ class ASHP(_ASH):
 
     _authors = 60.0
 
-    def _shape(self, features: Tensor) -> Tensor:
-        return torch.where(self._largest(features), features, 0)
-
 
 @register(
     "ash-b",
@@ -260,10 +272,6 @@ class ASHB(_ASH):
     """
 
     _authors = 65.0
-
-    def _shape(self, features: Tensor) -> Tensor:
-        k = kept(features.shape[1], self.percentile)
-        return torch.where(self._largest(features), features.sum(1, keepdim=True) / k, 0)
 
 
 @register(
@@ -288,10 +296,6 @@ class ASHS(_ASH):
     """
 
     _authors = 90.0
-
-    def _shape(self, features: Tensor) -> Tensor:
-        top = torch.where(self._largest(features), features, 0)
-        return top * (features.sum(1, keepdim=True) / top.sum(1, keepdim=True)).exp()
 
 
 @register(
@@ -337,8 +341,8 @@ class DICE(_Mean, _Shaped):
         super()._finish(where)
         self._sparse = None
 
-    def _shape(self, features: Tensor) -> Tensor:
-        return features
+    def _shape_(self, x: Tensor) -> Tensor:
+        return x
 
     def _weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
         weight, bias = self._linear(batch)
@@ -376,6 +380,7 @@ class OptFS(_Sampled):
 
     needs = frozenset({"features", "logits"})
     trained_on = frozenset({"features", "logits"})
+    _hides_nan = True
     _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "ends": "two", "theta": "bins"}
     ends: Tensor
     theta: Tensor
@@ -416,9 +421,9 @@ class OptFS(_Sampled):
         inside = (place >= 0) & (place < self.bins)
         return place.clamp(0, self.bins - 1), inside
 
-    def _shape(self, features: Tensor) -> Tensor:
-        place, inside = self._place(features)
-        return torch.where(inside, self.theta.to(features)[place] * features, 0)
+    def _shape_(self, x: Tensor) -> Tensor:
+        place, inside = self._place(x)
+        return torch.where(inside, self.theta.to(x)[place] * x, 0)
 
     def _score(self, batch: Batch) -> Tensor:
         if self.kind == "energy":
@@ -428,7 +433,7 @@ class OptFS(_Sampled):
         label = batch.class_logits(self.absent).argmax(1)
         rows = max(1, _BLOCK // x.shape[1])
         parts = zip(x.split(rows), label.split(rows), strict=True)
-        score = torch.cat([(self._shape(f) * weight[p]).sum(1) for f, p in parts])
+        score = torch.cat([(self._shape_(f) * weight[p]).sum(1) for f, p in parts])
         return torch.where(x.isnan().any(1), torch.nan, score)
 
 

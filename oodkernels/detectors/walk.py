@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oodkernels._digest import StreamDigest
 from oodkernels.detectors.base import OODDetector
-from oodkernels.detectors.batch import Batch
+from oodkernels.detectors.batch import INPUTS, Batch, inputs_of
 from oodkernels.detectors.logits import AbsentClass
 from oodkernels.detectors.model import Model, run
 from oodkernels.detectors.passes import score_batch
@@ -82,8 +83,14 @@ def parts_of(
                 batch = Batch(logits=logits, features=x, confidence=confidence)
                 yield Part(batch, labels, scores)
                 continue
+            if x is None and any(item.get(name) is not None for name in INPUTS):
+                x, _ = inputs_of(where, item)
         elif isinstance(item, (tuple, list)) and len(item) >= 2:
             x, labels = item[:2]
+        if isinstance(x, np.ndarray):
+            x = torch.from_numpy(x)
+        if isinstance(labels, np.ndarray):
+            labels = torch.from_numpy(labels)
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"{where}: a batch must be a tensor, (tensor, labels) or a dict with "

@@ -76,6 +76,26 @@ class Evaluation:
             ]
         return rows
 
+    def flat(self, prefix: str = "ood") -> dict[str, float]:
+        """The table with one key a figure, for loggers: "ood/far/auroc".
+
+        With several methods "ood/far/energy/auroc"; with several models the model's name, too.
+        :func:`oodkernels.metrics.higher_is_better` says of a key which way is up.
+
+        Args:
+            prefix: What keys begin with.
+        """
+        models = {row.model for row in self.rows}
+        scores = {row.score for row in self.rows}
+        found: dict[str, float] = {}
+        for row in self.rows:
+            where = [prefix, row.ood_set]
+            where += [row.model] if len(models) > 1 else []
+            where += [row.score] if len(scores) > 1 else []
+            for metric in METRICS:
+                found["/".join([*where, metric])] = getattr(row, metric)
+        return found
+
     @property
     def convention(self) -> dict[str, str]:
         """What the figures mean, in words."""

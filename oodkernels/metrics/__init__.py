@@ -13,6 +13,7 @@ from oodkernels.metrics.comparison import (
     holm,
     paired_test,
 )
+from oodkernels.metrics.dense import id_and_ood
 from oodkernels.metrics.intervals import auroc_interval, clopper_pearson, delong, quantile_ranks
 from oodkernels.metrics.misclassification import (
     MisclassificationResult,
@@ -26,6 +27,7 @@ from oodkernels.metrics.ood import (
     OODResults,
     compare_conventions,
     fpr_name,
+    higher_is_better,
     ood_metrics,
     precision_recall_areas,
 )
@@ -59,7 +61,9 @@ __all__ = [
     "delong",
     "expected_calibration_error",
     "fpr_name",
+    "higher_is_better",
     "holm",
+    "id_and_ood",
     "misclassification_metrics",
     "ood_metrics",
     "open_set_metrics",

@@ -46,6 +46,19 @@ FIGURES: dict[str, str] = {
 """The figures of an :class:`OODResult`, in the order they are reported."""
 
 
+def higher_is_better(figure: str) -> bool | None:
+    """Whether a larger figure is the better one; None where neither is, as of a threshold.
+
+    Args:
+        figure: Its name in a result, such as "fpr95" or "auroc_lower", or a flat key that ends in
+            it, such as "ood/far/auroc".
+    """
+    name = figure.rpartition("/")[2].removesuffix("_lower").removesuffix("_upper")
+    if name.startswith("fpr") or name == "detection_error":
+        return False
+    return True if name in ("auroc", "aupr_in", "aupr_out", "id_accuracy") else None
+
+
 @dataclass(frozen=True)
 class Convention:
     """How a code base reads the FPR and the AUPR off the same scores.

@@ -1,10 +1,10 @@
 """The ops as Python functions; as torch ops they are ``torch.ops.oodk.*``."""
 
 from oodkernels.ops.dos import DOSSelection, cluster_argmax, dos_select
-from oodkernels.ops.features import FeatureStats, feature_stats
+from oodkernels.ops.features import FeatureStats, feature_stats, shape_features_
 from oodkernels.ops.histogram import roc_histogram_
 from oodkernels.ops.kmeans import KMeansResult, kmeans_init, kmeans_lloyd, nearest_centroid
-from oodkernels.ops.logits import LogitScores, logit_scores
+from oodkernels.ops.logits import LogitScores, gen_scores, logit_scores
 from oodkernels.ops.mos import MOSPrediction, mos_log_others, mos_loss, mos_predict, mos_score
 from oodkernels.ops.neighbors import Neighbors, merge_neighbors, nearest_neighbors
 from oodkernels.ops.outlier import OutlierCrossEntropyResult, outlier_cross_entropy
@@ -22,6 +22,7 @@ __all__ = [
     "cluster_argmax",
     "dos_select",
     "feature_stats",
+    "gen_scores",
     "kmeans_init",
     "kmeans_lloyd",
     "logit_scores",
@@ -35,4 +36,5 @@ __all__ = [
     "outlier_cross_entropy",
     "roc_histogram_",
     "roc_metrics",
+    "shape_features_",
 ]

@@ -109,3 +109,93 @@ def _vmap(
 
 register_not_differentiable("feature_stats")
 torch.library.register_vmap("oodk::feature_stats", _vmap)
+
+
+_SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale")
+
+
+def shape_features_(
+    features: Tensor,
+    shape: str,
+    *,
+    percentile: float | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> Tensor:
+    """Shape rows of features in place, as the methods do that then apply the head.
+
+    ========= =====================================================================================
+    clip      Values above ``high`` become ``high`` (ReAct, Sun et al., NeurIPS 2021).
+    vra       Also those below ``low`` become 0 (Xu et al., NeurIPS 2023).
+    ash-p     All but the largest become 0 (Djurisic et al., ICLR 2023); the largest are those above
+              the percentile, as :func:`feature_stats` counts them, of equal ones those of lower
+              index.
+    ash-b     And the largest become the row's sum over their number.
+    ash-s     And the largest are multiplied by exp(the row's sum / their sum).
+    scale     All are multiplied by that (Xu et al., ICLR 2024).
+    ========= =====================================================================================
+
+    Args:
+        features: (..., d), float64, float32, bfloat16 or float16; any strides, but none of 0.
+        shape: One of those above.
+        percentile: In per cent, in 0..100, for the last four, and only for these.
+        low: (1,) or (d,), float64 for float64 features, else float32; for vra alone.
+        high: The same, for clip and vra.
+
+    Returns:
+        ``features``. ASH and SCALE make a row that holds NaN NaN throughout; clip and vra leave NaN
+        as it is. No gradient flows through it.
+
+    Raises:
+        ValueError: An argument is none of these, missing or superfluous, or ``features`` require
+            gradients, and these are recorded.
+        TypeError: A tensor is not of a type above.
+    """
+    if features.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "shape_features_: features must not require gradients, which do not flow through it: "
+            "use torch.no_grad()"
+        )
+    torch.ops.oodk.shape_features_(features, shape, percentile, low, high)
+    return features
+
+
+@torch.library.register_fake("oodk::shape_features_")
+def _(
+    features: Tensor,
+    shape: str,
+    percentile: float | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> None:
+    op = "shape_features_"
+    if shape not in _SHAPES:
+        *others, last = _SHAPES
+        raise ValueError(f"{op}: shape must be {', '.join(others)} or {last}, got '{shape}'")
+    check_features(op, features)
+    for i in range(features.dim()):
+        if features.shape[i] > 1 and features.stride(i) == 0:
+            raise ValueError(
+                f"{op}: features must not share memory with each other, got stride 0 in dimension "
+                f"{i}"
+            )
+    ranked = shape not in ("clip", "vra")
+    for name, given, wanted in (
+        ("percentile", percentile, ranked),
+        ("low", low, shape == "vra"),
+        ("high", high, not ranked),
+    ):
+        if (given is not None) != wanted:
+            raise ValueError(f"{op}: {name} must {'' if wanted else 'not '}be given for {shape}")
+    for name, limit in (("low", low), ("high", high)):
+        if limit is None:
+            continue
+        check_dtype(op, name, limit, accumulate_type(features.dtype))
+        if limit.dim() != 1 or limit.shape[0] not in (1, features.shape[-1]):
+            raise ValueError(
+                f"{op}: {name} must have shape (1,) or ({features.shape[-1]},), got "
+                f"{tuple(limit.shape)}"
+            )
+        check_device(op, name, limit, "features", features)
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ValueError(f"{op}: percentile must be in per cent, in 0..100, got {percentile}")

@@ -170,9 +170,9 @@ def _keys_of_set(argument: str, scores: Tensor) -> Tensor:
 def _roc_metrics_args(id_scores: Tensor, ood_scores: Tensor, tpr: float = 0.95) -> Tensor:
     check_tpr("roc_metrics", tpr)
     check_scores("roc_metrics", "id_scores", id_scores)
-    check_scores("roc_metrics", "ood_scores", ood_scores)
     check_same_dtype("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
     check_device("roc_metrics", "ood_scores", ood_scores, "id_scores", id_scores)
+    check_scores("roc_metrics", "ood_scores", ood_scores)
     return id_scores.new_empty((len(ROCMetricsResult._fields),), dtype=torch.float64)
 
 

@@ -12,12 +12,13 @@ from test_cuda_emulation import (
 from torch import Tensor
 
 from oodkernels import reference
+from oodkernels.ops import gen_scores
 
 SAMPLES = [
     *(Sample(7, (300,), dtype, "ties", offset=2) for dtype in DTYPES),
     *(Sample(9, (41,), dtype, "special", gap=3) for dtype in DTYPES),
     Sample(3, (2048,)),
-    Sample(2, (6200,), torch.float64),  # no room for a copy
+    Sample(1, (5300,), torch.float64),  # no room for a copy
     Sample(5, (1,), torch.bfloat16),
 ]
 samples = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -59,3 +60,55 @@ def test_percentiles_outside_give_nan(emulator: Emulator) -> None:
     *_, threshold, top = run_stats(emulator, Sample(2, (40,)), p, False)
     for x in (threshold, top):
         assert x.view(2, 4).isnan().tolist() == [[True, False, True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [Sample(3, (70,), dtype, kind) for dtype in DTYPES[:3] for kind in ("ties", "special")]
+    + [Sample(2, (2,)), Sample(2, (1,)), Sample(2, (60,), torch.float32, "large")],
+    ids=str,
+)
+def test_gen_scores(emulator: Emulator, sample: Sample) -> None:
+    gamma, m = [0.1, 0.5], [10, 3]
+    if sample.width == 2:  # more than a launch takes
+        gamma, m = gamma * 17, m * 17
+    m = [min(one, sample.width) for one in m]
+    inputs = {
+        "logits": sample.storage,
+        "gamma": torch.tensor(gamma, dtype=torch.float64),
+        "m": torch.tensor(m),
+    }
+    outputs = {"scores": sample.accumulated}
+    (found,) = emulator.run("gen_scores", inputs, outputs, **sample.values(), count=len(m))
+    expected = gen_scores(sample.logits.double(), gamma, m).flatten()
+    rtol = 1e-10 if sample.dtype == torch.float64 else 4e-6
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "sample",
+    [Sample(3, (300,), torch.float32, "ties"), Sample(2, (37,), torch.bfloat16)],
+    ids=str,
+)
+def test_shape_features(emulator: Emulator, sample: Sample, shape: str) -> None:
+    x = sample.logits.abs()
+    x[0, 3] = torch.nan
+    ranked = SHAPES.index(shape) > 1
+    low = torch.tensor([0.5]) if shape == "vra" else None
+    high = None if ranked else torch.linspace(1, 3, sample.width)
+    k = sample.width - round(sample.width * 0.8)
+    inputs = {"features": x} | {n: t for n, t in (("low", low), ("high", high)) if t is not None}
+    (found,) = emulator.run(
+        "shape_features",
+        inputs,
+        {"shaped": sample.dtype},
+        **sample.values(),
+        **{"shape": SHAPES.index(shape), "k": k, "low": int(low is not None)},
+        high=int(high is not None),
+    )
+    expected = reference.shape_features(x, shape, 80.0 if ranked else None, low, high).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6, equal_nan=True)

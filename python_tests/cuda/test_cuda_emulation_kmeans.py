@@ -14,6 +14,7 @@ import pytest
 import torch
 from cuda_emulator import DTYPES, INDEX, Emulator, needs_compiler
 from op_db import cluster_samples, duplicates, points_of, special_points
+from points import same
 from torch import Tensor
 
 from oodkernels import cluster_argmax, reference
@@ -133,11 +134,6 @@ def nearest(
         **problem(x, normalize),
     )
     return labels.view(x.shape[:-1]), distance.view(x.shape[:-1])
-
-
-def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,6 @@
 #include "cuda/features_kernel.cuh"
+#include "cuda/gen_kernel.cuh"
+#include "cuda/shape_kernel.cuh"
 
 #include "runner.h"
 
@@ -19,8 +21,28 @@ void feature_stats(Run& run) {
       per_row("top_sum", count));
 }
 
+void gen_scores(Run& run) {
+  const int64_t rows = run.integer("rows"), count = run.integer("count");
+  oodk::cuda::gen_scores({run.input("logits", run.integer("offset") * run.in_size()), run.dtype(),
+                             rows, run.integer("width"), run.integer("stride"), nullptr},
+      run.input<double>("gamma"), run.input<int64_t>("m"), count,
+      run.output("scores", rows * count * run.out_size()));
+}
+
+void shape_features(Run& run) {
+  const int64_t rows = run.integer("rows"), width = run.integer("width");
+  const size_t bytes = size_t(rows * width) * run.in_size();
+  void* out = run.output("shaped", bytes);
+  std::memcpy(out, run.input("features"), bytes);
+  const bool low = run.integer("low") != 0, high = run.integer("high") != 0;
+  oodk::cuda::shape_features({out, run.dtype(), rows, width, width,
+      oodk::Shape(run.integer("shape")), run.integer("k"), low ? run.input("low") : nullptr,
+      high ? run.input("high") : nullptr, 0, 1, nullptr});
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
-  return runner::run(argc, argv, {{"feature_stats", feature_stats}});
+  return runner::run(argc, argv, {{"feature_stats", feature_stats}, {"gen_scores", gen_scores},
+                                     {"shape_features", shape_features}});
 }

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,19 @@ def test_the_server_of_the_documentation(
     assert "a.png is no image" in given.json()["detail"]
     assert client.post("/score").status_code == 422
     assert "oodk_samples_total 1\n" in client.get("/metrics").text
+
+
+@pytest.mark.slow
+def test_under_load_nothing_is_lost(tmp_path: Path) -> None:
+    for package in ("fastapi", "python_multipart", "uvicorn"):
+        pytest.importorskip(package)
+    script = PAGE.parents[2] / "benchmarks" / "load.py"
+    command = [sys.executable, script, "--seconds", "2", "--out", tmp_path / "load.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "load.json").read_text())
+    assert found["sent"] == found["answered"] > 0
+    assert (found["lost"], found["wrong"], found["errors"]) == (0, 0, [])
 
 
 def test_bundles_of_the_same_parts_have_the_same_fingerprints() -> None:

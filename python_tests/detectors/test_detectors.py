@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ import oodkernels
 from oodkernels import Groups, ood_metrics
 from oodkernels.detectors import (
     DETECTORS,
+    KNN,
     MOS,
     MSP,
     ODIN,
@@ -25,11 +27,13 @@ from oodkernels.detectors import (
     Energy,
     Entropy,
     FeatureModel,
+    Mahalanobis,
     MaxLogit,
     MOSClass,
     MOSLogOdds,
     NotFittedError,
     OODDetector,
+    ViM,
     as_pytorch_ood,
     batch,
     extract,
@@ -859,7 +863,8 @@ def test_file_gives_the_detector_back(detector, calibrated, tmp_path):
         assert type(loaded) is type(detector)
         assert loaded.model == "a model"
         mine, found = (
-            {**vars(d), "model": None, "_status": "", "_verified": None} for d in (detector, loaded)
+            {**vars(d), "model": None, "_status": "", "_verified": None, "_loaded": None}
+            for d in (detector, loaded)
         )
         mine = {k: v for k, v in mine.items() if v is not None}
         assert {k: v for k, v in found.items() if v is not None} == mine
@@ -1110,3 +1115,102 @@ def test_beats_chance_on_images(make, stage, least, trained):
     prediction = detector.predict(sets["digits"])
     assert 0.85 < 1 - prediction.is_ood.double().mean() < 0.95
     assert (prediction.label == labels).double().mean() > 0.9
+
+
+# --- other libraries' forms -----------------------------------------------------------------------
+
+
+class ModelOutput(OrderedDict):
+    """Hugging Face's, in short: a dict whose fields are attributes, too."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+def images_model():
+    model = mlp().eval()
+    model.register_forward_hook(lambda m, args, z: ModelOutput(loss=None, logits=z))
+    return model
+
+
+def test_models_of_hugging_face_and_their_batches():
+    model, plain = images_model(), mlp().eval()
+    x, y = torch.randn(30, 6), torch.arange(30) % 10
+    batches = [{"pixel_values": x[i : i + 8], "labels": y[i : i + 8]} for i in range(0, 30, 8)]
+    torch.testing.assert_close(Energy(model=model).score(x), Energy(model=plain).score(x))
+    wanted = KNN(3, "torch", model=plain).fit([(x, y)])
+    found = KNN(3, "torch", model=model).fit(batches)
+    torch.testing.assert_close(found.bank, wanted.bank)
+    torch.testing.assert_close(found.score(batches), wanted.score(x))
+    rows = oodkernels.evaluate(model, batches, {"far": [{"x": 9 * x}]}, ["energy"]).rows
+    expected = oodkernels.evaluate(plain, [(x, y)], {"far": 9 * x}, ["energy"]).rows
+    assert [row.auroc for row in rows] == [row.auroc for row in expected]
+    assert [row.id_accuracy for row in rows] == [row.id_accuracy for row in expected]
+
+
+@pytest.mark.parametrize("as_", [torch.from_numpy, lambda a: a], ids=["tensors", "arrays"])
+def test_arrays_are_taken_wherever_tensors_are(as_):
+    rng = np.random.default_rng(0)
+    x, z = rng.normal(size=(40, 6)).astype(np.float32), rng.normal(size=(40, 10))
+    y = np.arange(40) % 10
+    x_, z_ = torch.from_numpy(x), torch.from_numpy(z)
+    knn = KNN(3, "torch").fit(features=x_)
+    assert torch.equal(KNN(3, "torch").fit(features=as_(x), labels=as_(y)).bank, knn.bank)
+    assert torch.equal(
+        KNN(3, "torch").partial_fit(features=as_(x)).score(features=as_(x)),
+        (knn.score(features=x_)),
+    )
+    energy = Energy()
+    assert torch.equal(energy.score(logits=as_(z)), energy.score(logits=z_))
+    energy.calibrate(z.max(1))
+    assert torch.equal(energy.predict(logits=as_(z)).is_ood, energy.predict(logits=z_).is_ood)
+    assert torch.equal(
+        ConfidenceBranch().score(confidence=as_(z[:, 0])),
+        ConfidenceBranch().score(confidence=z_[:, 0]),
+    )
+    assert torch.equal(score_all({"a": energy}, logits=as_(z))["a"], energy.score(logits=z_))
+    read_only = np.broadcast_to(z[:1], z.shape)
+    assert len(energy.score(logits=read_only)) == 40
+    assert not read_only.flags.writeable
+
+
+@pytest.mark.parametrize("as_", [torch.from_numpy, lambda a: a], ids=["tensors", "arrays"])
+def test_fit_takes_samples_and_labels(as_):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(600, 6)).astype(np.float32), np.arange(600) % 10
+    pair = torch.from_numpy(x), torch.from_numpy(y)
+    model = mlp().eval()
+    found = Mahalanobis(shrinkage=0.1, model=model).fit(as_(x), as_(y))
+    wanted = Mahalanobis(shrinkage=0.1, model=model).fit([pair])
+    torch.testing.assert_close(found.score(pair[0]), wanted.score(pair[0]))
+    assert torch.equal(
+        KNN(3, "torch").fit(as_(x), as_(y)).bank, KNN(3, "torch").fit(features=pair[0]).bank
+    )
+    with pytest.raises(ValueError, match=r"vim is trained on features, logits: say features=\.\."):
+        ViM(2, head=nn.Linear(6, 10)).fit(as_(x), as_(y))
+    with pytest.raises(ValueError, match="y must be one a sample, 600, got 5"):
+        KNN(3).fit(as_(x), as_(y[:5]))
+    with pytest.raises(TypeError, match="with y, data must be a tensor or an array, got list"):
+        KNN(3).fit([x], as_(y))
+
+
+def test_scores_of_loaders():
+    model = mlp().eval()
+    x = torch.randn(50, 6)
+    energy = Energy(model=model)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(50)), 16)
+    energy.calibrate(energy.score(loader))
+    torch.testing.assert_close(energy.score(loader), energy.score(x))
+    torch.testing.assert_close(energy.score(iter(x.numpy()[:, None])), energy.score(x))
+    found, wanted = energy.predict(loader), energy.predict(x)
+    assert torch.equal(found.label, wanted.label)
+    assert found.group is None
+    for wrong, message in (([], "x must give a batch"), ([{"y": x}], "one of x and pixel_values")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            energy.score(wrong)
+
+
+def test_adapter_is_a_detector_of_pytorch_ood():
+    api = pytorch_ood("api")
+    assert isinstance(as_pytorch_ood(MSP()), api.Detector)
+    assert not isinstance(MSP(), api.Detector)

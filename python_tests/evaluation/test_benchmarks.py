@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from oodkernels.evaluation.benchmarks import (
     read_benchmark,
 )
 from oodkernels.metrics import paired_test
+from oodkernels.nn import Head
 
 MODULE = """
 import torch
@@ -394,14 +397,29 @@ def test_killed_after_any_file_it_goes_on_to_the_same_bytes(whole: Path, here: P
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_ranks_write_the_bytes_of_one(whole: Path, here: Path) -> None:
-    def work(out: str) -> None:
+    """A rank that dies takes the run down; started again, it goes on to the same bytes."""
+    replace = Path.replace
+
+    def work(out: str, last: int | None) -> None:
+        def dying(self: Path, target: Path) -> Path:
+            nonlocal last
+            if last is not None and torch.distributed.get_rank() == 1:
+                last -= 1
+                if last < 0:
+                    os._exit(9)
+            return replace(self, target)
+
+        Path.replace = dying  # type: ignore[method-assign]
         code = oodk(*given(out)).exit_code
         if code:
             os._exit(code)
 
-    for world in (2, 4):
+    for world, last in ((2, 2), (4, None)):
         out = f"of {world}"
-        assert forked(world, here, lambda out=out: work(out)) == [0] * world
+        if last is not None:
+            assert 9 in forked(world, here, partial(work, out, last))
+            assert not (here / out / "results.json").exists()
+        assert forked(world, here, partial(work, out, None)) == [0] * world
         assert content(out) == content(str(whole))
 
 
@@ -440,7 +458,9 @@ def test_images_that_are_bad_or_missing_are_left_out_named_and_counted(here: Pat
     assert "far/svhn: 1 images are missing and 1 cannot be read." in found.stderr
     record = json.loads((here / "run/results.json").read_text())
     assert record["identity"]["data"]["far/svhn"]["missing"] == 1
-    assert record["identity"]["skipped"] == {"far/svhn": [str(svhn[3].relative_to(here))]}
+    name = svhn[3].relative_to(here / "data/images_classic")
+    assert record["identity"]["skipped"] == {"far/svhn": [name.as_posix()]}
+    assert record["identity"]["data"]["far/svhn"]["count"] == 10
     assert next(r for r in record["results"] if r["ood_set"] == "svhn")["n_ood"] == 10
     names = (here / "run/sets/far-svhn/samples.txt").read_text().splitlines()
     assert len(names) == 10
@@ -458,6 +478,115 @@ def test_a_list_of_another_benchmark_is_refused(here: Path) -> None:
         ValueError, match=r"labels must be class ids 0\.\.9, got 57: the list is of"
     ):
         open_sets(benchmark, "data", other_counts=True)
+
+
+def test_a_model_of_other_classes_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_models
+
+    def other() -> torch.nn.Module:
+        model = bench_models.Net()
+        model.fc = torch.nn.Linear(8, 7)
+        return model
+
+    monkeypatch.setattr(bench_models, "make", other)
+    found = oodk(*given("run"))
+    assert found.exit_code == 1
+    assert "openood-cifar10 has 10 classes, and the model gives logits of 7" in found.stderr
+
+
+# --- sources of one's own ---------------------------------------------------------------------
+
+
+def toml(text: str, **more: str) -> None:
+    sections = {"id": "", "near": "", "far": ""} | more
+    parts = [f"[{name}]\n{lines}\n" for name, lines in sections.items()]
+    Path("mine.toml").write_text("\n".join([text, *parts]))
+
+
+def test_folders_lists_shards_and_files_beside_each_other(here: Path) -> None:
+    """What was extracted gives the same figures as the images it was extracted from."""
+    pytest.importorskip("webdataset")
+    source = here / "data/images_classic"
+    base = ("--model", "bench_models:make", "--size", 32, "-q")
+    for name in ("tin near", "test id", "svhn far"):
+        Path(name.split()[0]).symlink_to(source / name)
+    listed = [f"{p.parent.name}/{p.name}" for p in sorted((source / "test id").rglob("*.png"))]
+    labels = [CLASSES.index(name.partition("/")[0]) for name in listed]
+    Path("test.txt").write_text("".join(f"{n} {y}\n" for n, y in zip(listed, labels, strict=True)))
+    files = sorted((source / "svhn far").rglob("*.png"))
+    for shard in range(2):
+        with tarfile.open(f"svhn-{shard}.tar", "w") as tar:
+            for i, path in enumerate(files[6 * shard : 6 * shard + 6]):
+                tar.add(path, f"{6 * shard + i:04d}.png")
+    assert (
+        oodk("extract", *base, "--data", "tin", "--dtype", "float32", "--out", "x").exit_code == 0
+    )
+    first = {"id": 'test = "test"', "near": 'tin = "tin"', "far": 'svhn = "svhn"'}
+    second = {
+        "id": 'test = { path = "test.txt", root = "test" }',
+        "near": 'tin = "x"',
+        "far": 'svhn = "svhn-{0..1}.tar"',
+    }
+    records = []
+    for out, sets, classes in (("a", first, '"folders"'), ("b", second, "10")):
+        names = json.dumps(sorted(CLASSES)) if classes == '"folders"' else classes
+        toml(f"classes = {names}", **sets)
+        found = oodk(
+            "benchmark", "mine.toml", "--out", out, *base, "-d", "msp", "-d", "energy", "--json"
+        )
+        assert found.exit_code == 0, found.output
+        records.append(json.loads(found.stdout))
+    a, b = records
+    assert a["results"] == b["results"]
+    assert a["results"][0]["id_accuracy"] is not None
+    sources = {key: one["source"] for key, one in b["identity"]["data"].items()}
+    assert sources == {"id/test": "images", "near/tin": "arrays", "far/svhn": "shards"}
+    assert b["identity"]["data"]["far/svhn"]["count"] == 12
+    refused = oodk("compare", "a", "b")
+    assert "a and b were measured on different data: data.id/test.source: folder" in refused.stderr
+
+
+def test_folders_of_classes_need_their_columns(here: Path) -> None:
+    Path("test").symlink_to(here / "data/images_classic/test id")
+    Path("tin").symlink_to(here / "data/images_classic/tin near")
+    toml("", id='test = "test"', near='tin = "tin"')
+    given = ("benchmark", "mine.toml", "--model", "bench_models:make", "--out", "run", "-q")
+    found = oodk(*given)
+    assert found.exit_code == 1
+    assert "id/test has a folder for each class, and which columns of the model" in found.stderr
+    toml('classes = "folders"', id='test = "test"', near='tin = "tin"')
+    assert 'classes must not be "folders" where id.train is no folder' in oodk(*given).stderr
+
+
+def test_files_of_features_and_a_head(here: Path) -> None:
+    rng = np.random.default_rng(0)
+    centres = 4 * rng.normal(size=(4, 6))
+    for name, n in (("train", 120), ("test", 40)):
+        labels = np.arange(n) % 4
+        features = np.abs(centres[labels] + rng.normal(size=(n, 6))).astype(np.float32)
+        np.savez(f"{name}.npz", features=features, labels=labels)
+    np.savez("far.npz", features=np.abs(4 * rng.normal(size=(30, 6))).astype(np.float32))
+    torch.manual_seed(0)
+    Head(6, 4).save("head.safetensors")
+    toml("", id='train = "train.npz"\ntest = "test.npz"', far='noise = "far.npz"')
+    given = ("benchmark", "mine.toml", "--out", "run", "--json", "-q", "-d", "knn:k=3", "-d")
+    found = oodk(*given, "energy", "--head", "head.safetensors")
+    assert found.exit_code == 0, found.output
+    rows = [r for r in json.loads(found.stdout)["results"] if r["ood_set"] == "noise"]
+    expected = json.loads(
+        oodk(
+            *("eval", "--id", "test.npz", "--ood", "far.npz", "--train", "train.npz", "--json"),
+            *("--head", "head.safetensors", "-d", "knn:k=3", "-d", "energy", "-q"),
+        ).stdout
+    )["results"]
+    for label in ("knn:k=3", "energy"):
+        mine = next(r for r in rows if (r["score"], r["kind"]) == (label, "far"))
+        theirs = next(r for r in expected if (r["score"], r["ood_set"]) == (label, "far"))
+        assert mine["auroc"] == theirs["auroc"]
+        assert mine["id_accuracy"] == theirs["id_accuracy"]
+    found = oodk("benchmark", "mine.toml", "--out", "other", "-q", "-d", "energy")
+    assert found.exit_code == 1
+    assert "energy reads logits, which is not among what is extracted, features" in found.stderr
 
 
 def test_a_folder_of_another_run_is_refused(whole: Path, here: Path) -> None:

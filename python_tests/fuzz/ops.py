@@ -219,6 +219,27 @@ def _(draw: Draw) -> Case:
     return Case(draw.laid_out(z), draw.random.choice((1.0, 1.0, 0.5, 10.0)))
 
 
+@case("shape_features_")
+def _(draw: Draw) -> Case:
+    width = draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))
+    x = draw.normal((*draw.leading(), width), special=draw.one_in(2))
+    placed = draw.laid_out(x)
+    good = all(n <= 1 or s for n, s in zip(placed.shape, placed.stride(), strict=True))
+    limit = draw.normal((draw.random.choice((1, width)),), False).to(wide(x)).contiguous()
+    if draw.one_in(2):
+        return Case(placed, "clip", None, None, draw.laid_out(limit), good=good, known=good)
+    # What exp(sum / sum) is of sums that cancel, nobody knows.
+    return Case(placed, draw.random.choice(("ash-p", "scale")), 65.0, good=good, known=False)
+
+
+@case("gen_scores")
+def _(draw: Draw) -> Case:
+    z = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    n = draw.random.randint(0, 4)
+    gamma = [draw.random.choice((0.1, 0.5, 2.0)) for _ in range(n)]
+    return Case(draw.laid_out(z), gamma, [draw.random.choice((1, 2, 10, 100, 999)) for _ in gamma])
+
+
 @case("feature_stats")
 def _(draw: Draw) -> Case:
     x = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))

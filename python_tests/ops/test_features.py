@@ -7,6 +7,7 @@ import torch
 
 from oodkernels import feature_stats
 from oodkernels.detectors import LTS, SCALE, batch, score_all
+from oodkernels.ops import shape_features_
 
 ROWS = {
     "rectified": lambda x: (x - 0.3).relu(),
@@ -55,3 +56,27 @@ def test_detectors_of_one_pass_share_the_rows(monkeypatch: pytest.MonkeyPatch) -
     for name, detector in settings.items():
         alone = detector.score(features=x, logits=head(x).detach())
         assert torch.equal(found[name], alone)
+
+
+@pytest.mark.parametrize("shape", ["ash-p", "ash-s", "scale"])
+def test_views_are_shaped_where_they_are(shape: str) -> None:
+    """Rows of a wider tensor, every other column, a transpose: the view changes, nothing else."""
+    x = torch.rand(6, 40, generator=torch.Generator().manual_seed(0))
+    expected = shape_features_(x.clone(), shape, percentile=80.0)
+    around = torch.full((6, 43), 9.0)
+    every_other, transposed = torch.full((6, 80), 9.0), torch.empty(40, 6)
+    for view in (around[:, 2:-1], every_other[:, ::2], transposed.T):
+        view.copy_(x)
+        assert shape_features_(view, shape, percentile=80.0) is view
+        assert torch.equal(view, expected)
+    assert (around[:, :2] == 9).all()
+    assert (around[:, -1:] == 9).all()
+    assert (every_other[:, 1::2] == 9).all()
+
+
+def test_shaping_refuses_what_needs_gradients() -> None:
+    x = torch.rand(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="shape_features_: features must not require gradients"):
+        shape_features_(x, "ash-p", percentile=50.0)
+    with torch.no_grad():
+        shape_features_(x, "ash-p", percentile=50.0)

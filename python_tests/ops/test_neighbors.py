@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,29 +9,25 @@ from typing import Any
 import pytest
 import torch
 from op_db import FLOATS, points_of
+from points import same
+from processes import ranks
 from torch import Tensor
 
 from oodkernels.ops import Neighbors, merge_neighbors, nearest_neighbors
 
-HERE = Path(__file__).parent
 K = 9
 
 
 def twins(n: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Rows of length about 100, of which many differ by less than products of them can tell."""
     generator = torch.Generator().manual_seed(n)
-    centres = torch.randn(5, d, generator=generator, dtype=torch.float64)
+    of_all = torch.Generator().manual_seed(0)
+    centres = torch.randn(5, d, generator=of_all, dtype=torch.float64)
     centres *= 100 / centres.norm(dim=1, keepdim=True)
     x = centres[torch.arange(n) % 5]
-    x = x + 1e-4 * torch.rand(n, 1, generator=generator) * torch.randn(
-        n, d, generator=generator, dtype=torch.float64
-    )
+    apart = torch.rand(n, 1, generator=generator) * torch.randn(n, d, generator=generator)
+    x = x + (1e-9 if dtype == torch.float64 else 1e-4) * apart
     return (x * scale).to(dtype)
-
-
-def same(a: Neighbors, b: Neighbors) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 def by_differences(queries: Tensor, bank: Tensor, k: int, normalize: bool = False) -> Neighbors:
@@ -47,7 +41,7 @@ def by_differences(queries: Tensor, bank: Tensor, k: int, normalize: bool = Fals
 @pytest.mark.parametrize("scale", [1.0, 1e-17, 1e16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_what_products_cannot_tell_is_told_by_differences(dtype: torch.dtype, scale: float) -> None:
-    x, bank = twins(40, 130, dtype, scale), twins(300, 130, dtype, scale)
+    x, bank = twins(40, 130, dtype, scale), twins(1200, 130, dtype, scale)  # several blocks
     for normalize in (False, True):
         found = nearest_neighbors(x, bank, K, normalize)
         for q in (0, 21):
@@ -55,9 +49,21 @@ def test_what_products_cannot_tell_is_told_by_differences(dtype: torch.dtype, sc
             same(Neighbors(*(column[q : q + 1] for column in found)), expected)
 
 
+def test_norms_may_be_near_the_largest_number() -> None:
+    """Relative to the mean of the bank they overflow, where few rows lie opposite to many."""
+    side = torch.ones(4000, 1)
+    side[[*range(2500, 2530), *range(3900, 3910)]] = -1
+    bank = side * (1 + 1e-3 * torch.rand(4000, 33)) * (1.5e19 / 33**0.5)
+    x = torch.cat([bank[2500:2520], bank[:20]])
+    found = nearest_neighbors(x, bank, 25)
+    for q in (0, 7, 25):
+        same(nearest_neighbors(x[q : q + 1], bank, 25), Neighbors(*(c[q : q + 1] for c in found)))
+    assert (found.distances[:, 0] == 0).all()
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e3])
 def test_a_query_has_its_bits_in_any_batch(shift: float) -> None:
-    x, bank = twins(60, 33, torch.float32) + shift, twins(500, 33, torch.float32) + shift
+    x, bank = twins(60, 33, torch.float32) + shift, twins(1500, 33, torch.float32) + shift
     found = nearest_neighbors(x, bank, K)
     for part in (slice(0, 1), slice(7, 9), slice(20, 60)):
         same(nearest_neighbors(x[part], bank, K), Neighbors(*(c[part] for c in found)))
@@ -105,48 +111,23 @@ def test_half_precision_is_read_as_it_is() -> None:
     same(nearest_neighbors(x.half(), bank, K), nearest_neighbors(x.half().float(), bank.float(), K))
 
 
-WORKER = """
-import sys
-sys.path.insert(0, "..")
-import torch, torch.distributed as dist
-from test_neighbors import K, twins, same
-from oodkernels.ops import nearest_neighbors
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-x, bank = twins(12, 24, torch.float32), twins(60, 24, torch.float32)
-bank[40:] = bank[:20].clone()
-x[5] = torch.inf
-mine, rows = x[[0, 8][rank] : [8, 12][rank]], bank[[0, 55][rank] : [55, 60][rank]]
-world = dist.group.WORLD
-same(nearest_neighbors(mine, rows, K, group=world), nearest_neighbors(mine, bank, K))
-same(
-    nearest_neighbors(mine.view(2, -1, 24), rows.split(7), 60, True, group=world),
-    nearest_neighbors(mine.view(2, -1, 24), bank, 60, True),
-)
-try:
-    nearest_neighbors(mine, rows, 61, group=world)
-except ValueError as error:
-    assert "at most the rows of bank, 60, got 61" in str(error), error
-else:
-    raise AssertionError("no error")
-dist.destroy_process_group()
-"""
+def search(rank: int, world: int) -> None:
+    x, bank = twins(12, 24, torch.float32), twins(60, 24, torch.float32)
+    bank[40:] = bank[:20].clone()
+    x[5] = torch.inf
+    mine, rows = x[[0, 8][rank] : [8, 12][rank]], bank[[0, 55][rank] : [55, 60][rank]]
+    group = torch.distributed.group.WORLD
+    same(nearest_neighbors(mine, rows, K, group=group), nearest_neighbors(mine, bank, K))
+    same(
+        nearest_neighbors(mine.view(2, -1, 24), rows.split(7), 60, True, group=group),
+        nearest_neighbors(mine.view(2, -1, 24), bank, 60, True),
+    )
+    with pytest.raises(ValueError, match="at most the rows of bank, 60, got 61"):
+        nearest_neighbors(mine, rows, 61, group=group)
 
 
 def test_processes_share_a_bank(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
-            cwd=HERE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    ranks(tmp_path, 2, search)
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,15 @@ class BenchmarkResult:
             gone, bad = len(each.missing), len(run.skipped.get(key, ()))
             if gone or bad:
                 told.append(f"{key}: {gone} images are missing and {bad} cannot be read.")
+        counts = {key: {"count": run.samples[key].num_samples} for key in run.sets}
+        skipped = {
+            key: sorted(map(run.sets[key].relative, names)) for key, names in run.skipped.items()
+        }
         identity = {
             **run.identity,
+            "data": {key: one | counts[key] for key, one in run.identity["data"].items()},
             "detectors": run.settings,
-            "skipped": {key: sorted(names) for key, names in run.skipped.items()},
+            "skipped": skipped,
         }
         return cls(
             run.benchmark.name,

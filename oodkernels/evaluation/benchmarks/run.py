@@ -186,7 +186,7 @@ class BenchmarkRun:
                 data=f"{self.benchmark.name} {key} {each.identity.digest} {each.identity.sizes}",
                 transform=self.model.transform,
                 dtype=self.model.dtype,
-                model_classes=self.model.class_names,
+                model_classes=self.model.class_names or self._said,
                 absent_column=self.model.absent_column,
                 groups=None if self.model.groups is None else self.model.groups.to_json(),
             )
@@ -204,6 +204,12 @@ class BenchmarkRun:
             )
             self.samples[key] = open_samples(out)
         on_first(self._check)
+
+    @property
+    def _said(self) -> tuple[str, ...] | None:
+        """The names of the columns as the benchmark has them, which labels of folders count."""
+        names: tuple[str, ...] | None = self.sets["id/test"].data.class_names
+        return names
 
     @property
     def skipped(self) -> dict[str, list[str]]:

@@ -65,12 +65,18 @@ class OpenSet:
         data: Its images, or what was extracted from them.
         identity: Of its data.
         missing: Names of images that are not there, where that is allowed.
+        base: What the names of its images are relative to; None where they have no path.
     """
 
     definition: SetDefinition
     data: ImageFiles | Shards | Samples
     identity: Identity
     missing: tuple[str, ...] = field(default=(), repr=False)
+    base: Path | None = None
+
+    def relative(self, name: str) -> str:
+        """The name of an image, wherever the data lie."""
+        return name if self.base is None else _relative(name, str(self.base))
 
 
 def open_sets(
@@ -220,10 +226,10 @@ def _present(each: SetDefinition, images: ImageFiles, base: Path) -> OpenSet:
         if path.parent not in sizes:
             sizes[path.parent] = dict(_files(path.parent))
         size = sizes[path.parent].get(path.name)
-        name = Path(os.path.relpath(path, base)).as_posix()
         if size is None:
             missing.append(str(path))
             continue
+        name = _relative(str(path), str(base))
         kept.append(i)
         lines.append(f"{name} {images.labels[i]}")
         weights.append(f"{size}")
@@ -233,7 +239,15 @@ def _present(each: SetDefinition, images: ImageFiles, base: Path) -> OpenSet:
         images.labels = [images.labels[i] for i in kept]
     source = "folder" if (images.class_names and not each.root) else "images"
     found = Identity(source, _hash(lines), _hash(weights), len(kept), len(missing))
-    return OpenSet(each, images, found, tuple(missing))
+    return OpenSet(each, images, found, tuple(missing), base)
+
+
+def _relative(path: str, base: str) -> str:
+    """A path as it is in a list, with slashes; of a million paths, almost all lie in the base."""
+    start = os.path.join(base, "")
+    inside = path.startswith(start) and ".." not in path
+    found = path[len(start) :] if inside else os.path.relpath(path, base)
+    return found.replace(os.sep, "/")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:

@@ -171,6 +171,25 @@ class OODMetrics(StreamMetric):
         """
         return self._result("OODMetrics.compute", allow_empty=False)
 
+    def flat(self, prefix: str = "ood") -> dict[str, float]:
+        """:meth:`compute` with one key a figure, for loggers: "ood/far/auroc", "ood/auroc".
+
+        :func:`oodkernels.metrics.higher_is_better` says of a key which way is up.
+
+        Args:
+            prefix: What keys begin with.
+
+        Raises:
+            ValueError: As :meth:`compute`.
+        """
+        found: dict[str, float] = {}
+        for name, value in self.compute().items():
+            if isinstance(value, dict):
+                found |= {f"{prefix}/{name}/{figure}": own for figure, own in value.items()}
+            else:
+                found[f"{prefix}/{name}"] = value
+        return found
+
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the ROC curve of each OOD set (TPR = share of ID kept); needs matplotlib.
 
