@@ -36,7 +36,7 @@ class GlyphNet(nn.Module):
             nn.Linear(192 * (size // 8) ** 2, num_features, bias=False),
             nn.BatchNorm1d(num_features),
             nn.ReLU(),
-        ).to(memory_format=torch.channels_last)
+        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = head(num_features)
 
     def features(self, images: Tensor) -> Tensor:

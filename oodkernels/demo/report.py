@@ -164,7 +164,7 @@ class Confusion(NamedTuple):
     """An ID class that OOD samples are taken for."""
 
     name: str
-    count: int
+    taken: int
     picture: str
     examples: str
 
@@ -192,7 +192,7 @@ def confusions(result: StudyResult, model: str) -> dict[str, list[Confusion]]:
 
 
 def _selected(result: StudyResult) -> Evaluation:
-    """Of each model its own score and the one that validation favours; of the flat one a few."""
+    """The own score of each model and the one that validation favours; of the flat one a few."""
     wanted = {(FLAT, score) for score in _SHOWN}
     for name in result.choices:
         wanted |= {(name, METHODS[name].score), (name, best_score(result, name))}

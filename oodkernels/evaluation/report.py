@@ -241,7 +241,9 @@ def others_per_group(models: Sequence[GroupOthers]) -> Figure:
         _bars(axes, np.array([last]), least, [_ID_COLOR, *ood])
         axes.axvline(last - 0.65, color="#bbbbbb", lw=1)
         names = _names(model)
-        slanted = {"rotation": 40, "ha": "right"} if max(map(len, names)) > 8 else {}
+        slanted: dict[str, Any] = (
+            {"rotation": 40, "ha": "right"} if max(map(len, names)) > 8 else {}
+        )
         ticks = [*range(len(model.groups)), last]
         axes.set_xticks(ticks, [*names, "least of\nall groups"], **slanted)
         axes.set(title=as_label(model.name), ylim=(0, 1), xlabel="group")

@@ -329,8 +329,8 @@ def test_pictures_show_what_is_confused(result: StudyResult) -> None:
     for name, rows in found.items():
         label, kept = result.taken[FLAT][name]
         assert rows
-        assert rows[0].count == int(torch.bincount(label[kept]).max())
-        assert all(a.count >= b.count > 0 for a, b in pairwise(rows))
+        assert rows[0].taken == int(torch.bincount(label[kept]).max())
+        assert all(a.taken >= b.taken > 0 for a, b in pairwise(rows))
 
 
 def test_kinds_are_by_what_was_trained_on(result: StudyResult) -> None:
