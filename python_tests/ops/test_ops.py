@@ -150,7 +150,7 @@ def test_opcheck(op: Op, device: str) -> None:
         args = sample.args
         if op.differentiable:
             args = (args[0].clone().requires_grad_(), *args[1:])
-        kind = tuple(a.dim() if isinstance(a, Tensor) else a for a in args)
+        kind = tuple(a.dim() if isinstance(a, Tensor) else repr(a) for a in args)
         more = () if kind in traced else ("test_aot_dispatch_dynamic",)
         traced.add(kind)
         torch.library.opcheck(op.overload, args, sample.kwargs, test_utils=(*ways, *more))
