@@ -143,7 +143,7 @@ def benchmark(
     quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Run a benchmark, from lists of images to the table: extract, fit, score, average.
+    """Run a benchmark, from lists of images to the table: extract, tune, fit, score, average.
 
     All lists and images are looked at first: what is missing is named before anything is run. Each
     step is kept in `--out`: killed and started again, or with more detectors, it goes on where it

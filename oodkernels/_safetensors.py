@@ -47,7 +47,10 @@ def write_tensors(
     }
     text = json.dumps({"format": format, "version": version, **content}, default=_to_json)
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         package.save_file(own, temporary, {_KEY: text})
+        temporary.chmod(mode)  # else nobody but the writer could read it
 
 
 def read_tensors(

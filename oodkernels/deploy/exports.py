@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-__all__ = ["bundle_to_onnx", "bundle_to_triton", "compile_bundle", "decompose", "export_bundle"]
+__all__ = [
+    "bundle_to_onnx",
+    "bundle_to_triton",
+    "compile_bundle",
+    "decompose",
+    "export_bundle",
+    "nodes_of",
+]
 
 
 class _Fields(nn.Module):
@@ -91,6 +98,13 @@ def bundle_to_onnx(
     return path
 
 
+def nodes_of(program: ExportedProgram) -> Iterator[torch.fx.Node]:
+    """All nodes of a program, those of graphs within it too, such as what autocast leaves alone."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
+
+
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """The program with each op of this package written out as :mod:`oodkernels.reference` has it.
 
@@ -99,7 +113,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     """
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     table: dict[Any, Callable[..., Any]] = {}
-    for node in program.graph.nodes:
+    for node in nodes_of(program):
         op: Any = node.target
         if node.op != "call_function" or getattr(op, "namespace", "") != "oodk":
             continue
@@ -110,10 +124,17 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
         place = list(inspect.signature(rule).parameters).index
         if "groups" in inspect.signature(rule).parameters:
             # Tracing knows tensors by their shape alone, and the rule needs the numbers.
-            offsets = program.constants[constants[node.args[place("groups")].name]]
+            name_of = constants.get(node.args[place("groups")].name)
+            if name_of is None:
+                raise ValueError(f"Bundle.to_onnx: {name} must have its groups as a constant")
+            offsets = program.constants[name_of]
             rule = partial(_with_groups, rule, place("groups"), offsets.cpu().numpy())
         table[op] = rule
-    return program.run_decompositions(table) if table else program
+    found = program.run_decompositions(table) if table else program
+    left = {str(node.target) for node in nodes_of(found) if "oodk" in str(node.target)}
+    if left:
+        raise ValueError(f"Bundle.to_onnx: {', '.join(sorted(left))} cannot be written out")
+    return found
 
 
 def _with_groups(rule: Callable[..., Any], place: int, offsets: Any, *args: Any) -> Any:

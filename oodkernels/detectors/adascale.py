@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from oodkernels._checks import check_real
@@ -16,6 +17,9 @@ from oodkernels.detectors.head import HEAD, Head, HeadDetector, Reservoir, check
 from oodkernels.detectors.model import Model, run, to_model
 from oodkernels.detectors.statistics import check_finite
 from oodkernels.ops import logit_scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["AdaSCALEA", "AdaSCALEL"]
 
@@ -67,6 +71,19 @@ class _AdaSCALE(OODDetector):
         if not rows or not len(rows[0]):
             raise ValueError(f"{where}: there must be ID samples to fit to, got none")
         self.values = rows[0].double().sort().values
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Merge what the processes of a group were given by :meth:`fit_batch`.
+
+        All of them call this, once, after their last batch; each must have had one.
+        """
+        where = f"{type(self).__name__}.all_reduce"
+        self._finish(where)
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, self.values.cpu(), group)
+        self.values = torch.cat(every).sort().values.to(self.values.device)
+        self._status, self.threshold = "fitted", None
+        return self
 
     def _moved(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Features, logits of the classes, and by how much the perturbed input moves them."""

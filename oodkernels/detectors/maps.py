@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from oodkernels._checks import check_count, check_int
@@ -16,6 +17,9 @@ from oodkernels.detectors.head import Head, HeadDetector, floats
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.ops import logit_scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Gram", "RankFeat"]
 
@@ -217,16 +221,36 @@ class Gram(_Maps):
             self._held.append((sums[held], scores.label[held], scores.msp[held].double()))
         self._count += len(sums)
 
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Merge what the processes of a group were given by :meth:`partial_fit`.
+
+        All of them call this, once, after their last batch; each must have had one.
+        """
+        dist.all_reduce(self.least, dist.ReduceOp.MIN, group)
+        dist.all_reduce(self.most, dist.ReduceOp.MAX, group)
+        total = self._held_sum()
+        dist.all_reduce(total, group=group)
+        self._set_scale("Gram.all_reduce", total)
+        self._status, self.threshold = "fitted", None
+        return self
+
     def _finish(self, where: str) -> None:
+        self._set_scale(where, self._held_sum())
+
+    def _held_sum(self) -> Tensor:
+        """Sums of the deviations of the samples held out, by layer, and their number."""
         sums, label, p = (torch.cat(parts) for parts in zip(*self._held, strict=True))
         deviations = self._deviations(sums, label, p)
-        known = deviations.isfinite().all(1)
-        if not known.any():
+        known = deviations[deviations.isfinite().all(1)]
+        return torch.cat([known.sum(0), known.new_tensor([float(len(known))])])
+
+    def _set_scale(self, where: str, total: Tensor) -> None:
+        if not total[-1]:
             raise ValueError(
                 f"{where}: there must be {_EVERY} ID samples at least, of classes predicted more "
                 f"than once, got {self._count}"
             )
-        self.scale = deviations[known].mean(0)
+        self.scale = total[:-1] / total[-1]
 
     def _deviations(self, sums: Tensor, label: Tensor, p: Tensor) -> Tensor:
         """Deviations of the layers, (N, layers)."""

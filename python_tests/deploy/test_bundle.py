@@ -360,6 +360,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_who_may_read_one_file_may_read_all(folder: Path) -> None:
+    assert {file.stat().st_mode for file in folder.iterdir()} == {
+        (folder / "bundle.json").stat().st_mode
+    }
+
+
 FILES = ["weights.safetensors", "calibration.safetensors", "detector-0.safetensors", "program.pt2"]
 
 

@@ -11,7 +11,7 @@ from bundles import KINDS, SHAPE, data, make, network
 from torch import Tensor
 
 from oodkernels.deploy import Bundle
-from oodkernels.deploy.exports import decompose
+from oodkernels.deploy.exports import decompose, nodes_of
 from oodkernels.detectors import MSP, ODIN
 
 X = data().new
@@ -39,7 +39,7 @@ def batches() -> list[Tensor]:
 def test_a_program_decides_the_same(kind: str, tmp_path: Path) -> None:
     bundle = calibrated(kind)
     program = bundle.export()
-    ops = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    ops = {str(n.target) for n in nodes_of(program) if n.op == "call_function"}
     assert any(op.startswith("oodk.") for op in ops)  # fused, as in eager mode
     torch.export.save(program, tmp_path / "bundle.pt2")
     loaded = torch.export.load(tmp_path / "bundle.pt2").module(check_guards=False)
@@ -56,7 +56,7 @@ def test_a_program_decides_the_same(kind: str, tmp_path: Path) -> None:
 def test_without_our_ops_it_decides_the_same(kind: str) -> None:
     bundle = calibrated(kind)
     program = decompose(bundle.export())
-    assert not any("oodk" in str(n.target) for n in program.graph.nodes)
+    assert not any("oodk" in str(n.target) for n in nodes_of(program))
     for x in batches():
         check(bundle, x, program.module(check_guards=False)(x))
 
@@ -72,12 +72,12 @@ def check(bundle: Bundle, x: Tensor, found: dict[str, Tensor]) -> None:
     for name in found.keys() - {"score", "p_value", "is_ood"}:
         assert torch.equal(found[name], wanted[name])
     assert torch.equal(found["is_ood"][apart], wanted["is_ood"][apart])
-    assert apart.any()
+    assert apart.any() or len(x) == 1
     least = min(bundle.p_value_info["counts"].values())
     assert (found["p_value"] - wanted["p_value"]).abs().max() < 1.5 / (least + 1)
 
 
-@pytest.mark.parametrize("kind", SLOW_KINDS[:5])
+@pytest.mark.parametrize("kind", SLOW_KINDS)
 def test_onnx(kind: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from head_world import world
+from processes import ranks
 from torch import Tensor, nn
 
 from oodkernels.detectors import (
@@ -279,6 +280,41 @@ def test_dropout_is_an_ensemble_of_heads(kind: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(W.score(detector), W.by(rule), rtol=1e-8, atol=1e-10)
     W.check_batches_and_files(detector, tmp_path)
     W.check_nan_and_no_rows(detector)
+
+
+def merged(rank: int, world: int) -> dict[str, Tensor]:
+    """Scores of detectors that each process fitted to a half."""
+    half = slice(40 * rank, 40 * rank + 40)
+    maps = {"low": LOW[half]}
+    gram = Gram(["low"], 3, axis=1).partial_fit(features=maps, logits=LOGITS[half])
+    half_x = [(X[half], LOGITS[half].argmax(1))]
+    scale = AdaSCALEL(model=MODEL)
+    for batch, y in scale._training_batches("test", half_x):
+        scale.fit_batch(batch, y)
+    rows = slice(200 * rank, 200 * rank + 200)
+    given = {"features": W.features[rows], "logits": W.logits[rows], "labels": W.labels[rows]}
+    gmm, nac = GMM(ridge=0.1).partial_fit(**given), NAC(2.0, head=W.head).partial_fit(**given)
+    return {
+        "gram": gram.all_reduce().score(features={"low": LOW}, logits=LOGITS),
+        "adascale": scale.all_reduce().score(X),
+        "gmm": gmm.all_reduce().score(features=W.test),
+        "nac": nac.all_reduce().score(features=W.test, logits=Z),
+    }
+
+
+def test_processes_merge_to_a_fit_of_all(tmp_path: Path) -> None:
+    first, second = ranks(tmp_path, 2, merged)
+    whole = {
+        "gram": Gram(["low"], 3, axis=1)
+        .fit(features={"low": LOW}, logits=LOGITS)
+        .score(features={"low": LOW}, logits=LOGITS),
+        "adascale": AdaSCALEL(model=MODEL).fit(LOADER).score(X),
+        "gmm": W.fit(GMM(ridge=0.1)).score(features=W.test),
+        "nac": W.fit(NAC(2.0, head=W.head)).score(features=W.test, logits=Z),
+    }
+    for name, expected in whole.items():
+        torch.testing.assert_close(first[name], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
