@@ -433,6 +433,20 @@ def test_inertia_never_grows(problem: tuple[Tensor, int], max_iter: int) -> None
     assert after <= before * (1 + 1e-5) + 1e-6
 
 
+@pytest.mark.parametrize(("seed", "n", "d", "k"), [(121, 42, 35, 8), (228, 45, 17, 10)])
+def test_max_iter_does_not_change_a_run_that_has_settled(seed: int, n: int, d: int, k: int) -> None:
+    """Nor the way there: points with equally near centroids are many where they are rounded."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=random).round()
+    init = kmeans_init(x, k, normalize=True)
+    runs = [lloyd(x, init, max_iter, 0.0, normalize=True) for max_iter in range(1, 13)]
+    inertia = [float(run.inertia) for run in runs]
+    assert inertia == sorted(inertia, reverse=True)
+    for run in runs:
+        if int(run.n_iter) == int(runs[-1].n_iter):
+            same(run, runs[-1])
+
+
 # --- Python layer ---------------------------------------------------------------------------------
 
 

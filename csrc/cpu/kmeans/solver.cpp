@@ -489,7 +489,9 @@ bool gram_pays(const PointSet<T>& x, const Work& work) {
   if (n * n * sizeof(T) > most)
     return false;
   const int64_t columns = round_up(work.restarts * work.trials, kmeans_kernels<T>().panel);
-  const double rounds = double(work.restarts * std::min(usual, work.iterations));
+  // Whatever max_iter: where two centroids are equally near, products round otherwise than differences,
+  // and a run that has settled must not change where it might have gone on for longer.
+  const double rounds = work.iterations > 0 ? double(work.restarts * usual) : 0;
   const double direct = n * d * work.k * (double(columns) + rounds);
   // Reading a row of G costs some multiply-adds a value, from the caches that it fits.
   const double products = n * n * d / 2;
