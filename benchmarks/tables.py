@@ -1,4 +1,5 @@
-"""Writes docs/benchmarks.md from benchmarks/results/*.json; --check fails where it is another.
+"""Writes docs/benchmarks.md, and the tables of the README and of docs/many-classes.md, from
+benchmarks/results/*.json; --check fails where they are others.
 
 python benchmarks/tables.py [--check]
 """
@@ -12,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -180,25 +181,6 @@ TIMINGS = [
 ]
 
 
-def demo() -> str:
-    record = json.loads((RESULTS / "demo-five-seeds.json").read_text())
-    table = demo_table(record["summary"], record["kinds"])
-    return f"""## What the demo finds
-
-`oodk demo` trains eleven methods on 1,198 handwritten digits, with one backbone and one budget, and
-compares their scores on faces, textures and photographs. Mean and standard deviation of
-{len(record["seeds"])} seeds in per cent, averaged over the three OOD sets; the outliers trained on
-are from other photographs and noise. Methods that were shown outliers know more: compare within a
-kind. The margins of the energy losses (-10 and -3) were chosen for this network, with its OOD
-figures in sight. Ten classes are no place for MOS, which is made for thousands, and here it does
-not win. The figures are from before Outlier Exposure and energy read two outliers for each image
-and NTOM and POEM followed their authors' code. `demo-five-seeds.json`, by
-`benchmarks/demo_table.py`.
-
-{table}
-"""
-
-
 def demo_table(rows: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
     """Averages over the OOD sets in per cent; the best mean of a column in bold, by kind."""
     lines = []
@@ -218,7 +200,178 @@ def demo_table(rows: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
     return _table(["trained on", "model", "score", *FIGURES.values()], lines)
 
 
+# --- the page on many classes ----------------------------------------------------------------
+
+
+def glyphs() -> dict[str, Any]:
+    """The record of ``demo_table.py``."""
+    record: dict[str, Any] = json.loads((RESULTS / "glyphs.json").read_text())
+    return record
+
+
+def _pm(value: dict[str, float]) -> str:
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+
+
+def _over(values: Iterable[float]) -> dict[str, float]:
+    found = list(values)
+    return {"mean": mean(found), "std": stdev(found)}
+
+
+def _averages(record: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(Model, score) -> its row of means over the OOD sets."""
+    return {(r["model"], r["score"]): r for r in record["summary"] if r["ood_set"] == "average"}
+
+
+def _favoured(record: dict[str, Any], model: str) -> str:
+    """The score of a model that the validation data favour, on average over the seeds."""
+    seen = [seed["methods"][model]["validation AUROC"] for seed in record["by seed"]]
+    known = set.intersection(*map(set, seen))
+    return max(sorted(known), key=lambda score: mean(s[score] for s in seen))
+
+
+def short() -> str:
+    """Three lines for the README."""
+    record = glyphs()
+    rows = _averages(record)
+    lines = []
+    for what, model in (
+        ("flat softmax, the post-hoc score that validation favours", "flat"),
+        ("MOS, groups by block of Unicode, its own score", "MOS taxonomy"),
+        ("Outlier Exposure, its own score", "OE"),
+    ):
+        own = {"MOS taxonomy": "mos-log-odds", "OE": "msp"}
+        score = own.get(model) or _favoured(record, model)
+        row = rows[model, score]
+        cells = [_pm(row[figure]) for figure in ("id_accuracy", "fpr95", "auroc")]
+        lines.append([f"{what} (`{score}`)", *cells])
+    return _table(["", "accuracy", "FPR95", "AUROC"], lines)
+
+
+def heads() -> str:
+    """Every head by its own score, and by the one that validation favours."""
+    record = glyphs()
+    rows, by_set, lines = _averages(record), defaultdict(dict), []
+    for row in record["summary"]:
+        by_set[row["model"], row["score"]][row["ood_set"]] = row["fpr95"]
+    sets = [name for name in next(iter(by_set.values())) if name != "average"]
+    for model, method in record["by seed"][0]["methods"].items():
+        own = OWN.get(model, "msp")
+        for score in dict.fromkeys((own, _favoured(record, model))):
+            row = rows[model, score]
+            shown = [_pm(row[figure]) for figure in ("id_accuracy", "fpr95", "auroc")]
+            each = [f"{100 * by_set[model, score][name]['mean']:.0f}" for name in sets]
+            mark = "" if score == own else " (validation)"
+            seen = "yes" if "outliers" in method["trained on"] else ""
+            lines.append([model, f"{score}{mark}", seen, *shown, *each])
+    heads = ["head", "score", "outliers", "accuracy", "FPR95", "AUROC", *sets]
+    return _table(heads, lines)
+
+
+OWN = {
+    **dict.fromkeys(("MOS taxonomy", "MOS features", "MOS random", "MOS outliers"), "mos-log-odds"),
+    **dict.fromkeys(("absent class", "NTOM", "DOS"), "absent-class"),
+    **dict.fromkeys(("energy-bounded", "POEM"), "energy"),
+}
+"""Scores by which settings are chosen, where that is not MSP."""
+
+
+def post_hoc() -> str:
+    """Detectors of the flat head, the best first."""
+    rows = [row for (model, _), row in _averages(glyphs()).items() if model == "flat"]
+    rows.sort(key=lambda row: row["fpr95"]["mean"])
+    lines = [[f"`{row['score']}`", _pm(row["fpr95"]), _pm(row["auroc"])] for row in rows]
+    half = -(-len(lines) // 2)
+    lines += [[""] * 3] * (2 * half - len(lines))
+    both = [a + b for a, b in zip(lines[:half], lines[half:], strict=True)]
+    return _table(["detector", "FPR95", "AUROC"] * 2, both)
+
+
+def rates() -> str:
+    """AUROC on validation, and accuracy, against the learning rate."""
+    record, lines = glyphs(), []
+    tried = [{m: v["tried"] for m, v in seed["methods"].items()} for seed in record["by seed"]]
+    for model, settings in tried[0].items():
+        if any("m_in" in setting for setting in settings):
+            continue
+        cells = []
+        for i in range(len(settings)):
+            auroc = mean(seed[model][i]["auroc"] for seed in tried)
+            accuracy = mean(seed[model][i]["accuracy"] for seed in tried)
+            cells.append(f"{100 * auroc:.1f} ({100 * accuracy:.1f})")
+        lines.append([model, *cells])
+    return _table(["head", *(str(s["lr"]) for s in tried[0]["flat"])], lines)
+
+
+def scores() -> str:
+    """FPR95 of every score that was tried on MOS heads, on glyphs and on synthetic features."""
+    record = glyphs()
+    synthetic = json.loads((RESULTS / "scale-scores.json").read_text())["results"]
+    models = list(record["by seed"][0]["scores"])
+    kinds = list(dict.fromkeys(row["groups"] for row in synthetic))
+    lines = []
+    for name in record["by seed"][0]["scores"][models[0]]:
+        cells = []
+        for model in models:
+            found = [seed["scores"][model][name] for seed in record["by seed"]]
+            sets = [key for key in found[0] if key != "validation"]
+            each = [
+                (mean(f[s]["fpr95"] for s in sets), mean(f[s]["auroc"] for s in sets))
+                for f in found
+            ]
+            cells.append(" / ".join(f"{100 * mean(v):.1f}" for v in zip(*each, strict=True)))
+        for kind in kinds:
+            found = [row["scores"][name] for row in synthetic if row["groups"] == kind]
+            each = [
+                (mean(v["fpr95"] for v in f.values()), mean(v["auroc"] for v in f.values()))
+                for f in found
+            ]
+            cells.append(" / ".join(f"{100 * mean(v):.1f}" for v in zip(*each, strict=True)))
+        lines.append([name, *cells])
+    heads = [*(m.removeprefix("MOS ") for m in models), *(f"synthetic, {k}" for k in kinds)]
+    return _table(["score", *heads], lines)
+
+
+def claimed() -> str:
+    """Of what is OOD and kept, which group claims the most."""
+    record, lines = glyphs(), []
+    claims = [seed["claims"] for seed in record["by seed"]]
+    for model, first in claims[0].items():
+        for name in first["sets"]:
+            if name == "test":
+                continue
+            kept = mean(sum(c[model]["sets"][name]) for c in claims)
+            top = [
+                max(c[model]["sets"][name]) / max(1e-9, sum(c[model]["sets"][name])) for c in claims
+            ]
+            groups = [
+                c[model]["groups"][max(range(10), key=c[model]["sets"][name].__getitem__)]
+                for c in claims
+            ]
+            which = ", ".join(dict.fromkeys(groups)) if model == "MOS taxonomy" else ""
+            lines.append([model, name, f"{100 * kept:.0f}", f"{100 * mean(top):.0f}", which])
+    return _table(["head", "OOD set", "kept, %", "of these in one group, %", "which"], lines)
+
+
+def counts() -> str:
+    """MOS against the number of groups."""
+    record = glyphs()
+    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for seed in record["by seed"]:
+        for row in seed["group counts"]:
+            found[row["model"], row["groups"]].append(row)
+    averages = _averages(record)
+    lines = []
+    for model in ("MOS features", "MOS random"):
+        cells = {k: found[m, k] for m, k in found if m == model}
+        texts = {k: f"{100 * mean(r['fpr95'] for r in rows):.1f}" for k, rows in cells.items()}
+        texts[10] = f"{100 * averages[model, 'mos-log-odds']['fpr95']['mean']:.1f}"
+        lines.append([model, *(texts[k] for k in sorted(texts))])
+    return _table(["head", *(f"K = {k}" for k in sorted(texts))], lines)
+
+
 def many_classes() -> str:
+    """FPR95 on synthetic features."""
     record = json.loads((RESULTS / "scale-mos.json").read_text())
     found: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in record["results"]:
@@ -230,17 +383,19 @@ def many_classes() -> str:
         values = [mean(by_method[method]) for method in methods]
         cells = [f"**{v:.1f}**" if v == min(values) else f"{v:.1f}" for v in values]
         lines.append([kind, f"{classes:,}", *cells])
-    return f"""## Many classes
+    return _table(["OOD", "classes", *methods], lines)
 
-FPR95 in per cent of linear heads of one budget on synthetic hierarchical features
-(`oodkernels.data.synthetic`; not images). Far are unseen super-classes, near unseen classes. On far
-OOD it is as in the MOS paper, taxonomy best where classes are many; on near OOD random groups win
-here, which the paper did not look at. `scale-mos.json`, by `benchmarks/scale.py`, which also
-studies the selection of outliers (`scale-dos.json`): DOS, greedy and uniform end level, NTOM is
-behind.
 
-{_table(["OOD", "classes", *methods], lines)}
-"""
+BLOCKS: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (short, heads, post_hoc, rates, scores, claimed, counts, many_classes)
+}
+PAGES: tuple[Path, ...] = ()
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results have them."""
+    return BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]()}\n{m[3]}", text)
 
 
 def monitor() -> str:
@@ -289,23 +444,20 @@ def _shown(value: float) -> str:
 
 
 def page() -> str:
-    sections: list[Callable[[], str]] = [
-        *(t.markdown for t in TIMINGS),
-        demo,
-        many_classes,
-        monitor,
-    ]
+    sections: list[Callable[[], str]] = [*(t.markdown for t in TIMINGS), monitor]
     return "\n".join([INTRODUCTION, *(section() for section in sections)])
 
 
 def main() -> None:
     if sys.argv[1:] not in ([], ["--check"]):
         sys.exit(__doc__)
-    text = page()
-    if not sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit("docs/benchmarks.md is not what benchmarks/results holds: run this script")
+    pages = {PAGE: page(), **{path: filled(path.read_text(encoding="utf-8")) for path in PAGES}}
+    for path, text in pages.items():
+        if not sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            name = path.relative_to(ROOT)
+            sys.exit(f"{name} is not what benchmarks/results holds: run this script")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def _options(found: Any) -> str:
 REGISTRIES = {
     "benchmarks": Registry("oodkernels.evaluation.benchmarks", "BENCHMARKS"),
     "conventions": Registry("oodkernels.metrics.ood", "CONVENTIONS"),
+    "demo_methods": Registry("oodkernels.demo.methods", "METHODS"),
     "detectors": Registry("oodkernels.detectors", "DETECTORS"),
     "extract_formats": Registry("oodkernels.data", "EXTRACT_FORMATS"),
     "formats": Registry("oodkernels.data", "FORMATS"),

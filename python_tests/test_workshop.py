@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,21 @@ def test_extras_know_each_other() -> None:
         named += re.findall(r"oodkernels\[([\w,-]+)\]", text)
         named += re.findall(r"\brequire\(\s*\"[\w.]+\",\s*\"([\w-]+)\"", text)
     assert {name for names in named for name in names.split(",")} <= extras
+
+
+def test_unbuilt_sources_do_not_shadow_the_installed_package(tmp_path: Path) -> None:
+    """``python -m pytest`` in a checkout, as well as ``pytest``."""
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    installed = tmp_path / "site" / "oodkernels.py"
+    for file, text in (
+        (tmp_path / "oodkernels" / "__init__.py", "raise ImportError('not built')"),
+        (installed, "built = True"),
+        (tmp_path / "python_tests" / "test_it.py", "import oodkernels\n\n\ndef test(): pass"),
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests"]
+    environment = {**os.environ, "PYTHONPATH": str(installed.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,6 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 
 from oodkernels import Groups, MOSHead
-from oodkernels.demo.models import ConfidenceHead
 from oodkernels.training import TrainConfig, Trainer, tensor_loader
 
 CLASSES, WIDTH = 4, 16
@@ -61,11 +60,22 @@ def outlier_loader(batch_size: int = 32) -> DataLoader[Any]:
     return tensor_loader(make_outliers(), batch_size=batch_size, shuffle=True)
 
 
+class ConfidenceHead(nn.Linear):
+    """A last layer with a confidence branch beside it: (logits, confidence logit)."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__(in_features, num_classes)
+        self.confidence = nn.Linear(in_features, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(features), self.confidence(features).squeeze(-1)
+
+
 def make_model(name: str, dropout: float = 0.0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(11)
         head: nn.Module = nn.Linear(24, CLASSES + (name in ("absent-class", "dos", "ntom")))
-        if name == "mos":
+        if name.startswith("mos"):
             head = MOSHead(24, Groups([0, 1, 1, 0]))
         elif name == "confidence":
             head = ConfidenceHead(24, CLASSES)

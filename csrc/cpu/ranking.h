@@ -142,16 +142,21 @@ template <typename T>
 class Ranking {
  public:
   explicit Ranking(int64_t width)
-      : n_(width), bins_(bins_of(width)), values_(width + lanes<T>), above_(width + lanes<T>),
-        order_(width + lanes<T>), bin_(width + lanes<T>), sums_(width / lanes<T> + 1),
+      : n_(width),
+        bins_(bins_of(width)),
+        values_(width + lanes<T>),
+        above_(width + lanes<T>),
+        order_(width + lanes<T>),
+        bin_(width + lanes<T>),
+        sums_(width / lanes<T> + 1),
         ends_(bins_) {}
 
   // Reads a row, rectified if so wanted.
   template <typename S>
   RowSums read(const S* row, bool rectified) {
     Adder<T> l1, square;
-    const double sum = read(row, rectified ? T(0) : -std::numeric_limits<T>::infinity(),
-        [&](vec<T> x) {
+    const double sum =
+        read(row, rectified ? T(0) : -std::numeric_limits<T>::infinity(), [&](vec<T> x) {
           l1.add_abs(x);
           square.add_square(x);
         });

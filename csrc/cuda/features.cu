@@ -20,9 +20,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feature_stats(
   const FeatureStats out = new_feature_stats(features, args);
   const TensorRows& rows = args.rows;
   if (rows.count > 0)
-    cuda::feature_stats({rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width,
-                            rows.stride, rectified, args.percentiles.const_data_ptr<double>(),
-                            args.count, args.step, on.stream},
+    cuda::feature_stats(
+        {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width, rows.stride, rectified,
+            args.percentiles.const_data_ptr<double>(), args.count, args.step, on.stream},
         out.l1.mutable_data_ptr(), out.l2.mutable_data_ptr(), out.sum.mutable_data_ptr(),
         out.threshold.mutable_data_ptr(), out.top_sum.mutable_data_ptr());
   return {out.l1, out.l2, out.sum, out.threshold, out.top_sum};

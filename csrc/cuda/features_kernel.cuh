@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(kRankingThreads, 4)
       if (k > 0) { // the same for all threads
         const Ranked<T> found = kth_largest(row, k);
         value = found.value;
-        const double above =
-            row.sum([=](double x) { return x > double(found.value) ? x : 0.0; });
+        const double above = row.sum([=](double x) { return x > double(found.value) ? x : 0.0; });
         top = T(above + double(found.equal) * double(value));
       }
       if (first) {
@@ -62,15 +61,14 @@ __global__ void __launch_bounds__(kRankingThreads, 4)
   }
 }
 
-inline void feature_stats(const FeaturesInput& in, void* l1, void* l2, void* sum, void* threshold,
-    void* top_sum) {
+inline void feature_stats(
+    const FeaturesInput& in, void* l1, void* l2, void* sum, void* threshold, void* top_sum) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
     const RankingLaunch with = ranking_launch<S>(in.rows, in.width);
     launch(feature_stats_kernel<S, T>, with.blocks, kRankingThreads, with.shared, in.stream, in,
-        with.shared > 0,
-        FeatureStats<T>{(T*)l1, (T*)l2, (T*)sum, (T*)threshold, (T*)top_sum});
+        with.shared > 0, FeatureStats<T>{(T*)l1, (T*)l2, (T*)sum, (T*)threshold, (T*)top_sum});
   });
 }
 

@@ -16,8 +16,8 @@ Tensor gen_scores(
   cuda::check_width(op, rows.width);
   const Tensor out = new_gen_scores(logits, args);
   if (rows.count > 0 && !gamma.empty())
-    cuda::gen_scores({rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width,
-                         rows.stride, on.stream},
+    cuda::gen_scores(
+        {rows.tensor.const_data_ptr(), rows.dtype, rows.count, rows.width, rows.stride, on.stream},
         gamma.data(), args.m.data(), int64_t(gamma.size()), out.mutable_data_ptr());
   return out;
 }

@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kRankingThreads, 4)
     gen_scores_kernel(GenInput in, bool staged, GenSettings settings, T* scores) {
   extern __shared__ uint4 shared[];
   for (int64_t r = blockIdx.x; r < in.rows; r += gridDim.x) {
-    const RankedRow<S> row{(const S*)in.logits + r * in.stride, staged ? (T*)shared : nullptr,
-        int(in.width), false};
+    const RankedRow<S> row{
+        (const S*)in.logits + r * in.stride, staged ? (T*)shared : nullptr, int(in.width), false};
     row.stage();
     const bool nan = row.holds_nan();
     const T top = nan ? kNaN<T> : kth_largest(row, 1).value;
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kRankingThreads, 4)
   }
 }
 
-inline void gen_scores(const GenInput& in, const double* gamma, const int64_t* m, int64_t count,
-    void* scores) {
+inline void gen_scores(
+    const GenInput& in, const double* gamma, const int64_t* m, int64_t count, void* scores) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;

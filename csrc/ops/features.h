@@ -13,7 +13,8 @@ struct FeatureStats {
 struct FeatureArgs {
   TensorRows rows;
   Tensor percentiles; // float64, contiguous
-  int64_t count, step; // P; values from a row's percentiles to the next row's, 0: all rows share them
+  int64_t count,
+      step; // P; values from a row's percentiles to the next row's, 0: all rows share them
 };
 
 inline TensorRows feature_rows(const char* op, const Tensor& features) {
@@ -39,7 +40,8 @@ inline void check_percentiles(const char* op, const Tensor& percentiles) {
 inline FeatureArgs feature_args(const char* op, const Tensor& features, const Tensor& percentiles) {
   TensorRows rows = feature_rows(op, features);
   OODK_CHECK_TYPE(percentiles.scalar_type() == ScalarType::Double, op,
-      ": percentiles must be float64, got ", torch::headeronly::toString(percentiles.scalar_type()));
+      ": percentiles must be float64, got ",
+      torch::headeronly::toString(percentiles.scalar_type()));
   const int64_t dim = percentiles.dim();
   const auto each = [&] { // (..., P) of features (..., d)
     return dim == features.dim() && batch_sizes_of(percentiles) == batch_sizes_of(features);

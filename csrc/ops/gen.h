@@ -18,8 +18,7 @@ inline GenArgs gen_args(const char* op, const Tensor& logits, const std::vector<
   OODK_CHECK_VALUE(gamma.size() == m.size(), op, ": gamma and m must be as many, got ",
       gamma.size(), " and ", m.size());
   for (const double g : gamma)
-    OODK_CHECK_VALUE(
-        g > 0 && std::isfinite(g), op, ": gamma must be positive and finite, got ", g);
+    OODK_CHECK_VALUE(g > 0 && std::isfinite(g), op, ": gamma must be positive and finite, got ", g);
   for (int64_t& one : args.m) {
     OODK_CHECK_VALUE(one >= 1, op, ": m must be at least 1, got ", one);
     one = one < args.rows.width ? one : args.rows.width;

@@ -247,7 +247,7 @@ class Glyphs:
         Raises:
             ValueError: More classes are asked for than there are, or fewer than groups.
         """
-        chosen = self._chosen(classes)
+        chosen = self.subset(classes)
         kept = [self.classes[i] for i in chosen.tolist()]
         labels = range(len(kept))
         seeds = iter(np.random.SeedSequence(seed).spawn(12))
@@ -286,13 +286,21 @@ class Glyphs:
             record=self.record | {"data seed": seed, "size": size, "classes": len(kept)},
         )
 
-    def _chosen(self, classes: int | None) -> Tensor:
+    def subset(self, classes: int | None = None) -> Tensor:
+        """Labels of as many ID classes in the groups' proportions; a smaller subset is in a larger.
+
+        Args:
+            classes: How many; None: all.
+
+        Raises:
+            ValueError: More than there are, or fewer than groups.
+        """
         total = len(self.classes)
         if classes is None or classes == total:
             return torch.arange(total)
         if not len(GROUPS) <= classes <= total:
             raise ValueError(
-                f"Glyphs.sets: classes must be in [{len(GROUPS)}, {total}], got {classes}"
+                f"Glyphs.subset: classes must be in [{len(GROUPS)}, {total}], got {classes}"
             )
         order = np.random.default_rng(self.seed).permutation(total)
         groups = self.groups.class_to_group.numpy()[order]

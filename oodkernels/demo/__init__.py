@@ -1,5 +1,6 @@
 """What ``oodk demo`` trains and compares."""
 
-from oodkernels.demo.protocol import ID_SET, METHODS, NUM_CLASSES, DemoResult, Method, Settings, run
+from oodkernels.demo.methods import METHODS, Method, Settings
+from oodkernels.demo.study import StudyResult, run
 
-__all__ = ["ID_SET", "METHODS", "NUM_CLASSES", "DemoResult", "Method", "Settings", "run"]
+__all__ = ["METHODS", "Method", "Settings", "StudyResult", "run"]

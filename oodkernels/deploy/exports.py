@@ -124,7 +124,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
         place = list(inspect.signature(rule).parameters).index
         if "groups" in inspect.signature(rule).parameters:
             # Tracing knows tensors by their shape alone, and the rule needs the numbers.
-            name_of = constants.get(node.args[place("groups")].name)
+            groups: Any = node.args[place("groups")]
+            name_of = constants.get(groups.name)
             if name_of is None:
                 raise ValueError(f"Bundle.to_onnx: {name} must have its groups as a constant")
             offsets = program.constants[name_of]

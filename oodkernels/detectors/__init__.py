@@ -56,6 +56,7 @@ from oodkernels.detectors.model import (
     extract,
     run,
 )
+from oodkernels.detectors.mos import MOSClass
 from oodkernels.detectors.passes import predict_batch, score_batch
 from oodkernels.detectors.probabilities import (
     GEN,
@@ -120,6 +121,7 @@ __all__ = [
     "KLMatching",
     "LayerEnsemble",
     "MCDropout",
+    "MOSClass",
     "MOSLogOdds",
     "Mahalanobis",
     "MahalanobisPlusPlus",

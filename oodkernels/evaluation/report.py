@@ -240,7 +240,12 @@ def others_per_group(models: Sequence[GroupOthers]) -> Figure:
         least = {name: [v] for name, v in zip(labels, model.min_others.values(), strict=True)}
         _bars(axes, np.array([last]), least, [_ID_COLOR, *ood])
         axes.axvline(last - 0.65, color="#bbbbbb", lw=1)
-        axes.set_xticks([*range(len(model.groups)), last], [*_names(model), "least of\nall groups"])
+        names = _names(model)
+        slanted: dict[str, Any] = (
+            {"rotation": 40, "ha": "right"} if max(map(len, names)) > 8 else {}
+        )
+        ticks = [*range(len(model.groups)), last]
+        axes.set_xticks(ticks, [*names, "least of\nall groups"], **slanted)
         axes.set(title=as_label(model.name), ylim=(0, 1), xlabel="group")
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
@@ -302,6 +307,13 @@ def sweep(given: Sweep) -> Figure:
     """A figure in per cent against what is varied: mean and standard deviation at each point."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots()
+    draw_sweep(axes, given)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_sweep(axes: Axes, given: Sweep) -> None:
+    """Draw a sweep's lines, without a legend."""
     for i, (name, points) in enumerate(given.series.items()):
         by_x: dict[float, list[float]] = {}
         for x, y in sorted(points):
@@ -321,8 +333,6 @@ def sweep(given: Sweep) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=as_label(given.x), ylabel=f"{as_label(given.y)}, %")
     axes.grid()
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 def tuning(given: Tuning) -> Figure:

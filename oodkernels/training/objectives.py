@@ -30,7 +30,7 @@ from oodkernels.nn.losses import (
     OutlierExposureLoss,
 )
 from oodkernels.nn.mos import MOSHead, MOSLoss, check_layout
-from oodkernels.ops import mos_predict
+from oodkernels.ops import mos_log_others, mos_predict
 from oodkernels.training.base import OBJECTIVES, Context, Objective, Step, make_objective, register
 from oodkernels.training.mining import (
     DOSMiner,
@@ -49,6 +49,7 @@ __all__ = [
     "DOSObjective",
     "EnergyBoundedObjective",
     "MOSObjective",
+    "MOSOutlierObjective",
     "NTOMObjective",
     "OutlierExposureObjective",
     "OutlierObjective",
@@ -155,6 +156,45 @@ class MOSObjective(SoftmaxObjective):
         if self.groups is None:
             return None
         return float(self.groups.offsets.diff().double().log().sum())
+
+
+@register("mos-outliers", needs=["groups", "outliers"], scores=("mos-log-odds", "mos"))
+class MOSOutlierObjective(MOSObjective):
+    """Group softmax whose "others" are the target of outliers too, in every group.
+
+    An extension of MOS (Huang & Li, CVPR 2021): there "others" are learned from the other groups'
+    classes alone.
+
+    Args:
+        weight: Of the outliers' loss, the sum over the groups of -log p_others, > 0.
+        groups: As for :class:`MOSObjective`.
+
+    Raises:
+        ValueError: ``weight`` is not positive.
+    """
+
+    outliers = "batch"
+
+    def __init__(self, weight: float = 1.0, groups: Groups | str | None = None) -> None:
+        super().__init__(groups)
+        if not weight > 0:
+            raise ValueError(f"MOSOutlierObjective: weight must be positive, got {weight}")
+        self.weight = float(weight)
+
+    def step(
+        self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
+    ) -> Step:
+        """See :class:`Objective`."""
+        assert outliers is not None
+        assert self.groups is not None
+        logits = self.outputs(model, torch.cat([x, outliers]), y).logits
+        foreign = -mos_log_others(logits[len(x) :], self.groups).sum(-1).mean()
+        return self.loss(logits[: len(x)], y) + self.weight * foreign, {}
+
+    def chance(self) -> float | None:
+        """See :class:`Objective`."""
+        inside = super().chance()
+        return None if inside is None else (1 + self.weight) * inside
 
 
 class OutlierObjective(Objective):

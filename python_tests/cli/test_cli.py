@@ -59,16 +59,33 @@ def test_help_names_the_commands() -> None:
     assert "info" in plain(found)
 
 
-def test_demo_prints_the_table_and_writes(tmp_path: Path) -> None:
+def test_demo_prints_the_table_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    from oodkernels.data import glyphs
+    from oodkernels.demo import Settings
+
+    whole = glyphs.block_of
+    monkeypatch.setattr(glyphs, "block_of", lambda c: whole(c) if ord(c) % 12 == 0 else "")
+    small = {"classes": 15, "size": 16, "train": 8, "ood": 30, "outliers": 60, "steps": 4}
+    small |= {"epochs": 1, "curve": ()}
+    monkeypatch.setattr(Settings, "quick", lambda **given: Settings(**small, **given))
     out = tmp_path / "made" / "here"
-    found = oodk("demo", "--out", out, "--epochs", 1, "--seed", 4)
+    more = ("--seed", 4, "--method", "MOS features", "--jobs", 1)
+    glyphs._classes.cache_clear()
+    try:
+        found = oodk("demo", "--out", out, "--quick", *more)
+    finally:
+        glyphs._classes.cache_clear()
     assert found.exit_code == 0, found.output
-    for word in ("FPR95", "AUPR-out", "MOS features", "log-odds", "average"):
+    for word in ("FPR95", "AUPR-out", "MOS features", "mos-log-odds", "average"):
         assert word in plain(found)
     for name in ("results.csv", "results.json", "report.html"):
         assert (out / name).stat().st_size > 1000
         assert str(out / name) in found.output
-    assert json.loads((out / "results.json").read_text())["settings"]["seed"] == 4
+    record = json.loads((out / "results.json").read_text())
+    assert record["settings"]["seed"] == 4
+    assert record["settings"]["classes"] == 15
+    assert list(record["methods"]) == ["flat", "MOS features"]
 
 
 def test_demo_quiet_prints_paths_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +99,9 @@ def test_demo_quiet_prints_paths_only(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("--epochs", 0),
-        ("--epochs", "many"),
-        ("--groups", 1),
-        ("--groups", 11),
+        ("--jobs", 0),
+        ("--jobs", "many"),
+        ("--method", "dos"),
         ("--seed", -1),
         ("--unknown", 1),
     ],

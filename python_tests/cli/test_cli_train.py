@@ -47,9 +47,9 @@ def data(tmp_path: Path) -> dict[str, Path]:
 
 def train(data: dict[str, Path], out: Path, objective: str, *more: object) -> dict[str, float]:
     given: tuple[object, ...] = ("--data", data["train"], "--out", out, "--objective", objective)
-    if objective in OUTLIERS:
+    if objective in (*OUTLIERS, "mos-outliers"):
         given = (*given, "--outliers", data["outliers"])
-    if objective == "mos":
+    if objective.startswith("mos"):
         given = (*given, "--groups", data["groups"])
     given = (*given, "--accelerator", "cpu", "--json", "--epochs", 3, "--batch-size", 32)
     found = oodk("train", *given, *more)
@@ -67,7 +67,7 @@ def predictions(head: Head, x: torch.Tensor) -> torch.Tensor:
     return logits[:, :C].argmax(1)
 
 
-@pytest.mark.parametrize("objective", ["softmax", "mos", "confidence", *OUTLIERS])
+@pytest.mark.parametrize("objective", ["softmax", "mos", "mos-outliers", "confidence", *OUTLIERS])
 def test_every_objective_trains_a_head_that_can_be_evaluated(
     data: dict[str, Path], tmp_path: Path, objective: str
 ) -> None:
@@ -82,7 +82,7 @@ def test_every_objective_trains_a_head_that_can_be_evaluated(
     result = train(data, out, objective, *more)
     assert result["steps"] == 3 * 10
     head = Head.load(out / "head.safetensors")
-    assert (head.groups is not None) == (objective == "mos")
+    assert (head.groups is not None) == objective.startswith("mos")
     val = np.load(data["val"])
     answers = predictions(head, torch.from_numpy(val["features"]))
     assert (answers.numpy() == val["labels"]).mean() > 0.8
@@ -90,7 +90,9 @@ def test_every_objective_trains_a_head_that_can_be_evaluated(
         assert len(list(csv.DictReader(file))) >= 3
     assert f'objective = "{objective}"' in (out / "config.toml").read_text()
 
-    detector = {"confidence": "confidence", "mos": "mos"}.get(objective, "energy")
+    detector = {"confidence": "confidence", "mos": "mos", "mos-outliers": "mos-class"}.get(
+        objective, "energy"
+    )
     if head.linear.out_features == C + 1:
         detector = "absent-class"
     given = ("--head", out / "head.safetensors", "--id", data["val"], "-d", detector)

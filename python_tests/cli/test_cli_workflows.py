@@ -103,7 +103,7 @@ def test_all_detectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         name
         for name, cls in DETECTORS.items()
         if cls.spec.family in "ABCDE" and "confidence" not in cls.needs
-    } - {"mos", "mos-log-odds", "absent-class", "weighted-energy", "mcm"}
+    } - {"mos", "mos-class", "mos-log-odds", "absent-class", "weighted-energy", "mcm"}
     assert set(found) == expected
     assert len(found) > 25
     assert all(0 <= value <= 1 for value in found.values())

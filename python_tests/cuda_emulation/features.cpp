@@ -35,14 +35,15 @@ void shape_features(Run& run) {
   void* out = run.output("shaped", bytes);
   std::memcpy(out, run.input("features"), bytes);
   const bool low = run.integer("low") != 0, high = run.integer("high") != 0;
-  oodk::cuda::shape_features({out, run.dtype(), rows, width, width,
-      oodk::Shape(run.integer("shape")), run.integer("k"), low ? run.input("low") : nullptr,
-      high ? run.input("high") : nullptr, 0, 1, nullptr});
+  oodk::cuda::shape_features(
+      {out, run.dtype(), rows, width, width, oodk::Shape(run.integer("shape")), run.integer("k"),
+          low ? run.input("low") : nullptr, high ? run.input("high") : nullptr, 0, 1, nullptr});
 }
 
 } // namespace
 
 int main(int argc, char** argv) {
-  return runner::run(argc, argv, {{"feature_stats", feature_stats}, {"gen_scores", gen_scores},
-                                     {"shape_features", shape_features}});
+  return runner::run(argc, argv,
+      {{"feature_stats", feature_stats}, {"gen_scores", gen_scores},
+          {"shape_features", shape_features}});
 }

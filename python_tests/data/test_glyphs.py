@@ -157,7 +157,7 @@ def test_same_bits_on_any_number_of_threads(alphabet: Glyphs) -> None:
 def test_bad_arguments(alphabet: Glyphs) -> None:
     with pytest.raises(ValueError, match=r"Glyphs: held_out must be in \[0, 1\), got 1"):
         Glyphs(held_out=1)
-    with pytest.raises(ValueError, match=r"Glyphs.sets: classes must be in \[10, \d+\], got 5"):
+    with pytest.raises(ValueError, match=r"Glyphs.subset: classes must be in \[10, \d+\], got 5"):
         alphabet.sets(classes=5)
 
 

@@ -7,10 +7,11 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,158 +26,202 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from oodkernels.demo import protocol as demo
+from oodkernels.data import glyphs, open_samples
+from oodkernels.demo import METHODS, Settings, StudyResult, heads, run
 from oodkernels.demo import report as demo_report
+from oodkernels.demo.methods import FLAT
+from oodkernels.detectors import DETECTORS, applicable
 from oodkernels.evaluation.methods import OTHER, OWN
 from oodkernels.evaluation.results import FIGURES_IN_WORDS
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.training import OBJECTIVES, TrainConfig, objectives, reproducible
+from oodkernels.training import reproducible
 
-SETTINGS = demo.Settings(seed=1, recipe=TrainConfig(epochs=3, accelerator="cpu"))
-
-WITH_OUTLIERS = ["OE", "energy-bounded", "absent class", "NTOM", "POEM", "DOS"]
-
-
-@pytest.fixture(scope="module")
-def used() -> set[type]:
-    """Kinds of the detectors that took part in ``result``."""
-    return set()
+SMALL = {"size": 16, "train": 8, "test": 4, "ood": 60, "outliers": 200, "batch": 64}
+SETTINGS = Settings(seed=1, classes=40, epochs=8, steps=20, curve=(20, 30), **SMALL)
+WITH_OUTLIERS = ["OE", "energy-bounded", "MOS outliers", "absent class", "NTOM", "POEM", "DOS"]
+GROUPED = ["MOS taxonomy", "MOS features", "MOS random"]
+ALL_GROUPED = [*GROUPED, "MOS outliers"]
 
 
-@pytest.fixture(scope="module")
-def result(used: set[type]) -> demo.DemoResult:
-    evaluate = demo.evaluate
-
-    def noted(model: Any, digits: Any, ood: Any, detectors: Any, **more: Any) -> Any:
-        used.update(map(type, detectors.values()))
-        return evaluate(model, digits, ood, detectors, **more)
-
+@pytest.fixture(scope="module", autouse=True)
+def few_characters() -> Iterator[None]:
+    """A sixth of the characters, to be drawn in a second."""
+    whole = glyphs.block_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "evaluate", noted)
-        return demo.run(SETTINGS)
+        patch.setattr(glyphs, "block_of", lambda c: whole(c) if ord(c) % 6 == 0 else "")
+        glyphs._classes.cache_clear()
+        yield
+    glyphs._classes.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def html(result: demo.DemoResult) -> str:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def told() -> list[tuple[str, int, int]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path, told: list[tuple[str, int, int]]) -> StudyResult:
+    return run(SETTINGS, folder, lambda *step: told.append(step))
+
+
+@pytest.fixture(scope="module")
+def html(result: StudyResult) -> str:
     return demo_report.to_html(result)
 
 
-def test_every_method_is_on_every_set(result: demo.DemoResult) -> None:
-    assert [method.name for method in result.evaluation.methods] == [
-        "flat: MSP",
-        "flat: max logit",
-        "flat: energy",
-        "flat: entropy",
-        "flat: ODIN",
-        "flat: Mahalanobis",
-        "flat: k-NN",
-        "MOS random: MOS",
-        "MOS random: log-odds",
-        "MOS features: MOS",
-        "MOS features: log-odds",
-        "confidence: confidence",
-        "abnormality: abnormality",
-        "synthetic: MSP",
-        "synthetic: energy",
-        "OE: MSP",
-        "OE: energy",
-        "energy-bounded: MSP",
-        "energy-bounded: energy",
-        "absent class: absent class",
-        "NTOM: absent class",
-        "POEM: energy",
-        "DOS: absent class",
+def test_every_method_is_on_every_set(result: StudyResult) -> None:
+    both = {"logits", "features"}
+    flat = applicable(both, trained_on={*both, "labels"}, head=True)
+    names = [method.name for method in result.evaluation.methods]
+    refused = [note.split()[0] for note in result.evaluation.notes[FLAT]]
+    assert [n for n in names if n.startswith(FLAT)] == [
+        f"{FLAT}: {score}" for score in flat if score not in refused
     ]
-    assert list(result.images) == ["digits", "faces", "textures", "photos"]
+    assert set(refused) <= {"she", "openmax", "temperature-scaling"}  # of heads that know little
+    for model in GROUPED:
+        scores = {n.split(": ")[1] for n in names if n.startswith(f"{model}:")}
+        assert scores == {n for n in DETECTORS if n.startswith("mos")}
+    assert list(result.choices) == list(METHODS)
     for method in result.evaluation.methods:
-        assert len(method.id_scores) == len(result.images["digits"])
-        for name, scores in method.ood_scores.items():
-            assert len(scores) == len(result.images[name])
-    assert len(result.evaluation.rows) == 23 * 4
+        assert len(method.id_scores) == len(result.data.test.labels)
+        assert {n: len(s) for n, s in method.ood_scores.items()} == {
+            n: len(s.labels) for n, s in result.data.ood.items()
+        }
     assert all(
         0 <= getattr(row, metric) <= 1 for row in result.evaluation.rows for metric in METRICS
     )
 
 
-def test_every_objective_and_detector_takes_part(result: demo.DemoResult, used: set[type]) -> None:
-    assert set(demo.METHODS) == set(objectives.OBJECTIVES) == set(OBJECTIVES)
-    assert {cls.name for cls in used} == {
-        *("msp", "max-logit", "energy", "entropy", "odin", "mahalanobis", "knn", "mos"),
-        *("mos-log-odds", "absent-class", "confidence", "abnormality"),
+def test_models_learn(result: StudyResult) -> None:
+    assert min(method.id_accuracy for method in result.evaluation.methods) > 3 / 40
+
+
+def test_every_method_tries_as_many_settings_and_validation_chooses(result: StudyResult) -> None:
+    for name, choice in result.choices.items():
+        assert len(choice.tried) == 4, name
+        best = max(choice.tried, key=lambda tried: tried["auroc"])
+        assert choice.setting.items() <= best.items()
+
+
+def test_validation_and_outliers_are_no_test_set(result: StudyResult) -> None:
+    record = result.data.record
+    assert not {"validation_ood", "outliers"} & set(result.evaluation.methods[0].sizes[1])
+    names = {name for blocks in glyphs.OOD_BLOCKS.values() for name in blocks}
+    assert not names & {*glyphs.VALIDATION_BLOCKS, *glyphs.OUTLIER_BLOCKS}
+    assert record["classes"] == 40
+
+
+def test_features_are_in_files(result: StudyResult, folder: Path) -> None:
+    (features,) = folder.glob("glyphs-40x8-16px-8epochs-seed1/features")
+    head = result.choices[FLAT].head
+    found = open_samples(features / "test.safetensors")
+    logits = head(found.read("features"))
+    accuracy = float((logits.argmax(1) == found.read("labels")).double().mean())
+    flat = next(m for m in result.evaluation.methods if m.model == FLAT)
+    assert accuracy == flat.id_accuracy
+
+
+def test_curve_ends_where_the_table_is(result: StudyResult) -> None:
+    averages = {
+        (row.model, row.score): row.fpr95
+        for row in result.evaluation.rows
+        if row.ood_set == "average"
     }
+    series = result.curve["FPR95"].series
+    assert set(series) == {"flat: msp", "flat: energy", *GROUPED}
+    for name, points in series.items():
+        assert [x for x, _ in points] == [20, 30, 40]
+        model, _, score = name.partition(": ")
+        assert points[-1][1] == averages[model, score or "mos-log-odds"]
 
 
-def test_models_learn(result: demo.DemoResult) -> None:
-    assert min(method.id_accuracy for method in result.evaluation.methods) > 0.7
-    means = {(r.model, r.score): r.auroc for r in result.evaluation.rows if r.ood_set == "average"}
-    del means["abnormality", "abnormality"]  # whose second phase is one epoch
-    assert min(means.values()) > 0.7
-    assert min(auroc for (model, _), auroc in means.items() if model in WITH_OUTLIERS) > 0.95
-
-
-def test_scores_have_the_signs_they_should(result: demo.DemoResult) -> None:
+def test_others_are_those_of_the_score(result: StudyResult) -> None:
     by_name = {method.name: method for method in result.evaluation.methods}
-    msp = by_name["flat: MSP"].id_scores
-    assert msp.min() >= 0.1
-    assert msp.max() <= 1
-    assert np.all(by_name["flat: energy"].id_scores >= by_name["flat: max logit"].id_scores)
-    assert by_name["flat: entropy"].id_scores.max() <= 0
-    for model in ("MOS random", "MOS features"):
-        mos = by_name[f"{model}: MOS"]
-        odds = by_name[f"{model}: log-odds"]
-        np.testing.assert_allclose(
-            mos.id_scores, -1 / (1 + np.exp(odds.id_scores.astype(np.float64))), atol=1e-5
-        )
-
-
-def test_others_are_those_of_the_score(result: demo.DemoResult) -> None:
-    by_name = {method.name: method for method in result.evaluation.methods}
+    assert [model.name for model in result.evaluation.others] == ALL_GROUPED
     for model in result.evaluation.others:
-        assert sorted(digit for group in model.groups for digit in group) == list(range(10))
-        assert len(model.groups) == SETTINGS.num_groups
-        assert all(len(values) == len(model.groups) for values in model.others.values())
-        mos = by_name[f"{model.name}: MOS"]
+        assert sorted(c for group in model.groups for c in group) == list(range(40))
+        assert len(model.groups) == 10
+        mos = by_name[f"{model.name}: mos"]
         for name, scores in {"ID": mos.id_scores, **mos.ood_scores}.items():
             assert model.min_others[name] == pytest.approx(-scores.mean(), abs=1e-5)
-        own, foreign = model.others[OWN], model.others[OTHER]
-        assert max(own) < min(foreign)
+        assert np.mean(model.others[OWN]) < np.mean(model.others[OTHER])
+
+
+def test_claims_are_of_what_is_kept(result: StudyResult) -> None:
+    by_name = {method.name: method for method in result.evaluation.methods}
+    for model in GROUPED:
+        odds = by_name[f"{model}: mos-log-odds"]
+        found = demo_report.claims(result, model)
+        for name, scores in odds.ood_scores.items():
+            kept = (scores >= odds.threshold).mean()
+            assert sum(found["sets"][name]) == pytest.approx(kept)
+        assert sum(found["sets"]["test"]) >= 0.95 - 1e-6
+    assert len(result.siblings) == len(result.data.ood["nearest"].labels)
+
+
+def test_same_table_on_any_number_of_threads(tmp_path: Path) -> None:
+    settings = Settings(
+        classes=20, epochs=2, steps=5, curve=(), methods=["MOS taxonomy", "DOS"], **SMALL
+    )
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            again = run(settings, tmp_path / str(n))
+            found.append((again.evaluation.to_csv(), demo_report.to_json(again)))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
+def test_second_run_uses_the_backbone(
+    result: StudyResult, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = next(folder.glob("*/backbone/log.csv"))
+    before = log.read_bytes()
+    told = []
+    settings = dataclasses.replace(SETTINGS, methods=["POEM"], curve=())
+    state = global_state()
+    again = run(settings, folder, lambda *step: told.append(step))
+    demo_report.to_html(again)
+    assert global_state() == state
+    assert log.read_bytes() == before
+    assert ("train the backbone", 1, 8) not in told
+    assert list(again.choices) == [FLAT, "POEM"]
+    first = {m.name: m for m in result.evaluation.methods}
+    for method in again.evaluation.methods:
+        np.testing.assert_array_equal(method.id_scores, first[method.name].id_scores)
+
+
+def test_progress_is_told(result: StudyResult, told: list[tuple[str, int, int]]) -> None:
+    parts = list(dict.fromkeys(what for what, _, _ in told))
+    assert parts == [
+        *("draw characters", "train the backbone", "extract features", "train heads"),
+        *("evaluate", "fewer classes"),
+    ]
+    for part in parts:
+        steps = [(done, total) for what, done, total in told if what == part]
+        assert steps == sorted(steps)
+        assert steps[0][0] == 0
+        assert steps[-1][0] == steps[-1][1]
 
 
 @pytest.mark.slow
-def test_same_settings_same_bytes_on_any_number_of_threads(result: demo.DemoResult) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)
-    try:
-        again = demo.run(SETTINGS)
-    finally:
-        torch.set_num_threads(threads)
-    for one, two in zip(result.evaluation.methods, again.evaluation.methods, strict=True):
-        np.testing.assert_array_equal(one.id_scores, two.id_scores)
-        for name, scores in one.ood_scores.items():
-            np.testing.assert_array_equal(scores, two.ood_scores[name])
-    assert again.evaluation.to_csv() == result.evaluation.to_csv()
-    assert demo_report.to_json(again) == demo_report.to_json(result)
-
-
-def test_report_is_the_same_every_time(result: demo.DemoResult, html: str) -> None:
-    assert demo_report.to_html(result) == html
-
-
-def test_seed_and_groups_matter_progress_is_told_and_nothing_else_touched(
-    result: demo.DemoResult,
-) -> None:
-    told = []
-    before = global_state()
-    settings = demo.Settings(2, 5, TrainConfig(epochs=1, accelerator="cpu"), methods=["dos", "mos"])
-    other = demo.run(settings, lambda model, epoch: told.append((model, epoch)))
-    demo_report.to_html(other)
-    assert global_state() == before
-    assert told == [(model, 1) for model in ("flat", "MOS random", "MOS features", "DOS")]
-    assert list(dict.fromkeys(m.model for m in other.evaluation.methods)) == settings.models
-    assert [len(model.groups) for model in other.evaluation.others] == [5, 5]
-    assert not np.array_equal(result.images["digits"], other.images["digits"])
-    assert np.array_equal(result.images["photos"], other.images["photos"])
+def test_processes_make_no_difference(folder: Path, result: StudyResult) -> None:
+    study = next(folder.glob("*/features"))
+    everything = torch.arange(40)
+    tasks = [heads.Task(name, everything, None, METHODS[name].tried) for name in (FLAT, "DOS")]
+    settings = dataclasses.replace(SETTINGS, jobs=2)
+    for choice, task in zip(
+        heads.choose_each(study, settings, tasks, lambda done: None), tasks, strict=True
+    ):
+        assert choice.tried == result.choices[task.method].tried
 
 
 def global_state() -> tuple[object, ...]:
@@ -197,7 +242,7 @@ def test_reproducible_restores_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_csv_holds_the_metrics_in_full(result: demo.DemoResult) -> None:
+def test_csv_holds_the_metrics_in_full(result: StudyResult) -> None:
     table = list(csv.DictReader(result.evaluation.to_csv().splitlines()))
     assert len(table) == len(result.evaluation.rows)
     for line in table:
@@ -213,20 +258,26 @@ def test_csv_holds_the_metrics_in_full(result: demo.DemoResult) -> None:
         assert float(line["id_accuracy"]) == method.id_accuracy
 
 
-def test_json_says_what_was_done(result: demo.DemoResult) -> None:
+def test_json_says_what_was_done(result: StudyResult) -> None:
     record = json.loads(demo_report.to_json(result))
     assert record["convention"] == FIGURES_IN_WORDS
-    assert record["settings"] == dataclasses.asdict(SETTINGS)
-    assert set(record["methods"]) == set(demo.METHODS)
-    assert record["methods"]["dos"]["outliers_per_image"] == 6
-    assert record["data"]["train"] == 1198
-    assert record["data"]["outliers"] == 4000
-    assert record["data"]["test"] == {"digits": 599, "faces": 600, "textures": 600, "photos": 600}
+    settings = dataclasses.asdict(SETTINGS)
+    del settings["jobs"]
+    assert record["settings"] == json.loads(json.dumps(settings))
+    assert set(record["methods"]) == set(METHODS)
+    for name, method in record["methods"].items():
+        assert method["setting"] == result.choices[name].setting
+        assert method["chosen score"] in method["validation AUROC"]
+    assert record["methods"]["DOS"]["trained on"] == "characters and outliers"
+    assert record["data"]["classes"] == 40
+    assert len(record["data"]["fonts"]) == 12
+    assert record["data"]["test"]["test"] == 160
     assert [row["fpr95"] for row in record["results"]] == [
         row.fpr95 for row in result.evaluation.rows
     ]
     assert record["software"]["torch"] == torch.__version__
-    assert [model["name"] for model in record["grouped_models"]] == ["MOS random", "MOS features"]
+    assert [model["name"] for model in record["grouped_models"]] == ALL_GROUPED
+    assert set(record["claims"]) == set(ALL_GROUPED)
 
 
 class _Page(HTMLParser):
@@ -255,8 +306,7 @@ class _Page(HTMLParser):
 def test_html_is_well_formed_and_self_contained(html: str) -> None:
     page = _Page(html)
     assert page.open == []
-    assert page.tags.count("img") == 5 + 5
-    assert page.tags.count("details") == page.tags.count("summary") == 3
+    assert page.tags.count("details") == page.tags.count("summary") == 2
     assert page.images_without_alt == 0
     assert all(link.startswith("data:image/") for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -264,50 +314,44 @@ def test_html_is_well_formed_and_self_contained(html: str) -> None:
     assert "@import" not in html
 
 
-def test_html_shows_the_table(result: demo.DemoResult, html: str) -> None:
+def test_html_shows_the_table(result: StudyResult, html: str) -> None:
     for row in result.evaluation.rows:
         assert f">{100 * row.fpr95:.2f}</td>" in html
     assert html.count('scope="row"') == 2 * 2 * len(result.evaluation.methods)
-    assert html.count('best"') >= len(METRICS) * 6
-    assert html.index("Trained on digits alone") < html.index("Trained on digits and outliers")
+    assert html.index("Heads trained on characters alone") < html.index("characters and outliers")
+    for name in result.choices:
+        score = demo_report.best_score(result, name)
+        assert f"{score} •" in html
 
 
-def test_kinds_are_by_what_was_trained_on(result: demo.DemoResult) -> None:
+def test_pictures_show_what_is_confused(result: StudyResult) -> None:
+    found = demo_report.confusions(result, FLAT)
+    for name, rows in found.items():
+        label, kept = result.taken[FLAT][name]
+        assert rows
+        assert rows[0].taken == int(torch.bincount(label[kept]).max())
+        assert all(a.taken >= b.taken > 0 for a, b in pairwise(rows))
+
+
+def test_kinds_are_by_what_was_trained_on(result: StudyResult) -> None:
     found = demo_report.kinds(result.evaluation)
-    assert found["digits and outliers"] == WITH_OUTLIERS
-    assert [model for models in found.values() for model in models] == SETTINGS.models
-    rows = demo_report.averages(result.evaluation, "digits and outliers")
-    assert [row.model for row in rows[:3]] == ["OE", "OE", "energy-bounded"]
+    assert found == {
+        "the flat head": [FLAT],
+        "characters alone": GROUPED,
+        "characters and outliers": WITH_OUTLIERS,
+    }
+    rows = demo_report.averages(result.evaluation, "characters and outliers")
+    assert [row.model for row in rows[:4]] == ["OE", "OE", "OE", "energy-bounded"]
     assert {row.ood_set for row in rows} == {"average"}
 
 
-def test_report_without_outliers(result: demo.DemoResult) -> None:
-    alone = [m for m in result.evaluation.methods if m.model not in WITH_OUTLIERS]
-    evaluation = dataclasses.replace(result.evaluation, methods=alone)
-    settings = dataclasses.replace(SETTINGS, methods=["mos"])
-    page = demo_report.to_html(
-        dataclasses.replace(result, settings=settings, evaluation=evaluation)
-    )
-    assert _Page(page).tags.count("img") == 4 + 4
-    assert "digits and outliers" not in page
-    assert "DOS" not in page
-
-
 def test_unknown_methods_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"methods must be of softmax, mos, .*, got ods"):
-        demo.Settings(methods=["mos", "ods"])
-
-
-def test_html_escapes(result: demo.DemoResult) -> None:
-    methods = [dataclasses.replace(m, model="<script>") for m in result.evaluation.methods]
-    evaluation = dataclasses.replace(result.evaluation, methods=methods)
-    page = demo_report.to_html(dataclasses.replace(result, evaluation=evaluation))
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
+    with pytest.raises(ValueError, match=r"methods must be of flat, MOS taxonomy, .*, got ods"):
+        Settings(methods=["DOS", "ods"])
 
 
 def test_write_report_replaces_files_whole(
-    result: demo.DemoResult, html: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: StudyResult, html: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_report, "to_html", lambda result: html)
     out = tmp_path / "new" / "folder"
@@ -367,7 +411,8 @@ def test_table_over_seeds(table: ModuleType) -> None:
 
 def test_table_over_seeds_is_written(
     table: ModuleType,
-    result: demo.DemoResult,
+    result: StudyResult,
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -382,16 +427,26 @@ def test_table_over_seeds_is_written(
         map = staticmethod(map)
 
     monkeypatch.setattr(table, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(table, "run", lambda settings: result)
+    monkeypatch.setattr(table, "COUNTS", (5,))
+    monkeypatch.setattr(table.Study, "run", lambda study: result)
+    monkeypatch.setattr(table, "Settings", lambda seed: dataclasses.replace(SETTINGS, seed=1))
     out = tmp_path / "new" / "table.json"
-    monkeypatch.setattr(sys, "argv", ["demo_table.py", "--out", str(out), "--seeds", "1", "2"])
+    argv = ["demo_table.py", "--out", str(out), "--folder", str(folder), "--seeds"]
+    monkeypatch.setattr(sys, "argv", [*argv, "1", "2"])
     table.main()
     record = json.loads(out.read_text())
     assert record["seeds"] == [1, 2]
-    assert len(record["summary"]) == 23 * 4
-    assert len(record["results"]) == 2 * 23 * 4
+    methods = len(result.evaluation.methods)
+    assert len(record["summary"]) == methods * 7
+    assert len(record["results"]) == 2 * methods
     assert all(row["fpr95"]["std"] == 0 for row in record["summary"])
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 23
-    monkeypatch.setattr(sys, "argv", ["demo_table.py", "--out", str(out), "--seeds", "1"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + methods
+    for seed in record["by seed"]:
+        assert {row["groups"] for row in seed["group counts"]} == {5}
+        for model in GROUPED:
+            tried = seed["scores"][model]["the paper's: maximum of log-odds"]
+            odds = result.validation[model]["mos-log-odds"]
+            assert tried["validation"]["auroc"] == pytest.approx(odds, abs=1e-4)
+    monkeypatch.setattr(sys, "argv", [*argv, "1"])
     with pytest.raises(SystemExit):
         table.main()

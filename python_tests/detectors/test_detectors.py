@@ -15,7 +15,7 @@ from pytorch_ood_package import pytorch_ood
 from torch import nn
 
 import oodkernels
-from oodkernels import Groups, MOSHead, ood_metrics
+from oodkernels import Groups, ood_metrics
 from oodkernels.detectors import (
     DETECTORS,
     KNN,
@@ -29,6 +29,7 @@ from oodkernels.detectors import (
     FeatureModel,
     Mahalanobis,
     MaxLogit,
+    MOSClass,
     MOSLogOdds,
     NotFittedError,
     OODDetector,
@@ -84,7 +85,22 @@ RULES = {
     "MOS": (MOS(GROUPS), lambda z: mos_rule(z)[0]),
     "MOS log-odds": (MOS(GROUPS, log_odds=True), lambda z: mos_rule(z)[1]),
     "MOSLogOdds": (MOSLogOdds(GROUPS), lambda z: mos_rule(z)[1]),
+    "MOSClass": (MOSClass(GROUPS), lambda z: logsumexp(mos_class_odds(z))),
+    "MOSClass T": (MOSClass(GROUPS, 2.5), lambda z: 2.5 * logsumexp(mos_class_odds(z) / 2.5)),
 }
+
+
+def mos_class_odds(z):
+    """(N, K) log-odds of the best class of each group."""
+    odds, start = [], 0
+    for k in range(3):
+        end = start + 1 + sum(GROUPS.class_to_group[c] == k for c in range(7))
+        p = softmax(z[:, start:end])
+        best = 1 + p[:, 1:].argmax(1)
+        rows = np.arange(len(p))
+        odds.append(np.log(p[rows, best] / [np.delete(p[i], best[i]).sum() for i in rows]))
+        start = end
+    return np.stack(odds, 1)
 
 
 def mos_rule(z):
@@ -198,6 +214,7 @@ def test_mos_log_odds_does_not_saturate():
     z[:, GROUPS.offsets[:-1]] = torch.tensor([[20.0], [30.0], [40.0]])
     assert MOS(GROUPS).score(logits=z).tolist() == [-1, -1, -1]
     assert (MOSLogOdds(GROUPS).score(logits=z).diff() < 0).all()
+    assert (MOSClass(GROUPS).score(logits=z).diff() < 0).all()
 
 
 def test_mos_never_predicts_others():
@@ -827,6 +844,7 @@ def test_score_all_names_the_detector_that_is_not_fitted():
         MOS(GROUPS, log_odds=True),
         MOS(GROUPS),
         MOSLogOdds(GROUPS),
+        MOSClass(GROUPS, 3.0),
         AbsentClass(),
         ConfidenceBranch(),
     ],
@@ -1037,40 +1055,38 @@ def test_pytorch_ood_takes_our_detectors():
 @pytest.fixture(scope="module")
 def trained():
     """Small models of the digits, and the test sets: "digits" is ID."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("skimage")
-    from oodkernels.demo import digits as data
-
     pytest.importorskip("lightning_fabric")
-    from oodkernels.demo.models import ConfidenceHead, SmallConvNet, zero_linear
+    from small_models import digits
+
+    from oodkernels.nn import Head
     from oodkernels.training import TrainConfig, Trainer, reproducible, tensor_loader
 
-    digits = data.digits()
-    sets = {"digits": digits.test_images, **data.ood_sets()}
-    outliers = sets.pop("textures")
+    it = digits()
+    sets = {"digits": it.test_images, "photos": it.ood["photos"]}
+    outliers = it.ood["textures"]
     groups = Groups.random(10, 3)
 
-    def fit(objective, head, images, labels):
+    def fit(objective, images, labels, columns=10, **head):
         loader = tensor_loader(images, labels, batch_size=64, shuffle=True, drop_last=True)
         with reproducible(0):
-            model = SmallConvNet(head)
-            Trainer(model, objective, TrainConfig(epochs=4, accelerator="cpu")).fit(loader)
+            body = nn.Sequential(
+                *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+                *(nn.Conv2d(32, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()),
+                *(nn.Flatten(), nn.Linear(512, 128), nn.ReLU()),
+            )
+            model = nn.Sequential(body, Head(128, columns, **head))
+            Trainer(model, objective, TrainConfig(epochs=5, accelerator="cpu")).fit(loader)
         return model
 
-    images, labels = digits.train_images, digits.train_labels
+    images, labels = it.images, it.labels
     absent = torch.full((len(outliers),), 10)
     models = {
-        "flat": fit("softmax", lambda d: zero_linear(d, 10), images, labels),
-        "mos": fit("mos", lambda d: MOSHead(d, groups), images, labels),
-        "absent": fit(
-            "softmax",
-            lambda d: zero_linear(d, 11),
-            torch.cat([images, outliers]),
-            torch.cat([labels, absent]),
-        ),
-        "confidence": fit("confidence", lambda d: ConfidenceHead(d, 10), images, labels),
+        "flat": it.model,
+        "mos": fit("mos", images, labels, groups.width, groups=groups),
+        "absent": fit("softmax", torch.cat([images, outliers]), torch.cat([labels, absent]), 11),
+        "confidence": fit("confidence", images, labels, confidence=True),
     }
-    return models, groups, sets, digits.test_labels
+    return models, groups, sets, it.test_labels
 
 
 @pytest.mark.parametrize(

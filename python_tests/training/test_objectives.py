@@ -22,7 +22,7 @@ from training_runs import config as two_epochs
 
 from oodkernels import Groups
 from oodkernels.detectors import DETECTORS
-from oodkernels.nn import AbsentClassLoss, Discriminator, Generator, Head
+from oodkernels.nn import AbsentClassLoss, Discriminator, Generator, Head, MOSLoss
 from oodkernels.training import (
     MINERS,
     OBJECTIVES,
@@ -111,6 +111,19 @@ def test_options_are_plain_and_objects_are_named() -> None:
     assert made.options["miner"].startswith("<DOSMiner(k=8, n_init=5, ")
     with pytest.raises(ValueError, match=r"got 'OutlierObjective'; an objective of your own is"):
         make_objective(made.name, made.options)
+
+
+def test_outliers_are_others_to_every_group() -> None:
+    objective = make_objective("mos-outliers", {"weight": 0.5, "groups": GROUPS})
+    model = nn.Linear(3, GROUPS.width)
+    objective.prepare(model, lambda: torch.zeros(1, 3))
+    x, y, outliers = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1]), torch.randn(4, 3)
+    loss, _ = objective.step(model, x, y, outliers, None)  # type: ignore[arg-type]
+    inside = MOSLoss(GROUPS)(model(x), y)
+    parts = [model(outliers)[:, a:b].log_softmax(1)[:, 0] for a, b in GROUPS.slices().tolist()]
+    torch.testing.assert_close(loss, inside - 0.5 * sum(parts).mean())
+    with pytest.raises(ValueError, match="MOSOutlierObjective: weight must be positive, got 0"):
+        make_objective("mos-outliers", {"weight": 0})
 
 
 def test_an_objective_of_ones_own() -> None:

@@ -1,0 +1,72 @@
+"""Which benchmarks a run has time for: ours, the ceilings, and the best peer of each.
+
+``pytest benchmarks --benchmark-only`` ends within ten minutes and says what it leaves out;
+``--full`` runs everything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MINUTES = 9.0
+"""After so many nothing new is begun, as what has begun takes up to a minute."""
+PEER_PARAMETERS = ("peer", "name")
+PEERS = (
+    *("authors", "binned", "compiled", "eager", "faiss", "histc", "np.", "numpy", "official"),
+    *("pytorch-ood", "scikit-learn", "sklearn", "torchmetrics"),
+)
+"""How the names of peers begin; "torch" is one, torch.mm and torch.sort are ceilings."""
+
+
+def recorded_times(folder: Path = RESULTS) -> dict[str, float]:
+    """Name of a benchmark -> median in ms, of all that are recorded."""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        rows = json.loads(file.read_text()).get("results")
+        for row in rows if isinstance(rows, list) else ():
+            if "median_ms" in row:
+                found[row["name"]] = row["median_ms"]
+    return found
+
+
+def peer_of(parameters: Mapping[str, Any]) -> str | None:
+    """The name of the peer that a benchmark with these parameters measures; None: it is ours."""
+    for key in PEER_PARAMETERS:
+        value = parameters.get(key)
+        if isinstance(value, str) and (value == "torch" or value.startswith(PEERS)):
+            return value
+    return None
+
+
+def best_peers(items: Sequence[Any], times: Mapping[str, float]) -> set[Any]:
+    """Of every group of items that differ in the peer alone, the one with the least recorded time;
+    where none is recorded the first."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for item in items:
+        others = {k: str(v) for k, v in item.callspec.params.items() if k not in PEER_PARAMETERS}
+        key = (item.nodeid.split("[")[0], *sorted(others.items()))
+        groups.setdefault(key, []).append(item)
+    return {min(group, key=lambda i: times.get(i.name, float("inf"))) for group in groups.values()}
+
+
+def chosen(items: Sequence[Any], times: Mapping[str, float]) -> tuple[list[Any], list[Any]]:
+    """Those that are run, ours before the peers, and those that are left out."""
+    peers = [i for i in items if hasattr(i, "callspec") and peer_of(i.callspec.params)]
+    best, every = best_peers(peers, times), set(peers)
+    ours = [item for item in items if item not in every]
+    return ours + [i for i in peers if i in best], [i for i in peers if i not in best]
+
+
+def left_out(names: Iterable[str], total: int) -> str:
+    """What a run has not measured, as lines."""
+    files = Counter(name.split("/")[-1].split("[")[0].replace("::", " ") for name in names)
+    if not files:
+        return ""
+    parts = "\n".join(f"  {n:4d} of {name}" for name, n in sorted(files.items()))
+    count = sum(files.values())
+    return f"{count} of {total} benchmarks were left out; --full runs them:\n{parts}"
