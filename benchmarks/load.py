@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from oodkernels._files import write_text
 from oodkernels.data import ToTensor
-from oodkernels.demo.models import SmallConvNet
 from oodkernels.deploy import Bundle
 from oodkernels.detectors import Energy
 
@@ -42,11 +41,16 @@ BAD = 50  # one in so many requests is no image
 
 
 class Grey(nn.Module):
-    """The demo's network on the mean of the channels."""
+    """A small network on the mean of the channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = SmallConvNet(lambda width: nn.Linear(width, 10)).eval()
+        self.net = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.ReLU()),
+            nn.Linear(128, 10),
+        ).eval()
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x.mean(1, keepdim=True))

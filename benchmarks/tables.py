@@ -370,6 +370,20 @@ def counts() -> str:
     return _table(["head", *(f"K = {k}" for k in sorted(texts))], lines)
 
 
+def synthetic_scores() -> str:
+    """FPR95 and AUROC of the scores of MOS heads on synthetic features alone."""
+    rows = json.loads((RESULTS / "scale-scores.json").read_text())["results"]
+    kinds = list(dict.fromkeys(row["groups"] for row in rows))
+    lines = []
+    for name in rows[0]["scores"]:
+        lines.append([name])
+        for kind in kinds:
+            found = [row["scores"][name].values() for row in rows if row["groups"] == kind]
+            means = [mean(v[f] for sets in found for v in sets) for f in ("fpr95", "auroc")]
+            lines[-1].append(" / ".join(f"{100 * value:.1f}" for value in means))
+    return _table(["score", *kinds], lines)
+
+
 def many_classes() -> str:
     """FPR95 on synthetic features."""
     record = json.loads((RESULTS / "scale-mos.json").read_text())
@@ -387,9 +401,20 @@ def many_classes() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (short, heads, post_hoc, rates, scores, claimed, counts, many_classes)
+    f.__name__: f
+    for f in (
+        short,
+        heads,
+        post_hoc,
+        rates,
+        scores,
+        claimed,
+        counts,
+        synthetic_scores,
+        many_classes,
+    )
 }
-PAGES: tuple[Path, ...] = ()
+PAGES = (ROOT / "docs" / "many-classes.md",)
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -115,7 +116,9 @@ def choose(features: Features, settings: Settings, task: Task) -> Choice:
     name, classes, groups, tried = task
     best: tuple[float, Head, Mapping[str, Any]] | None = None
     record = []
-    with reproducible(settings.seed):
+    with reproducible(settings.seed), warnings.catch_warnings():
+        # Of rates that are too large, which are tried on purpose.
+        warnings.filterwarnings("ignore", "Trainer.fit: after an epoch the loss is")
         for setting in tried:
             head = fit_head(features, settings, name, classes, groups, setting)
             detector = make_detector(METHODS[name].score, head)

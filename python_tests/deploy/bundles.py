@@ -1,4 +1,4 @@
-"""Bundles of the demo's network, untrained, for the tests of this folder."""
+"""Bundles of a small network, untrained, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -8,15 +8,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from training_runs import ConfidenceHead
 
 from oodkernels import Groups
 from oodkernels.data import ToTensor
-from oodkernels.demo.models import ConfidenceHead, SmallConvNet
 from oodkernels.deploy import Bundle
 from oodkernels.detectors import DETECTORS, KNN, MOS, ConfidenceBranch, Mahalanobis, OODDetector
 
 SHAPE = (1, 8, 8)
 GROUPS = Groups.from_labels(["b", "a", "b", "c", "a", "b", "c"])
+
+
+class SmallConvNet(nn.Module):
+    """Two convolutions and a hidden layer of 128 units, for 8 x 8 grey images."""
+
+    def __init__(self, head: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.ReLU()),
+        )
+        self.head = head(128)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
 
 
 class Data(NamedTuple):

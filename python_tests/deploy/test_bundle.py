@@ -303,7 +303,7 @@ def test_a_fresh_process_decides_the_same(tmp_path: Path) -> None:
     assert done.stdout.startswith("('A', 'B', 'C', 'D', 'E', 'F', 'G') ToTensor(size=8")
 
 
-@pytest.mark.parametrize("kind", ["confidence", "layers", "react"])
+@pytest.mark.parametrize("kind", ["confidence", "layers"])
 def test_programs_give_all_that_detectors_read(kind: str, tmp_path: Path) -> None:
     bundle = make(kind)
     bundle.save(tmp_path)

@@ -77,7 +77,8 @@ def check(bundle: Bundle, x: Tensor, found: dict[str, Tensor]) -> None:
     assert (found["p_value"] - wanted["p_value"]).abs().max() < 1.5 / (least + 1)
 
 
-@pytest.mark.parametrize("kind", SLOW_KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_onnx(kind: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)

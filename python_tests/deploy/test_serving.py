@@ -29,7 +29,6 @@ from typer.testing import CliRunner
 
 from oodk.app import app as commands
 from oodkernels.data import ToTensor
-from oodkernels.demo.models import SmallConvNet
 from oodkernels.deploy import Bundle
 from oodkernels.detectors import KNN, Energy
 from oodkernels.nn import Head
@@ -42,7 +41,7 @@ class Grey(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net: SmallConvNet = network(3)
+        self.net = network(3)
         self.class_names = ("a", "b", "c")
 
     def forward(self, x: Tensor) -> Tensor:
