@@ -76,7 +76,9 @@ def test_a_run_ends_in_its_time_and_says_what_it_leaves_out(tmp_path: Path) -> N
 
     def run(where: Path, *more: str) -> str:
         arguments = ["-m", "pytest", str(where), "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+        # What a worker of xdist starts is none itself.
         environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+        environment["PYTEST_XDIST_WORKER"] = ""
         done = python(*arguments, "--rootdir", str(tmp_path), *more, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

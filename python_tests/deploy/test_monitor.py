@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -320,9 +321,16 @@ while True:
 def test_state_survives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "monitor.safetensors"
     here = Path(__file__).parent
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=here)
+    search = os.pathsep.join(
+        [str(here.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": search},
+    )
     deadline = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < deadline:
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
