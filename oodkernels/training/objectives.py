@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from oodkernels._ranks import gathered, ranks
 from oodkernels.detectors import AbnormalityModule, extract
 from oodkernels.detectors.abnormality import Noise
 from oodkernels.detectors.model import as_outputs
@@ -207,11 +209,29 @@ class OutlierObjective(Objective):
     """
 
     outliers: ClassVar[Literal["batch", "pool"] | None] = "batch"
+    together = False
 
     def __init__(self, loss: nn.Module, miner: OutlierMiner | None = None) -> None:
         super().__init__()
         self.loss, self.miner = loss, miner
         self.absent = isinstance(loss, AbsentClassLoss)
+
+    def mined(self, model: nn.Module, outliers: Tensor, n: int) -> Tensor:
+        """The outliers that the miner selects of a step's candidates, for n ID samples.
+
+        Where :attr:`together` is set, of the candidates of all processes, a share for each.
+        """
+        assert self.miner is not None
+        with torch.no_grad():
+            features, logits = self.read(model, outliers)
+        rank, world = ranks()
+        if world == 1 or not self.together:
+            return outliers[self.miner.select(features, logits, min(n, len(outliers)))]
+        counts = gathered((n, len(outliers)))
+        wanted, sizes = sum(n for n, _ in counts), [size for _, size in counts]
+        features, logits = (None if t is None else _of_all(t, sizes) for t in (features, logits))
+        rows = self.miner.select(features, logits, min(wanted, sum(sizes)))
+        return _of_all(outliers, sizes)[rows[rank::world]]
 
     def step(
         self, model: nn.Module, x: Tensor, y: Tensor, outliers: Tensor | None, context: Context
@@ -219,10 +239,7 @@ class OutlierObjective(Objective):
         """See :class:`Objective`."""
         assert outliers is not None
         if self.miner is not None and self.outliers == "batch":
-            with torch.no_grad():
-                features, logits = self.read(model, outliers)
-            rows = self.miner.select(features, logits, min(len(x), len(outliers)))
-            outliers = outliers[rows]
+            outliers = self.mined(model, outliers, len(x))
         logits = self.outputs(model, torch.cat([x, outliers]), y).logits
         return self.loss(logits, torch.cat([y, y.new_full((len(outliers),), -1)])), {}
 
@@ -452,6 +469,9 @@ class DOSObjective(OutlierObjective):
         mode: See there.
         block: See there.
         seed: See there.
+        together: Whether the processes of a run select of all their candidates together, as one
+            process with all of them would. Each then receives the candidates of the others, with
+            features and logits, and clusters them all.
     """
 
     clusters_candidates = True
@@ -465,8 +485,10 @@ class DOSObjective(OutlierObjective):
         mode: Mode = "default",
         block: int | None = None,
         seed: int = 0,
+        together: bool = False,
     ) -> None:
         super().__init__(AbsentClassLoss(beta), DOSMiner(k, n_init, score, mode, block, seed))
+        self.together = together
 
 
 @register("ntom", needs=["outliers", "absent class"], per_sample=2, scores=_ABSENT_SCORES)
@@ -756,6 +778,15 @@ class SyntheticObjective(Objective):
         """Go on from :meth:`get_extra_state`."""
         for name, optimizer in self._optimizers.items():
             optimizer.load_state_dict(state[name])
+
+
+def _of_all(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Rows of every process, so many of each, in the order of their ranks."""
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _chance(loss: nn.Module, columns: int | None, target: list[int]) -> float | None:

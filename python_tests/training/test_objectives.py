@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("lightning_fabric")
 
+from processes import ranks
 from training_runs import CLASSES, blobs, loader, make_model, make_outliers, options, outlier_loader
 from training_runs import config as two_epochs
 
@@ -387,6 +388,37 @@ def test_a_pool_too_small_to_choose_from_is_said(name: str, n: int) -> None:
     mined = [str(w.message) for w in found if "mined" in str(w.message)]
     assert len(mined) == 1
     assert f"150 candidates are no more than the {n}" in mined[0]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_processes_select_together(together: bool, tmp_path: Path) -> None:
+    """What one process with all candidates would: a share each, of uneven numbers of candidates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+    candidates = torch.randn(70, 6)
+    alone = make_objective("dos", {"seed": 3})
+    assert isinstance(alone, OutlierObjective)
+    expected = alone.mined(model, candidates, 12)
+
+    def work(rank: int, world: int) -> Tensor:
+        objective = make_objective("dos", {"seed": 3, "together": together})
+        assert isinstance(objective, OutlierObjective)
+        mine = candidates[:40] if rank == 0 else candidates[40:]
+        return objective.mined(model, mine, 7 - 2 * rank)  # 12 in all
+
+    first, second = ranks(tmp_path, 2, work)
+    if together:
+        assert torch.equal(first, expected[0::2])
+        assert torch.equal(second, expected[1::2])
+    else:
+        assert torch.equal(first, alone_again(model, candidates[:40], 7))
+        assert torch.equal(second, alone_again(model, candidates[40:], 5))
+
+
+def alone_again(model: nn.Module, candidates: Tensor, n: int) -> Tensor:
+    objective = make_objective("dos", {"seed": 3})
+    assert isinstance(objective, OutlierObjective)
+    return objective.mined(model, candidates, n)
 
 
 def test_a_window_that_does_not_fit_is_said() -> None:
