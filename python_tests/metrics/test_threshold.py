@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -461,7 +462,17 @@ def test_from_json_refuses(text):
         Threshold.from_json(json.dumps(content))
 
 
+@pytest.fixture
+def usual_recursion():
+    """Python's own limit: what a test before this one imports may have raised it."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
 @pytest.mark.parametrize("depth", [900, 100_000])
+@pytest.mark.usefixtures("usual_recursion")
 def test_deep_settings_are_one_line(tmp_path, depth):
     content = json.loads(Threshold.calibrate([1.0]).to_json())
     deep = {**content, "source": {"detector": "a", "settings": {"x": "here"}}}
