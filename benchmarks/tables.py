@@ -414,7 +414,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         many_classes,
     )
 }
-PAGES = (ROOT / "docs" / "many-classes.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "many-classes.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
