@@ -169,6 +169,16 @@ TIMINGS = [
         | {"pytorch-ood": "pytorch-ood"},
     ),
     Timings(
+        "The k nearest rows of a bank",
+        "Milliseconds of `nearest_neighbors`, exact, beside the same product of matrices and no "
+        "more.",
+        "neighbors-cpu-xeon-2",
+        r"test_search\[(?P<row>[\dx]+)-(?P<peer>.+)\]",
+        "queries x bank x features x k",
+        {"oodkernels": "oodkernels", "oodkernels, bank in bfloat16": "oodkernels, bfloat16"}
+        | {"faiss": "faiss", "torch": "torch", "torch.mm alone": r"torch\.mm"},
+    ),
+    Timings(
         "Exact metrics",
         "AUROC, both AUPRs and FPR95 of float32 scores, in milliseconds on all cores.",
         "roc-cpu-epyc-4",
