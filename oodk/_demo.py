@@ -55,7 +55,7 @@ def demo(
     ] = 2,
     quiet: QuietOption = False,
 ) -> None:
-    """Train and compare all methods on 1,258 classes of characters: eight minutes, no download.
+    """Train and compare all methods on 1,258 classes of characters: some minutes, no download.
 
     The fonts that matplotlib ships draw characters of ten blocks of Unicode, distorted, before
     photographs; test images are of faces that training does not see. A small network learns all
