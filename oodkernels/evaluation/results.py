@@ -217,15 +217,7 @@ class Evaluation:
             OSError: The folder or a file cannot be written.
             ModuleNotFoundError: As :meth:`to_html`.
         """
-        writers: dict[str, Callable[[], str]] = {
-            "results.csv": self.to_csv,
-            "results.json": self.to_json,
-            "results.md": lambda: self.to_markdown() + "\n",
-            "results.tex": lambda: self.to_latex() + "\n",
-        }
-        if report:
-            writers["report.html"] = self.to_html
-        return write_texts(Path(folder), writers)
+        return write_results(Path(folder), self, report)
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -255,6 +247,19 @@ def _words(name: str) -> dict[str, str]:
         "aupr_out": f"{rule.aupr}, OOD as positive",
         "average": FIGURES_IN_WORDS["average"],
     }
+
+
+def write_results(folder: Path, result: Any, report: bool) -> list[Path]:
+    """Write an evaluation, or what has its ``to_csv`` and the like, in every form."""
+    writers: dict[str, Callable[[], str]] = {
+        "results.csv": result.to_csv,
+        "results.json": result.to_json,
+        "results.md": lambda: result.to_markdown() + "\n",
+        "results.tex": lambda: result.to_latex() + "\n",
+    }
+    if report:
+        writers["report.html"] = result.to_html
+    return write_texts(folder, writers)
 
 
 def write_texts(folder: Path, writers: Mapping[str, Callable[[], str]]) -> list[Path]:

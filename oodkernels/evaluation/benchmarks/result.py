@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from oodkernels.evaluation import tables
 from oodkernels.evaluation.benchmarks.definition import OOD_KINDS
 from oodkernels.evaluation.benchmarks.run import BenchmarkRun
 from oodkernels.evaluation.methods import MethodResult, StreamedMethodResult
-from oodkernels.evaluation.results import Evaluation, plain, write_texts
+from oodkernels.evaluation.results import Evaluation, plain, write_results
 from oodkernels.metrics.comparison import ComparisonResult, compare_detectors
 from oodkernels.metrics.ood import ood_metrics
 
@@ -331,15 +331,7 @@ class BenchmarkResult:
         Raises:
             OSError: The folder or a file cannot be written.
         """
-        writers: dict[str, Callable[[], str]] = {
-            "results.csv": self.to_csv,
-            "results.json": self.to_json,
-            "results.md": lambda: self.to_markdown() + "\n",
-            "results.tex": lambda: self.to_latex() + "\n",
-        }
-        if report:
-            writers["report.html"] = self.to_html
-        return write_texts(Path(folder), writers)
+        return write_results(Path(folder), self, report)
 
     def __str__(self) -> str:
         return self.to_markdown()
