@@ -188,9 +188,9 @@ __device__ inline Row<S> staged_row(
       min((unit + t.units) * V, z.width)};
 }
 
-// The columns of the row that are this thread's to walk: [begin, end), of units [unit, unit_end).
+// The columns of the row that are this thread's to walk: [begin, end), from the start of a unit on.
 struct Piece {
-  int unit, unit_end; // counted from the first staged one
+  int unit; // counted from the first staged one
   int begin, end;
 };
 
@@ -198,7 +198,7 @@ template <typename S>
 __device__ inline Piece piece(const Row<S>& row, const Tiling& t) {
   constexpr int V = kPerUnit<S>;
   const int unit = min(t.worker() * t.chunk, t.units), unit_end = min(unit + t.chunk, t.units);
-  return {unit, unit_end, row.begin + unit * V, min(row.begin + unit_end * V, row.end)};
+  return {unit, row.begin + unit * V, min(row.begin + unit_end * V, row.end)};
 }
 
 // The 16 bytes from byte `skip` of two units on.
