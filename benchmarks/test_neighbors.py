@@ -139,7 +139,11 @@ def test_disk(benchmark: Any, tmp_path: Path) -> None:
 
     def search() -> dict[str, float]:
         done = subprocess.run(
-            [sys.executable, "-c", SEARCH, *arguments], check=True, capture_output=True, text=True
+            [sys.executable, "-c", SEARCH, *arguments],
+            check=True,
+            cwd=tmp_path,  # in a checkout its unbuilt sources would come before the package
+            stdout=subprocess.PIPE,
+            text=True,
         )
         found: dict[str, float] = json.loads(done.stdout)
         return found

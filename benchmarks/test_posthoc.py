@@ -273,7 +273,8 @@ def test_memory(benchmark: Any, what: str) -> None:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", MEMORY, *arguments],
             check=True,
-            capture_output=True,
+            cwd=Path(__file__).parent,  # in a checkout its unbuilt sources would come first
+            stdout=subprocess.PIPE,
             text=True,
         )
         found: dict[str, float] = json.loads(done.stdout)
