@@ -130,7 +130,7 @@ def feature_stats(
 
 
 def scaled_energy(logits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """logsumexp of scale (z - bias) + bias for each scale."""
+    """Energy of scale (z - bias) + bias for each scale."""
     z = _accumulated(logits)
     b = z.new_zeros(z.shape[-1]) if bias is None else bias
     return (scale[..., None] * (z - b)[..., None, :] + b).logsumexp(-1)

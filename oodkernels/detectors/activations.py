@@ -108,6 +108,7 @@ class SCALE(_Scaled, HeadDetector):
     """
 
     _positive = "activations behind a ReLU"
+    _bias: tuple[Tensor, bytes] | None = None
 
     def __init__(
         self,
@@ -121,7 +122,11 @@ class SCALE(_Scaled, HeadDetector):
         self.percentile = check_percentile("SCALE", percentile)
 
     def _shared(self, batch: Batch) -> Hashable:
-        return super()._shared(batch), id(self.bias)
+        if torch.compiler.is_compiling():
+            return super()._shared(batch), id(self)
+        if self._bias is None or self._bias[0] is not self.bias:  # heads are copied: by its numbers
+            self._bias = self.bias, self.bias.double().cpu().numpy().tobytes()
+        return super()._shared(batch), self._bias[1]
 
     def _scale(self, batch: Batch, percentile: float) -> Tensor:
         return top_share(batch, percentile).exp()
