@@ -18,6 +18,7 @@ from oodkernels.detectors.head import HEAD, Head, HeadDetector, check_percentile
 from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
+from oodkernels.detectors.whitening import inverse_root, times_triangle
 from oodkernels.ops import indexed_distances, scaled_energy
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = ["FDBD", "LTS", "NCI", "PNML", "SCALE", "SHE", "CADRef", "GradNorm"]
 _TABLE = 4096  # classes up to which all distances between head rows are kept
 _CHUNK = 1 << 24  # numbers of an intermediate matrix
 _SMALL = 1 << 18  # of one that stays in cache
+_PRODUCT = 1 << 21  # numbers of a block that is multiplied by a matrix
 
 
 def top_share(batch: Batch, percentile: float, *, rectified: bool = False) -> Tensor:
@@ -596,11 +598,12 @@ class PNML(HeadDetector):
         model: Model | None = None,
     ) -> None:
         super().__init__(head, model, absent)
-        self._factor: Tensor | None = None
+        self._roots: dict[tuple[torch.dtype, torch.device], tuple[Tensor, bool]] = {}
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Sum over processes, like :class:`SHE`'s."""
         dist.all_reduce(self.gram, group=group)
+        self._roots = {}
         self._status, self.threshold = "pending", None
         return self
 
@@ -608,22 +611,41 @@ class PNML(HeadDetector):
         features = present(batch.features)
         check_finite(where, features)
         self.width = features.shape[1]
-        self._factor = None
+        self._roots = {}
         for rows in blocks(features, max(1, _CHUNK // self.width)):
             u = normalize(rows.double(), dim=1)
             self.gram = u.T @ u + vars(self).get("gram", 0)
 
-    def _score(self, batch: Batch) -> Tensor:
-        x = floats(present(batch.features))
-        if self._factor is None:
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._load_state(tensors)
+        self._roots = {}
+
+    def _inverse_root(self, like: Tensor) -> tuple[Tensor, bool]:
+        """R with R R^T the pseudo-inverse of the Gram matrix, and whether it is triangular."""
+        key = (like.dtype, like.device)
+        if key not in self._roots:
             values, vectors = torch.linalg.eigh(self.gram)
             least = values[-1] * len(values) * torch.finfo(torch.float64).eps
-            self._factor = vectors[:, values > least] * values[values > least].rsqrt()
+            root = inverse_root(self.gram) if values[0] > least else None
+            if root is not None:
+                self._roots[key] = root.to(like), True
+            else:
+                root = vectors[:, values > least] * values[values > least].rsqrt()
+                self._roots[key] = root.to(like), False
+        return self._roots[key]
+
+    def _score(self, batch: Batch) -> Tensor:
+        x = floats(present(batch.features))
         length = batch.feature_stats().l2
-        factor = self._factor.to(x)
-        q = in_blocks(
-            lambda rows, size: ((rows / size[:, None]) @ factor).square().sum(1), x, length
-        )
+        root, triangular = self._inverse_root(x)
+
+        def square(rows: Tensor, size: Tensor) -> Tensor:
+            u = rows / size[:, None]
+            z = times_triangle(u, root) if triangular else u @ root
+            return z.square_().sum(1)
+
+        with torch.autocast(x.device.type, enabled=False):
+            q = in_blocks(square, x, length, size=_PRODUCT)
         _, bias = self._linear(batch)
 
         def score(rows: Tensor, size: Tensor, share: Tensor) -> Tensor:
