@@ -9,9 +9,12 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "scripts"))
+
+from cuda_resources import MULTIPROCESSORS, Resources, short_name  # noqa: E402
+
 SOURCES = HERE / "cuda_emulation"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = [
@@ -30,7 +37,7 @@ FLAGS = [
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum DType has them
 _NAMES = ("mos", "outlier", "roc", "histogram", "kmeans", "dos", "neighbors")
 PROGRAMS = {name: name for name in _NAMES} | {"logit": "logits"}
-PROGRAMS |= dict.fromkeys(("feature", "gen", "shape"), "features")
+PROGRAMS |= dict.fromkeys(("feature", "gen", "indexed", "scaled", "shape"), "features")
 """By the first part of a kernel's name; ``faults`` for all others."""
 POISON, INDEX_POISON = 0xFF, 0x5A
 INDEX = torch.int64, INDEX_POISON
@@ -42,16 +49,16 @@ KEPT = 4
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
 
 
-def compiled(name: str) -> Path:
+def compiled(name: str, flags: Sequence[str] = FLAGS) -> Path:
     """A program, compiled unless the cache has one of the same sources, flags and compiler.
 
     Processes that want the same one wait for the first.
     """
-    command = [COMPILER, *FLAGS, "-I", str(SOURCES), "-I", str(HERE.parent / "csrc")]
+    command = [COMPILER, *flags, "-I", str(SOURCES), "-I", str(HERE.parent / "csrc")]
     source = str(SOURCES / f"{name}.cpp")
     rule = subprocess.run([*command, "-MM", source], check=True, capture_output=True, text=True)
     version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
-    contents = hashlib.sha256(version + " ".join(FLAGS).encode())
+    contents = hashlib.sha256(version + " ".join(flags).encode())
     for file in sorted(rule.stdout.replace("\\\n", " ").split()[1:]):
         contents.update(Path(file).read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "oodkernels-tests")
@@ -68,6 +75,44 @@ def compiled(name: str) -> Path:
         for old in by_age[:-KEPT]:
             old.unlink()
     return program
+
+
+# --- launches: what they ask of a multiprocessor --------------------------------------------------
+
+RESOURCES = json.loads((HERE.parent / "benchmarks/results/cuda_resources.json").read_text())
+SHARED_BYTES = 48 << 10  # of a block that has not asked for more
+
+
+@functools.cache
+def kernel_names(program: Path) -> dict[int, str]:
+    """Where in a program which kernel is, by its name in ``cuda_resources.json``."""
+    done = subprocess.run(["nm", "-C", program], check=True, capture_output=True, text=True)
+    lines = (line.split(" ", 2) for line in done.stdout.splitlines() if line[0] != " ")
+    return {int(at, 16): short_name(name) for at, kind, name in lines if kind in "tTwWuV"}
+
+
+@functools.cache
+def resources_of(kernel: str) -> tuple[dict[str, Any], ...]:
+    return tuple(row for row in RESOURCES["kernels"] if row["kernel"] == kernel)
+
+
+@functools.cache
+def limits_broken(kernel: str, threads: int, dynamic: int) -> tuple[str, ...]:
+    """Why a launch with so many threads and bytes of shared memory fails, on any architecture."""
+    broken = []
+    for row in resources_of(kernel):
+        use = Resources(row["registers"], row["shared"] + dynamic, 0, 0, 0)
+        where = f"{kernel} on sm_{row['architecture']}"
+        if use.shared > SHARED_BYTES:
+            broken.append(f"{where}: {use.shared} bytes of shared memory")
+        elif threads > (row["threads"] or threads):
+            broken.append(f"{where}: {threads} threads, bounds say {row['threads']}")
+        elif (
+            MULTIPROCESSORS[row["architecture"]].resident_blocks(row["architecture"], threads, use)
+            < 1
+        ):
+            broken.append(f"{where}: {threads} threads with {use.registers} registers each")
+    return tuple(broken)
 
 
 class Emulator:

@@ -243,6 +243,9 @@ inline void check(cudaError_t status, const char* what) {
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
     cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
+  if (blocks < 1 || blocks > std::numeric_limits<int>::max()) [[unlikely]]
+    throw std::runtime_error(
+        "launching a CUDA kernel: 1 to 2^31 - 1 blocks expected, got " + std::to_string(blocks));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));

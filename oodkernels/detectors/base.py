@@ -32,9 +32,9 @@ from oodkernels.detectors.batch import (
     present,
     tensor_of,
 )
-from oodkernels.detectors.dense import pixel_rows, pixels_of, without_void
+from oodkernels.detectors.dense import is_dense, pixel_rows, pixels_of, without_void
 from oodkernels.detectors.model import Model, Walk
-from oodkernels.detectors.passes import completed, score_batch
+from oodkernels.detectors.passes import complete, score_batch
 from oodkernels.detectors.specs import FAMILIES, DetectorSpec
 from oodkernels.groups import Groups
 from oodkernels.metrics.ood import Scores
@@ -131,11 +131,6 @@ class OODDetector:
     def __init__(self, model: Model | None = None, absent: int | None = None) -> None:
         self.model = model
         self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
-
-    @property
-    def row_percentiles(self) -> Sequence[float]:
-        """Percentiles, in per cent, at which it reads :meth:`Batch.feature_stats`."""
-        return ()
 
     # --- fitting ------------------------------------------------------------------------------
 
@@ -304,16 +299,23 @@ class OODDetector:
         where = f"{type(self).__name__}.score"
         if x is not None and is_loader(x):
             return torch.cat([self.score(part) for part in self._inputs(where, x)])
-        logits, features = tensor_of(logits), tensor_of(features)
-        if pixels_of(where, logits, features, x, confidence) is not None:
+        if is_dense(logits) or is_dense(features):
+            logits, features = tensor_of(logits), tensor_of(features)
+            pixels_of(where, logits, features, x, confidence)
             return score_all({"": self}, logits=logits, features=features)[""]
         batch = as_batch(where, x, logits, features, confidence)
+        if not torch.is_grad_enabled():
+            return self._score_rows(where, batch)
         with torch.no_grad():
-            if x is not None and len(batch) > self.batch_size:
-                parts = [self._score(part) for part in self._parts(where, batch)]
-                return present(joined(parts, batch.device))
-            score = self._score(*completed(where, (self,), batch))
-            return score if score.device == batch.device else score.to(batch.device)
+            return self._score_rows(where, batch)
+
+    def _score_rows(self, where: str, batch: Batch) -> Tensor:
+        if batch.x is not None and len(batch) > self.batch_size:
+            parts = [self._score(part) for part in self._parts(where, batch)]
+            return present(joined(parts, batch.device))
+        score = self._score(complete(where, self, batch))
+        device = batch.device
+        return score if score.device == device else score.to(device)
 
     def calibrate(
         self, id_scores: Scores, tpr: float = 0.95, confidence: float = 0.95
@@ -386,9 +388,9 @@ class OODDetector:
                 f"{where}: calibrate must come first: detector.calibrate(detector.score(...))"
             )
         self.check_threshold(self.threshold, where)
-        logits, features = tensor_of(logits), tensor_of(features)
-        shape = pixels_of(where, logits, features, x, confidence)
-        if shape is not None:
+        if is_dense(logits) or is_dense(features):
+            logits, features = tensor_of(logits), tensor_of(features)
+            shape = present(pixels_of(where, logits, features, x, confidence))
             assert not isinstance(features, Mapping)
             rows = [
                 self.predict(logits=part.logits, features=part.features)
@@ -401,18 +403,23 @@ class OODDetector:
             )
             return Prediction(label, group, present(score), present(is_ood))
         batch = as_batch(where, x, logits, features, confidence)
+        if not torch.is_grad_enabled():
+            return self._predict_rows(where, batch, self.threshold.value)
         with torch.no_grad():
-            if x is not None and len(batch) > self.batch_size:
-                given = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
-            else:
-                (own,) = completed(where, (self,), batch)
-                given = [(self._score(own), *self._label(own))]
-            score, label, group = given[0]
-            if len(given) > 1 or score.device != batch.device:
-                columns = zip(*given, strict=True)
-                found, label, group = (joined(column, batch.device) for column in columns)
-                score = present(found)
-            return Prediction(label, group, score, is_below(score, self.threshold.value, where))
+            return self._predict_rows(where, batch, self.threshold.value)
+
+    def _predict_rows(self, where: str, batch: Batch, limit: float) -> Prediction:
+        if batch.x is not None and len(batch) > self.batch_size:
+            given = [(self._score(p), *self._label(p)) for p in self._parts(where, batch)]
+        else:
+            own = complete(where, self, batch)
+            given = [(self._score(own), *self._label(own))]
+        score, label, group = given[0]
+        device = batch.device
+        if len(given) > 1 or score.device != device:
+            found, label, group = (joined(column, device) for column in zip(*given, strict=True))
+            score = present(found)
+        return Prediction(label, group, score, is_below(score, limit, where))
 
     def varied(self, **settings: Any) -> Self:
         """The detector with other settings, fitted to the same data, which are not read again.
@@ -604,6 +611,9 @@ class OODDetector:
         """(N,) scores of a batch that has what the detector needs, without gradients."""
         raise NotImplementedError
 
+    def _announce(self, batch: Batch) -> None:
+        """Tell a batch what it will be asked for, so that others that ask alike are served too."""
+
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Predicted class and group, (N,) each, where there are any."""
         if batch.logits is None:
@@ -616,7 +626,7 @@ class OODDetector:
             found = batch.features.shape[1]
             if found != self.width:
                 raise ValueError(f"{where}: features must have width {self.width}, got {found}")
-        if batch.logits is not None:
+        if self.absent is not None and batch.logits is not None:
             batch.absent_column(where, self.absent)
 
     def _settle(self, where: str, changed: Collection[str]) -> None:
@@ -688,18 +698,19 @@ class OODDetector:
 
     def _ready(self, where: str) -> None:
         """Finish a fit that is pending; NotFittedError if there is none."""
+        if self._status == "fitted":
+            return
         if self._status == "unfitted" and self.trained_on:
             raise NotFittedError(f"{where}: fit must come first: {type(self).__name__}(...).fit")
-        if self._status != "fitted":
-            with _FINISHING:
-                if self._status == "pending":
-                    self._finish(where)
-                self._status = "fitted"
+        with _FINISHING:
+            if self._status == "pending":
+                self._finish(where)
+            self._status = "fitted"
 
     def _parts(self, where: str, batch: Batch) -> Iterator[Batch]:
         """The batch, ``batch_size`` rows of x at a time, with what the detector needs."""
         for part in batch.chunks(None if batch.x is None else self.batch_size):
-            yield completed(where, [self], part)[0]
+            yield complete(where, self, part)
 
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]:
         """What of ``wanted`` a batch lacks."""
@@ -755,7 +766,7 @@ class OODDetector:
                 )
             x, y = inputs_of(where, item)
             with torch.no_grad():
-                (batch,) = completed(where, [self], as_batch(where, x), self.trained_on)
+                batch = complete(where, self, as_batch(where, x), self.trained_on)
             yield batch, y
 
 

@@ -58,6 +58,7 @@ class Batch:
         axes: Axis of the features in ``layers``, for those of which the module tells.
         absent: Column of ``logits`` that stands for no class, >= 0, or None.
         percentiles: Those at which :meth:`feature_stats` will be asked for, all found at once.
+        asked: By what detectors have in common, the settings in which each differs.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Batch:
         self.axes = axes or {}
         self.absent = absent
         self.percentiles: set[float] = set()
+        self.asked: dict[Hashable, set[float]] = {}
         self._known: dict[Hashable, Any] = {}
 
     @classmethod
@@ -103,7 +105,11 @@ class Batch:
         return self._first().device
 
     def _first(self) -> Tensor:
-        for tensor in (self.x, self.logits, self.features, self.confidence):
+        if self.x is not None:
+            return self.x
+        if self.logits is not None:
+            return self.logits
+        for tensor in (self.features, self.confidence):
             if tensor is not None:
                 return tensor
         return next(iter(self.layers.values()))
@@ -184,10 +190,13 @@ class Batch:
 
     def logit_scores(self, temperature: float = 1.0, absent: int | None = None) -> LogitScores:
         """:func:`oodkernels.logit_scores` of the classes' logits, without the absent column."""
-        return self.once(
-            ("logit_scores", temperature, self.absent_column("logits", absent)),
-            lambda: logit_scores(self.class_logits(absent), temperature),
-        )
+        absent = self.absent if absent is None else self.absent_column("logits", absent)
+        key = ("logit_scores", temperature, absent)
+        found: LogitScores | None = self._known.get(key)
+        if found is None:
+            logits = present(self.logits) if absent is None else self.class_logits(absent)
+            found = self._known[key] = logit_scores(logits, temperature)
+        return found
 
     def feature_stats(
         self, percentile: float | None = None, rectified: bool = False
@@ -232,6 +241,8 @@ def as_batch(
         ValueError: There is none, or one has the wrong shape.
         TypeError: One is no tensor, or not floating-point.
     """
+    if x is None and features is None and confidence is None and isinstance(logits, Tensor):
+        return Batch(logits=_checked(where, "logits", logits))
     layers = None
     if isinstance(features, Mapping):
         layers = {name: _checked(where, f"features[{name!r}]", f) for name, f in features.items()}
@@ -267,7 +278,8 @@ _SHAPES = {"logits": (2, "(N, C)"), "features": (2, "(N, d)")}
 
 def _checked(where: str, name: str, tensor: Any) -> Tensor:
     """A tensor, or an array as one, that is floating-point and has the right number of axes."""
-    tensor = tensor_of(tensor)
+    if not isinstance(tensor, Tensor):
+        tensor = tensor_of(tensor)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
     if name != "x" and not tensor.is_floating_point():
@@ -320,7 +332,9 @@ def inputs_of(where: str, item: Any) -> tuple[Any, Any]:
 
 def is_loader(x: Any) -> bool:
     """Whether inputs are batches of them, and no tensor or array."""
-    return isinstance(x, Iterable) and not isinstance(x, Tensor | np.ndarray | str | Mapping)
+    if isinstance(x, Tensor):
+        return False
+    return isinstance(x, Iterable) and not isinstance(x, np.ndarray | str | Mapping)
 
 
 def check_kept(name: str, tensor: Tensor) -> None:

@@ -11,9 +11,14 @@ from torch import Tensor
 from oodkernels._checks import check_int, check_integers
 from oodkernels.detectors.batch import Batch
 
-__all__ = ["pixel_rows", "pixels_of", "without_void"]
+__all__ = ["is_dense", "pixel_rows", "pixels_of", "without_void"]
 
 _BLOCK = 1 << 20  # numbers of a block's logits and features: some megabytes
+
+
+def is_dense(tensor: Any) -> bool:
+    """Whether logits or features are those of pixels, (N, channels, H, W)."""
+    return getattr(tensor, "ndim", 0) == 4
 
 
 def pixels_of(
@@ -36,7 +41,7 @@ def pixels_of(
         ValueError: One is dense and the other is not, or of other pixels; or there is ``x``.
         TypeError: One is not floating-point.
     """
-    if getattr(logits, "ndim", 0) != 4 and getattr(features, "ndim", 0) != 4:
+    if not (is_dense(logits) or is_dense(features)):
         return None
     given = {"logits": logits, "features": features}
     tensors = {n: t for n, t in given.items() if isinstance(t, Tensor)}

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -283,6 +282,13 @@ def absent_column(model: Model | None) -> int | None:
     """Column of a model's logits that stands for no class, if its ``absent_column`` tells."""
     if isinstance(model, FeatureModel):
         return absent_column(model.model)
+    kind = type(model)
+    if (
+        getattr(kind, "__getattr__", None) is nn.Module.__getattr__
+        and "absent_column" not in vars(model)
+        and not hasattr(kind, "absent_column")
+    ):
+        return None  # which nn.Module takes long to say
     column = getattr(model, "absent_column", None)
     return column if isinstance(column, int) and not isinstance(column, bool) else None
 
@@ -374,7 +380,7 @@ class Walk:
         )
         self._inner = [h for h in held if h]
         self._leaves = [h for h in held if not h]
-        self._children = self._found() if self._plain else []
+        self._found = [dict(h) for h in self._inner] if self._plain else []
         self.classifier = _known_classifier(self.model)
         self._tensor: tuple[dict[str, Any], str] | None = None
         for kind in ("_parameters", "_buffers"):
@@ -388,12 +394,9 @@ class Walk:
         """Whether it is a walk over this model."""
         return self.model is (model.model if isinstance(model, FeatureModel) else model)
 
-    def _found(self) -> list[nn.Module | None]:
-        return list(chain.from_iterable(map(dict.values, self._inner)))
-
     def current(self) -> Walk | None:
         """The walk, gone again where modules are others than before; None for TorchScript's."""
-        if self._plain and (any(self._leaves) or self._found() != self._children):
+        if self._plain and (any(self._leaves) or self._inner != self._found):
             self._go()
         return self if self._plain else None
 

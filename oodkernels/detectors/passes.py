@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oodkernels.detectors.batch import Batch, joined, present
 from oodkernels.detectors.model import Model, Walk, absent_column, run, to_model
 
-__all__ = ["Detector", "completed", "predict_batch", "score_batch"]
+__all__ = ["Detector", "complete", "completed", "predict_batch", "score_batch"]
 
 
 class Detector(Protocol):
@@ -24,14 +24,10 @@ class Detector(Protocol):
     batch_size: int
     _walk: Walk | None
 
-    @property
-    def row_percentiles(self) -> Sequence[float]:
-        """Percentiles at which it reads :meth:`Batch.feature_stats`."""
-        ...
-
     def _ready(self, where: str) -> None: ...
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]: ...
     def _check(self, where: str, batch: Batch) -> None: ...
+    def _announce(self, batch: Batch) -> None: ...
     def _score(self, batch: Batch) -> Tensor: ...
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]: ...
 
@@ -67,7 +63,7 @@ def score_batch(
         for part in batch.chunks(chunk):
             mine = completed(where, used, part)
             for detector, own in zip(used, mine, strict=True):
-                own.percentiles.update(detector.row_percentiles)
+                detector._announce(own)
             for i, own in enumerate(mine):
                 scores[i].append(used[i]._score(own))
     found = [present(joined(parts, batch.device)) for parts in scores]
@@ -92,7 +88,7 @@ def predict_batch(
         NotFittedError: As there.
     """
     with torch.no_grad():
-        (own,) = completed(where, [detector], batch)
+        own = complete(where, detector, batch)
         return detector._score(own), *detector._label(own)
 
 
@@ -103,57 +99,69 @@ def completed(
     wanted: frozenset[str] | None = None,
 ) -> list[Batch]:
     """Give each detector a checked batch that has what it needs; a model runs once at most."""
-    ran: dict[int, Batch] = {}
-    own = []
-    for detector in detectors:
-        if wanted is None:
-            detector._ready(where)
-        needs = detector.needs if wanted is None else wanted
-        mine = batch
+    found: dict[int, Batch] = {}
+
+    def ran(detector: Detector) -> Batch:
+        key = id(detector.model)
+        if key not in found:
+            sharing = [d for d in detectors if d.model is detector.model]
+            found[key] = _run(where, batch, sharing, wanted)
+        return found[key]
+
+    return [complete(where, detector, batch, wanted, ran) for detector in detectors]
+
+
+def complete(
+    where: str,
+    detector: Detector,
+    batch: Batch,
+    wanted: frozenset[str] | None = None,
+    ran: Callable[[Detector], Batch] | None = None,
+) -> Batch:
+    """:func:`completed` for one detector; ``ran`` gives what several have their model say."""
+    if wanted is None:
+        detector._ready(where)
+    needs = detector.needs if wanted is None else wanted
+    if missing := detector._missing(batch, needs):
+        if batch.x is None or "x" in missing:
+            raise ValueError(f"{where}: {detector.name} needs {', '.join(missing)}, or x")
+        if detector.model is None:
+            raise ValueError(
+                f"{where}: x needs a model: {type(detector).__name__}(..., model=model)"
+            )
+        batch = _run(where, batch, [detector], wanted) if ran is None else ran(detector)
         if missing := detector._missing(batch, needs):
-            if batch.x is None or "x" in missing:
-                raise ValueError(f"{where}: {detector.name} needs {', '.join(missing)}, or x")
-            if detector.model is None:
-                raise ValueError(
-                    f"{where}: x needs a model: {type(detector).__name__}(..., model=model)"
-                )
-            key = id(detector.model)
-            if key not in ran:
-                sharing = detectors
-                if len(detectors) > 1:
-                    sharing = [d for d in detectors if d.model is detector.model]
-                ran[key] = _run(where, detector.model, batch, sharing, wanted)
-            mine = ran[key]
-            if missing := detector._missing(mine, needs):
-                raise ValueError(
-                    f"{where}: the model must give {', '.join(missing)} for {detector.name}; "
-                    f"see FeatureModel"
-                )
-        if mine.absent is None and mine.logits is not None:
-            column = absent_column(detector.model)
-            if column is not None:
-                mine = mine.without(mine.absent_column(where, column))
-        detector._check(where, mine)
-        own.append(mine)
-    return own
+            raise ValueError(
+                f"{where}: the model must give {', '.join(missing)} for {detector.name}; "
+                f"see FeatureModel"
+            )
+    if detector.model is not None and batch.absent is None and batch.logits is not None:
+        column = absent_column(detector.model)
+        if column is not None:
+            batch = batch.without(batch.absent_column(where, column))
+    detector._check(where, batch)
+    return batch
 
 
 def _run(
     where: str,
-    model: Model,
     batch: Batch,
     detectors: Sequence[Detector],
     wanted: frozenset[str] | None,
 ) -> Batch:
-    """The batch with what the model makes of its x; what was given is kept."""
-    layers: Sequence[str] = detectors[0].layers
-    if len(detectors) > 1:
-        layers = tuple(dict.fromkeys(name for d in detectors for name in d.layers))
-    features = False
-    for d in detectors:
+    """The batch with what the detectors' model makes of its x; what was given is kept."""
+    first, *others = detectors
+    model, layers = present(first.model), first.layers
+    features = not layers and "features" in (first.needs if wanted is None else wanted)
+    for d in others:
+        layers = tuple(dict.fromkeys((*layers, *d.layers)))
         reads = d.needs if wanted is None else wanted
         features = features or (not d.layers and "features" in reads)
-    walk = _walk(detectors[0], model)
+    walk = None
+    if isinstance(model, nn.Module):
+        if first._walk is None or not first._walk.is_of(model):
+            first._walk = Walk(model)
+        walk = first._walk.current()
     x = to_model(model, present(batch.x), walk)
     found = Batch.of(x, run(model, x, layers, features, walk))
     if found.logits is not None and found.logits.dim() != 2:
@@ -172,12 +180,3 @@ def _run(
     if batch.absent is not None:
         found.absent = batch.absent
     return found
-
-
-def _walk(detector: Detector, model: Model) -> Walk | None:
-    """The walk over its model that a detector keeps, as it is now."""
-    if not isinstance(model, nn.Module):
-        return None
-    if detector._walk is None or not detector._walk.is_of(model):
-        detector._walk = Walk(model)
-    return detector._walk.current()

@@ -293,8 +293,32 @@ constexpr size_t kSharedBytes = 48 << 10; // of a block that has not asked for m
 struct Settings { // made by the test
   int processors = 1; // of the device
   unsigned seed = 0; // of the order of blocks and threads; 0: ascending
+  bool execute = true; // or only note what is launched
 };
 inline Settings settings;
+
+inline int device = 0; // the current one
+
+struct Launch {
+  uintptr_t kernel; // where in the program
+  uint3 grid, block;
+  size_t shared; // bytes, dynamic
+  const void* stream;
+  int device;
+};
+inline std::vector<Launch> launches;
+
+// Where the program proper lies, since it may be loaded anywhere.
+inline uintptr_t program_base() {
+  uintptr_t base = 0;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* to) {
+        *static_cast<uintptr_t*>(to) = info->dlpi_addr;
+        return 1; // the program comes first
+      },
+      &base);
+  return base;
+}
 
 // Shared memory is thread-local, and nothing else in a program of the tests is: this system thread's
 // storage of the program proper.
@@ -335,7 +359,7 @@ inline const char* cudaGetErrorString(cudaError_t) {
   return "invalid configuration";
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::device;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -353,6 +377,11 @@ cudaError_t cudaLaunchKernelEx(
     return cudaErrorInvalidConfiguration;
   const dim3 grid = gridDim = config->gridDim;
   blockDim = config->blockDim;
+  launches.push_back(
+      {reinterpret_cast<uintptr_t>(kernel) - program_base(), {grid.x, grid.y, grid.z},
+          {blockDim.x, blockDim.y, blockDim.z}, config->dynamicSmemBytes, config->stream, device});
+  if (!settings.execute)
+    return cudaSuccess;
   const std::function<void()> body = [&] { kernel(arguments...); };
   char* const shared = reinterpret_cast<char*>(oodk::cuda::shared);
   const Storage all_shared = Storage::shared();
