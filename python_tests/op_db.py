@@ -276,6 +276,85 @@ def gen_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return (1e-10, 1e-10) if dtype == torch.float64 else (4e-6, 1e-6)
 
 
+def scaled_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    some = torch.tensor([3.0, 0.5, 40.0, 1.0, 0.0, -1.0, 3.0, 1e-3, 900.0], dtype=wide)
+    for width in (1, 2, 7, 64, 65, 200, 1008):
+        bias = logits_of((), width, "cpu", wide).to(device)
+        for name, z in (
+            ("normal", logits_of((11,), width, device, dtype)),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            scale = some.expand(len(z), -1).to(device)
+            yield Sample((z, scale), name=f"{width} {name}")
+            yield Sample((z, scale[:, :1]), name=f"{width} {name}, one")
+            if name == "normal":
+                yield Sample((z, scale, bias), name=f"{width} {name}, bias")
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        z, own = logits_of(shape, 40, device, dtype), torch.rand(*shape, 3, dtype=wide).to(device)
+        yield Sample((z, own * 9), name=f"rows {shape}")
+        yield Sample((z, own[..., :0]), name=f"rows {shape}, none")
+
+
+def scaled_refused(device: str) -> Iterator[Refused]:
+    z, one = torch.randn(4, 6, device=device), torch.ones(4, 2, device=device)
+    yield Refused((z.long(), one), TypeError, "logits must be float64")
+    yield Refused((z[0, 0], one), ValueError, "at least one dimension")
+    yield Refused((z[:, :0], one), ValueError, r"at least one class, got shape \(4, 0\)")
+    yield Refused((z, one.double()), TypeError, "scale must be ")
+    for bad in (one[0], one[:3], one[None]):
+        yield Refused((z, bad), ValueError, r"scale must have shape \(..., P\) .* logits \(4, 6\)")
+    yield Refused((z, one, z[0].double()), TypeError, "bias must be ")
+    for bad in (z, z[0, :5]):
+        yield Refused((z, one, bad), ValueError, r"bias must have shape \(C,\) = \(6,\), got")
+    if device != "cpu":
+        yield Refused((z, one.cpu()), ValueError, "scale must be on the device of logits")
+
+
+def distance_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for width in (1, 2, 7, 31, 64, 65, 200):
+        for name, x in (
+            ("normal", logits_of((13,), width, device, dtype)),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            table = logits_of((9,), x.shape[-1], device, wide).flip(1)
+            index = torch.arange(len(x) * 3, device=device).view(-1, 3) % 9
+            yield Sample((x, table, index), name=f"{width} {name}")
+    table = logits_of((9,), 20, device, wide)
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        x = logits_of(shape, 20, device, dtype)
+        for m in (0, 1, 4):
+            index = torch.full((*shape, m), 8, device=device)
+            yield Sample((x, table, index), name=f"rows {shape}, {m}")
+
+
+def distance_refused(device: str) -> Iterator[Refused]:
+    x, table = torch.randn(4, 6, device=device), torch.randn(3, 6, device=device)
+    index = torch.zeros(4, 2, dtype=torch.int64, device=device)
+    yield Refused((x.long(), table, index), TypeError, "x must be float64")
+    yield Refused((x[0, 0], table, index), ValueError, "at least one dimension")
+    yield Refused((x[:, :0], table, index), ValueError, r"one column, got shape \(4, 0\)")
+    yield Refused((x, table.double(), index), TypeError, "table must be ")
+    for bad in (table[0], table[:, :5], table[None]):
+        yield Refused((x, bad, index), ValueError, r"table must have shape \(K, d\) .* x, 6, got")
+    yield Refused((x, table, index.int()), TypeError, "index must be int64")
+    for bad in (index[0], index[:3], index[None]):
+        yield Refused(
+            (x, table, bad), ValueError, r"index must have shape \(..., m\) .* x \(4, 6\)"
+        )
+    for bad in (-1, 3):
+        message = f"index must name rows of table, 0..2, got {bad}"
+        yield Refused((x, table, index + bad), ValueError, message, contents=True)
+    if device != "cpu":
+        yield Refused((x, table.cpu(), index), ValueError, "table must be on the device of x")
+
+
+def distance_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    # In float64 the reference's sums are no better where positive and negative values cancel.
+    return (1e-10, 1e-10) if dtype == torch.float64 else (2e-7, 1e-9)
+
+
 def feature_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     some = torch.tensor([85.0, 0.0, 50.0, 100.0, 90.0, 90.0], dtype=torch.float64, device=device)
     for width in (1, 2, 7, 31, 64, 65, 200, 1008):
@@ -336,13 +415,17 @@ def shape_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample((x, "clip", None, None, limit(1.5)), name=f"{width} {name}, clip")
             yield Sample((x, "clip", None, None, high), name=f"{width} {name}, clip each")
             yield Sample((x, "vra", None, limit(0.5), high + 9), name=f"{width} {name}, vra")
+            equal = torch.arange(8).to(high) / 2 + 0.5  # values on their edges too
+            for edges in (equal, limit(-1, 0, 0.25, 0.5, 3, 1e3)):
+                bins = (x, "optfs", None, edges, limit(*range(2, len(edges) + 1)))
+                yield Sample(bins, name=f"{width} {name}, optfs of {len(edges) - 1}")
     for rows in ((), (0,), (2, 3)):
         yield Sample((logits_of(rows, 100, device, dtype).abs(), "ash-s", 90.0), name=f"{rows}")
 
 
 def shape_refused(device: str) -> Iterator[Refused]:
     x, one = torch.randn(4, 6, device=device), torch.ones(1, device=device)
-    yield Refused((x, "ash"), ValueError, "shape must be clip, .* or scale, got 'ash'")
+    yield Refused((x, "ash"), ValueError, "shape must be clip, .* or optfs, got 'ash'")
     yield Refused((x.long(), "ash-p", 90.0), TypeError, "features must be float64")
     yield Refused((x[:, :0], "ash-p", 90.0), ValueError, "at least one feature")
     yield Refused((x[:1].expand(4, 6), "ash-p", 90.0), ValueError, "stride 0 in dimension 0")
@@ -357,6 +440,12 @@ def shape_refused(device: str) -> Iterator[Refused]:
         yield Refused((x, "clip", None, None, bad), ValueError, r"shape \(1,\) or \(6,\)")
     for p in (-1.0, 100.5, NAN):
         yield Refused((x, "ash-p", p), ValueError, "percentile must be in per cent, in 0..100")
+    yield Refused((x, "optfs", None, None, one), ValueError, "low must be given for optfs")
+    two = torch.arange(2.0, device=device)
+    for low, high in ((one, one), (two, two), (one, one[:0]), (two, one[None])):
+        yield Refused(
+            (x, "optfs", None, low, high), ValueError, r"shapes \(bins \+ 1,\) and \(bins"
+        )
     if device != "cpu":
         yield Refused((x, "clip", None, None, one.cpu()), ValueError, "high must be on the device")
 
@@ -1025,7 +1114,23 @@ OPS = [
         logit_refused,
         logit_tolerance,
     ),
+    Op(
+        "scaled_energy",
+        reference.scaled_energy,
+        scaled_samples,
+        scaled_refused,
+        lambda output, dtype: (1e-10, 1e-10) if dtype == torch.float64 else (1e-6, 1e-5),
+        rowwise=(0, 1),
+    ),
     Op("gen_scores", reference.gen_scores, gen_samples, gen_refused, gen_tolerance),
+    Op(
+        "indexed_distances",
+        reference.indexed_distances,
+        distance_samples,
+        distance_refused,
+        distance_tolerance,
+        rowwise=(0, 2),
+    ),
     Op(
         "feature_stats",
         reference.feature_stats,

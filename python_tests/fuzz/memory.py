@@ -42,6 +42,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "mos_loss": loss,
         "logit_scores": (z,),
         "gen_scores": (z, [0.1], [100]),
+        "scaled_energy": (z, z[:, :20]),
+        "indexed_distances": (x, x[:64], torch.zeros(ROWS, 10, dtype=torch.int64)),
         "feature_stats": (z, torch.tensor([50.0, 90.0], dtype=torch.float64)),
         "shape_features_": (z.clone(), "scale", 85.0, None, None),
         "outlier_cross_entropy": outlier,

@@ -228,6 +228,10 @@ def _(draw: Draw) -> Case:
     limit = draw.normal((draw.random.choice((1, width)),), False).to(wide(x)).contiguous()
     if draw.one_in(2):
         return Case(placed, "clip", None, None, draw.laid_out(limit), good=good, known=good)
+    if draw.one_in(3):
+        edges = draw.normal((draw.random.choice((2, 5, 40)),), False).sort().values.to(wide(x))
+        factors = torch.ones(len(edges) - 1).to(edges)
+        return Case(placed, "optfs", None, edges, factors, good=good, known=good)
     # What exp(sum / sum) is of sums that cancel, nobody knows.
     return Case(placed, draw.random.choice(("ash-p", "scale")), 65.0, good=good, known=False)
 
@@ -249,6 +253,23 @@ def _(draw: Draw) -> Case:
     if not good:
         p.view(-1)[0] = draw.random.choice((-1.0, 100.1, NAN, INF))
     return Case(draw.laid_out(x), draw.laid_out(p), draw.one_in(2), good=good)
+
+
+@case("scaled_energy")
+def _(draw: Draw) -> Case:
+    z = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    scale = draw.normal((*z.shape[:-1], draw.random.choice((0, 1, 3, 9)))).abs().to(wide(z))
+    bias = draw.normal((z.shape[-1],), False).to(wide(z)).contiguous() if draw.one_in(2) else None
+    return Case(draw.laid_out(z), draw.laid_out(scale), bias)
+
+
+@case("indexed_distances")
+def _(draw: Draw) -> Case:
+    x = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    rows = draw.random.choice((1, 2, 40))
+    table = draw.normal((rows, x.shape[-1])).to(wide(x))
+    index, good = draw.classes(0, rows, (*x.shape[:-1], draw.random.choice((0, 1, 3))))
+    return Case(draw.laid_out(x), draw.laid_out(table), draw.laid_out(index), good=good)
 
 
 def classified(draw: Draw) -> tuple[Tensor, Tensor, bool]:
