@@ -82,10 +82,10 @@ def limits() -> Iterator[int | None]:
 
 
 def attempts(call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int]:
-    """How many calls were refused for want of memory, and how many went through: at most three."""
+    """How many calls were refused for want of memory, and how many went through: at most two."""
     refused = done = 0
     for more in limits():
-        if done == 3:
+        if done == 2:
             break
         limit = (1 << 62) if more is None else in_use() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
