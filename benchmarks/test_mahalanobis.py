@@ -78,7 +78,7 @@ def test_score(benchmark: Any, shape: tuple[int, int, int], peer: str) -> None:
     benchmark.group = f"score {shape}"
     p = problem(*shape)
     x = p.features[:LOOP_ROWS] if peer in ("pytorch-ood", "authors' loop") else p.features
-    space, _ = p.detector._whitened("features", x[:1])
+    space = p.detector._whitening["features"].space(x)
     if peer == "pytorch-ood":
         theirs = pytorch_ood("detector.mahalanobis").Mahalanobis(None)
         theirs.mu, theirs.precision = p.means, p.precision

@@ -37,7 +37,7 @@ FLAGS = [
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum DType has them
 _NAMES = ("mos", "outlier", "roc", "histogram", "kmeans", "dos", "neighbors")
 PROGRAMS = {name: name for name in _NAMES} | {"logit": "logits"}
-PROGRAMS |= dict.fromkeys(("feature", "gen", "shape"), "features")
+PROGRAMS |= dict.fromkeys(("feature", "gen", "indexed", "scaled", "shape"), "features")
 """By the first part of a kernel's name; ``faults`` for all others."""
 POISON, INDEX_POISON = 0xFF, 0x5A
 INDEX = torch.int64, INDEX_POISON

@@ -2,12 +2,14 @@
 //
 //   m = max_c z_c    s = sum_c e^(z_c - m)    p_others = e^o / (e^o + s e^m)
 //
-// (m, s, o) of all groups of a row come from one read of it: a row fits the nearest caches, so the
-// second pass, for s, costs no memory traffic. Everything the ops return is made of them.
+// Everything the ops return is made of (m, s, o) of each group. A row is read once: what is added up
+// is e^z, which for all usual logits neither overflows nor vanishes, and s = sum e^z / e^m follows.
+// Where it may have, which the sum itself shows, the group is read again with its maximum at hand.
 //
-// Rows are taken `lanes` at a time. A wide group is read along the row, one row after the other. A
-// narrow one would leave most lanes of a vector empty, so narrow groups are transposed: lanes are
-// rows, and no horizontal reduction is left. What follows the statistics always has rows as lanes.
+// Sums and maxima of a wide group stay in the lanes they came in until those of `lanes` rows are
+// there, and are reduced together. Narrow groups would leave most lanes empty: there e^z of all
+// columns of the rows goes to a buffer, whichever group they are of, and is added up from there.
+// What follows the statistics has rows as lanes.
 #include "cpu/mos_kernel.h"
 
 #include "cpu/simd.h"
@@ -17,17 +19,27 @@ namespace oodk {
 namespace OODK_CPU_NS {
 namespace {
 
-// Columns that are transposed at once, 16 KiB at most: half of a first-level cache. And the group
-// width from which reading along the row pays: four vectors, for two horizontal reductions.
-constexpr int64_t kTile = 256;
+// Groups that are gathered at a time; columns of narrow ones, whose buffer is 24 KiB at most, within
+// a first-level cache; the columns, others included, that a narrow group has at most.
+constexpr int kSpan = 16;
+constexpr int64_t kTile = 384;
 template <typename T>
-constexpr int64_t kWide = 4 * lanes<T>;
+constexpr int64_t kNarrow = 4 * lanes<T>;
+
+// Sums of e^z of which nothing was lost, for any logits from -55 to 69 at the least.
+template <typename T>
+constexpr T kSmallSum = std::is_same_v<T, float> ? T(0x1p-64) : T(0x1p-512);
+template <typename T>
+constexpr T kLargeSum = std::is_same_v<T, float> ? T(0x1p100) : T(0x1p900);
+template <typename T>
+constexpr T kLargeOthers = std::is_same_v<T, float> ? T(69) : T(620);
 
 template <typename T>
 struct Stats { // each (groups, lanes)
   explicit Stats(int64_t groups)
-      : best(groups * lanes<T>), sum(groups * lanes<T>), others(groups * lanes<T>) {}
+      : best(groups * lanes<T>), sum(groups * lanes<T>), others(groups * lanes<T>), far(groups) {}
   VectorBuffer<T> best, sum, others;
+  VectorBuffer<uint32_t> far; // (groups,): bit r is set where row r's sum is of e^(z - best)
 };
 
 // What is subtracted before e^x: the maximum, but 0 where that is -inf, lest -inf - -inf be NaN.
@@ -35,136 +47,246 @@ template <typename T>
 OODK_INLINE T shift(T best) {
   return best == -std::numeric_limits<T>::infinity() ? T(0) : best;
 }
-template <typename T>
-OODK_INLINE vec<T> shift_lanes(vec<T> best) {
-  return best == -std::numeric_limits<T>::infinity() ? vec<T>{} : best;
+
+// best and sum of e^(z - best) of n class logits of any size.
+template <typename S, typename T = acc_t<S>>
+void far_group(const S* z, int64_t n, T* best, T* sum) {
+  constexpr int L = lanes<T>;
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  const auto at = [&](int64_t i) { return load_first(z + i, int(n - i < L ? n - i : L), -inf); };
+  vec<T> most = splat(-inf), s{};
+  for (int64_t i = 0; i < n; i += L)
+    most = max(at(i), most); // any of the values where one is NaN: the sum is NaN then
+  *best = reduce_max(most);
+  const vec<T> c = splat(shift(*best));
+  for (int64_t i = 0; i < n; i += L)
+    s += exp(at(i) - c);
+  *sum = reduce_add(s);
 }
 
-// best and sum of n >= lanes adjacent class logits.
-template <typename S, typename T = acc_t<S>>
-OODK_INLINE void along_row(const S* z, int64_t n, T* best, T* sum) {
+// Group k again in the rows that are `far`.
+template <typename T, typename S>
+__attribute__((noinline)) void far_rows(
+    const S* const* rows, ivec<T> far, const int64_t* at, const Stats<T>& stats, int64_t k) {
+  for (int r = 0; r < lanes<T>; ++r)
+    if (far[r]) {
+      const int64_t to = k * lanes<T> + r;
+      stats.far[k] |= 1u << r;
+      far_group(rows[r] + at[0] + 1, at[1] - at[0] - 1, stats.best + to, stats.sum + to);
+    }
+}
+
+// Fetches n values ahead of time, of the next row: a processor's own prefetching ends with a page.
+template <int n, typename S>
+OODK_INLINE void prefetch(const S* z) {
+#pragma GCC unroll 4
+  for (int i = 0; i < int(n * sizeof(S)); i += 64)
+    __builtin_prefetch((const char*)z + i);
+}
+
+// Sum of e^z, and if wanted the maximum, of a wide group's n class logits, lane by lane.
+template <bool kBest, typename S, typename T = acc_t<S>>
+OODK_INLINE void wide_group(const S* z, int64_t n, int64_t stride, vec<T>* best, vec<T>* sum) {
   constexpr int L = lanes<T>;
-  const T m = max_of(z, n);
-  const vec<T> c = splat(shift(m));
-  vec<T> s0{}, s1{};
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  vec<T> s0{}, s1{}, m0 = splat(-inf), m1 = m0;
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
-    s0 += exp(load(z + i) - c);
-    s1 += exp(load(z + i + L) - c);
+    vec<T> a, b;
+    load_two(z + i, a, b);
+    prefetch<2 * L>(z + i + stride);
+    s0 += exp_term(a);
+    s1 += exp_term(b);
+    if (kBest) {
+      m0 = max(a, m0);
+      m1 = max(b, m1);
+    }
   }
+  const auto add = [&](vec<T> a) {
+    s0 += exp_term(a);
+    if (kBest)
+      m0 = max(a, m0);
+  };
   if (i + L <= n) {
-    s0 += exp(load(z + i) - c);
+    add(load(z + i));
     i += L;
   }
-  if (i < n) { // the last vector overlaps the one before: only its last n - i lanes are new
-    T is_new[2 * L];
-    for (int j = 0; j < 2 * L; ++j)
-      is_new[j] = j < L ? T(0) : T(1);
-    const vec<T> e = exp(load(z + n - L) - c);
-    s1 += load(is_new + (n - i)) > T(0) ? e : vec<T>{};
-  }
-  *best = m;
-  *sum = reduce_add(s0 + s1);
-}
-
-// The same with rows as lanes.
-template <typename T>
-OODK_INLINE void along_lanes(const vec<T>* z, int64_t n, vec<T>* best, vec<T>* sum) {
-  vec<T> m = z[0];
-  for (int64_t i = 1; i < n; ++i)
-    m = max(z[i], m);
-  // A maximum that started as NaN or met one may be any of the values; the sum is NaN then.
-  const vec<T> c = shift_lanes<T>(m);
-  vec<T> s0{}, s1{};
-  int64_t i = 0;
-  for (; i + 2 <= n; i += 2) {
-    s0 += exp(z[i] - c);
-    s1 += exp(z[i + 1] - c);
-  }
   if (i < n)
-    s0 += exp(z[i] - c);
-  *best = m;
+    add(load_last(z, i, n, -inf));
   *sum = s0 + s1;
+  if (kBest)
+    *best = max(m0, m1);
 }
 
-// Statistics of the rows [first, first + count), count <= lanes.
-template <typename S, typename T = acc_t<S>>
+// Statistics of adjacent narrow groups, kTile columns at most, of `lanes` rows of which `count` differ.
+template <bool kBest, typename S, typename T = acc_t<S>>
+void narrow_groups(const S* const* rows, int count, int64_t width, int64_t stride,
+    const int64_t* offsets, int64_t groups, T* best, T* sum, T* others) {
+  constexpr int L = lanes<T>;
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  constexpr int64_t step = kTile + 2 * L;
+  alignas(64) T terms[L * step];
+  const int64_t first = offsets[0], columns = offsets[groups] - first, left = width - first;
+  for (int r = 0; r < count; ++r) {
+    const S* const z = rows[r] + first;
+    T* const to = terms + r * step;
+    if (left < L)
+      store(to, exp_term(load_first(z, int(left), T(0))));
+    else
+      for (int64_t i = 0; i < columns; i += L) { // the last ones again where the row ends
+        const int64_t at = i + L <= left ? i : left - L;
+        prefetch<L>(z + at + 2 * stride);
+        store(to + at, exp_term(load(z + at)));
+      }
+    for (int64_t k = 0; k < groups; ++k)
+      others[k * L + r] = widen(rows[r][offsets[k]]);
+  }
+  for (int r = count; r < L; ++r)
+    std::memcpy(terms + r * step, terms + (count - 1) * step, sizeof(T) * step);
+  for (int64_t k = 0; k < groups; ++k) {
+    const int64_t column = offsets[k] + 1, n = offsets[k + 1] - column;
+    const T* const from = terms + (column - first);
+    const ivec<T> kept = first_lanes<T>(int(n % L));
+    vec<T> m[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r)
+      m[r] = kept ? load(from + r * step + n / L * L) : vec<T>{};
+    for (int64_t i = 0; i + L <= n; i += L)
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r)
+        m[r] += load(from + r * step + i);
+    store(sum + k * L, reduce_each<T>(m, [](vec<T> a, vec<T> b) { return a + b; }));
+    if (!kBest)
+      continue;
+    if (width < L) {
+      for (int r = 0; r < L; ++r)
+        m[r] = load_first(rows[r] + column, int(n), -inf);
+    } else { // the last n % L, and what is before them where the row ends
+      const int64_t at = column + n / L * L, start = at + L <= width ? at : width - L;
+      const ivec<T> last =
+          first_lanes<T>(int(at - start + n % L)) & ~first_lanes<T>(int(at - start));
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r)
+        m[r] = last ? load(rows[r] + start) : splat(-inf);
+      for (int64_t i = column; i < at; i += L)
+#pragma GCC unroll 16
+        for (int r = 0; r < L; ++r)
+          m[r] = max(load(rows[r] + i), m[r]);
+    }
+    store(best + k * L, reduce_each<T>(m, [](vec<T> a, vec<T> b) { return max(a, b); }));
+  }
+}
+
+// Statistics of adjacent wide groups, kSpan at most.
+template <bool kBest, typename S, typename T = acc_t<S>>
+void wide_groups(const S* const* rows, int count, int64_t stride, const int64_t* offsets,
+    int64_t groups, T* best, T* sum, T* others) {
+  constexpr int L = lanes<T>;
+  vec<T> sums[kSpan * L], bests[kBest ? kSpan * L : 1];
+  for (int r = 0; r < count; ++r)
+    for (int64_t k = 0; k < groups; ++k) {
+      const int64_t column = offsets[k] + 1, to = k * L + r;
+      wide_group<kBest>(
+          rows[r] + column, offsets[k + 1] - column, stride, bests + (kBest ? to : 0), sums + to);
+      others[to] = widen(rows[r][column - 1]);
+    }
+  for (int64_t k = 0; k < groups; ++k) {
+    for (int64_t to = k * L + count; to < (k + 1) * L; ++to) {
+      sums[to] = sums[to - 1];
+      if (kBest)
+        bests[to] = bests[to - 1];
+    }
+    store(sum + k * L, reduce_each<T>(sums + k * L, [](vec<T> a, vec<T> b) { return a + b; }));
+    if (kBest)
+      store(best + k * L,
+          reduce_each<T>(bests + k * L, [](vec<T> a, vec<T> b) { return max(a, b); }));
+  }
+}
+
+// Statistics of the rows [first, first + count), count <= lanes; `best` only if wanted, or where the
+// sum is far.
+template <bool kBest, typename S, typename T = acc_t<S>>
 void block_stats(const MosRows& in, int64_t first, int count, const Stats<T>& stats) {
   constexpr int L = lanes<T>;
-  const S* rows[L];
+  const S* rows[L]; // those past the end are the last one
   for (int r = 0; r < L; ++r)
     rows[r] = (const S*)in.logits + (first + (r < count ? r : count - 1)) * in.stride;
-  const int64_t* at = in.offsets;
-  bool narrow = false;
-  for (int r = 0; r < L; ++r) // rows past the end repeat the last one's results
-    for (int64_t k = 0; k < in.groups; ++k) {
-      const int64_t n = at[k + 1] - at[k] - 1;
-      if (n < kWide<T>) {
-        narrow = true;
-        continue;
-      }
-      const int64_t i = k * L + r;
-      if (r < count) {
-        along_row(rows[r] + at[k] + 1, n, stats.best + i, stats.sum + i);
-        stats.others[i] = widen(rows[r][at[k]]);
-      } else {
-        stats.best[i] = stats.best[i - 1];
-        stats.sum[i] = stats.sum[i - 1];
-        stats.others[i] = stats.others[i - 1];
-      }
-    }
-  if (!narrow)
-    return;
-  vec<T> columns[kTile];
-  for (int64_t k = 0; k < in.groups;) {
-    int64_t last = k; // groups [k, last) are narrow and fit one tile
-    while (last < in.groups && at[last + 1] - at[last] <= kWide<T> && at[last + 1] - at[k] <= kTile)
-      ++last;
-    if (last == k) {
-      ++k;
-      continue;
-    }
-    load_columns(rows, in.width, at[k], at[last], columns);
-    for (int64_t g = k; g < last; ++g) {
-      const vec<T>* z = columns + (at[g] - at[k]);
-      vec<T> best, sum;
-      along_lanes<T>(z + 1, at[g + 1] - at[g] - 1, &best, &sum);
-      store(stats.best + g * L, best);
-      store(stats.sum + g * L, sum);
-      store(stats.others + g * L, z[0]);
-    }
-    k = last;
+  const int64_t* const at = in.offsets;
+  for (int64_t k = 0, last; k < in.groups; k = last) {
+    const auto narrow = [&](int64_t g) { return at[g + 1] - at[g] <= kNarrow<T>; };
+    const bool are_narrow = narrow(k);
+    for (last = k + 1; last < in.groups && narrow(last) == are_narrow; ++last)
+      if (are_narrow ? at[last + 1] - at[k] > kTile : last - k == kSpan)
+        break;
+    T *const best = stats.best + k * L, *const sum = stats.sum + k * L;
+    T* const others = stats.others + k * L;
+    if (are_narrow)
+      narrow_groups<kBest>(rows, count, in.width, in.stride, at + k, last - k, best, sum, others);
+    else
+      wide_groups<kBest>(rows, count, in.stride, at + k, last - k, best, sum, others);
+  }
+  for (int64_t k = 0; k < in.groups; ++k) {
+    T* const others = stats.others + k * L;
+    for (int r = count; r < L; ++r)
+      others[r] = others[count - 1];
+    const vec<T> s = load(stats.sum + k * L);
+    const ivec<T> near = (s >= kSmallSum<T>)&(s <= kLargeSum<T>)&(load(others) <= kLargeOthers<T>);
+    stats.far[k] = 0;
+    if (any<T>(~near)) [[unlikely]]
+      far_rows<T>(rows, ~near, at + k, stats, k);
   }
 }
 
-// Everything the ops need of one group, rows as lanes. Where the group holds +inf or nothing but
-// -inf, `total` is NaN, as torch.softmax has it.
+// Everything the ops need of one group, rows as lanes. NaN where the group holds +inf or nothing but
+// -inf, as torch.softmax has it. Only `ratio` does without `best`.
 template <typename T>
 struct Group {
-  vec<T> best, sum, others;
+  vec<T> best, others;
   vec<T> m; // largest logit, others included
-  vec<T> e_best, e_others; // e^(best - m), e^(others - m)
-  vec<T> total; // sum e^(z - m)
+  vec<T> sum; // of the classes, e^(z - best), >= 1
+  vec<T> ratio; // (1 - p) / p, p the probability of the others
+  vec<T> p_best; // the probability of the best class
 
   OODK_INLINE Group(const Stats<T>& stats, int64_t k)
-      : best(load(stats.best + k * lanes<T>)),
-        sum(load(stats.sum + k * lanes<T>)),
-        others(load(stats.others + k * lanes<T>)) {
+      : best(load(stats.best + k * lanes<T>)), others(load(stats.others + k * lanes<T>)) {
+    const vec<T> s = load(stats.sum + k * lanes<T>);
+    const vec<T> e_others = exp_term(others), all = s + e_others;
     m = max(others, best);
-    e_best = exp(best - m);
-    e_others = exp(others - m);
-    total = e_best * sum + e_others;
+    sum = max(s * exp_term(-best), splat(T(1)));
+    ratio = s / e_others;
+    p_best = min(exp_term(best) / all, splat(T(1)));
+    if (stats.far[k] != 0) [[unlikely]]
+      far(stats.far[k], s);
+  }
+
+  OODK_INLINE vec<T> total() const { // of all, e^(z - m), >= 1
+    return exp(best - m) * sum + exp(others - m);
+  }
+  OODK_INLINE vec<T> log_odds() const {
+    return (best - others) + log(sum);
+  }
+
+ private:
+  OODK_INLINE void far(uint32_t rows, vec<T> s) {
+    ivec<T> far{};
+    for (int r = 0; r < lanes<T>; ++r)
+      far[r] = -int_t<T>(rows >> r & 1);
+    const vec<T> e_best = exp(best - m), e_others = exp(others - m);
+    const vec<T> all = e_best * s + e_others;
+    sum = far ? s : sum;
+    ratio = far ? e_best * s / e_others : ratio;
+    p_best = far ? e_best / all : p_best;
   }
 };
 
 // Calls f(first row, number of rows, statistics) for each block of rows in [begin, end).
-template <typename S, typename F>
+template <bool kBest, typename S, typename F>
 OODK_INLINE void for_each_block(const MosRows& in, int64_t begin, int64_t end, F f) {
   using T = acc_t<S>;
   const Stats<T> stats(in.groups);
   for (int64_t first = begin; first < end; first += lanes<T>) {
     const int count = int(end - first < lanes<T> ? end - first : lanes<T>);
-    block_stats<S>(in, first, count, stats);
+    block_stats<kBest, S>(in, first, count, stats);
     f(first, count, stats);
   }
 }
@@ -177,19 +299,24 @@ OODK_INLINE void store_rows(void* to, int64_t first, int count, vec<T> value) {
 template <typename T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
+// The score by the largest of the groups' ratios.
+template <typename T>
+OODK_INLINE vec<T> score_of(vec<T> ratio) {
+  return T(-1) / (T(1) + ratio);
+}
+
 void score(const MosRows& in, int64_t begin, int64_t end, void* out) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
-    for_each_block<S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
-      vec<T> least = splat(T(1)), any_nan{};
+    for_each_block<false, S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
+      vec<T> most{}, any_nan{};
       for (int64_t k = 0; k < in.groups; ++k) {
-        const Group<T> g(stats, k);
-        const vec<T> p = g.e_others / g.total;
-        least = p < least ? p : least;
-        any_nan += p;
+        const vec<T> ratio = Group<T>(stats, k).ratio;
+        most = max(ratio, most);
+        any_nan += ratio;
       }
-      store_rows<T>(out, first, count, any_nan != any_nan ? any_nan : -least);
+      store_rows<T>(out, first, count, any_nan != any_nan ? any_nan : score_of<T>(most));
     });
   });
 }
@@ -216,19 +343,16 @@ void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* l
     constexpr T inf = std::numeric_limits<T>::infinity();
     // Relative rounding error of a probability: of its sums, and of e^x as x falls.
     const T rounding = std::numeric_limits<T>::epsilon() * T(16 + in.width / L);
-    for_each_block<S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
+    for_each_block<true, S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
       const auto row = [&](int r) { return (const S*)in.logits + (first + r) * in.stride; };
-      vec<T> least = splat(T(1)), any_nan{}, most_odds = splat(-inf);
+      vec<T> most{}, any_nan{};
       vec<T> most_prob = splat(T(-1)), second_prob = most_prob;
       ivec<T> winner{};
       for (int64_t k = 0; k < in.groups; ++k) {
         const Group<T> g(stats, k);
-        const vec<T> p = g.e_others / g.total;
-        least = p < least ? p : least;
-        any_nan += p;
-        const vec<T> odds = (g.best - g.others) + log(g.sum);
-        most_odds = odds > most_odds ? odds : most_odds;
-        const vec<T> q = g.e_best / g.total;
+        most = max(g.ratio, most);
+        any_nan += g.ratio;
+        const vec<T> q = g.p_best;
         // NaN counts as the largest, as in torch.max; the first of equals stays.
         const ivec<T> better = (q > most_prob) | ((q != q) & (most_prob == most_prob));
         second_prob = max(better ? most_prob : q, second_prob);
@@ -243,7 +367,7 @@ void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* l
         vec<T> least_rest = splat(inf);
         for (int64_t k = 0; k < in.groups; ++k) {
           const Group<T> g(stats, k);
-          const vec<T> q = g.e_best / g.total;
+          const vec<T> q = g.p_best;
           const ivec<T> close = open & (q >= bound);
           for (int r = 0; r < count && any<T>(close); ++r) {
             if (!close[r])
@@ -258,8 +382,19 @@ void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* l
           }
         }
       }
+      vec<T> most_odds = log(most);
+      // Beyond what a ratio holds, and where that of a sum near its limits is not exact.
+      const ivec<T> extreme = ~((most > T(1e-15)) & (most < T(1e15)));
+      if (any<T>(extreme)) {
+        vec<T> odds = splat(-inf);
+        for (int64_t k = 0; k < in.groups; ++k) {
+          const vec<T> one = Group<T>(stats, k).log_odds();
+          odds = one > odds ? one : odds;
+        }
+        most_odds = extreme ? odds : most_odds;
+      }
       const ivec<T> nan = any_nan != any_nan;
-      store_rows<T>(score, first, count, nan ? any_nan : -least);
+      store_rows<T>(score, first, count, nan ? any_nan : score_of<T>(most));
       store_rows<T>(log_odds, first, count, nan ? any_nan : most_odds);
       store_rows<T>(prob, first, count, most_prob);
       for (int r = 0; r < count; ++r) {
@@ -275,12 +410,12 @@ void predict(const MosRows& in, int64_t begin, int64_t end, void* score, void* l
 }
 
 template <typename T>
-OODK_INLINE void store_stats(
-    const MosRows& in, int64_t k, int64_t first, int count, const Group<T>& g, void* stats) {
+OODK_INLINE void store_stats(const MosRows& in, int64_t k, int64_t first, int count,
+    const Group<T>& g, vec<T> total, void* stats) {
   T* to = (T*)stats + (first * in.groups + k) * 2;
   for (int r = 0; r < count; ++r, to += 2 * in.groups) {
     to[0] = g.m[r];
-    to[1] = g.total[r];
+    to[1] = total[r];
   }
 }
 
@@ -288,13 +423,13 @@ void log_others(const MosRows& in, int64_t begin, int64_t end, void* out, void* 
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
-    for_each_block<S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
+    for_each_block<true, S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
       for (int64_t k = 0; k < in.groups; ++k) {
         const Group<T> g(stats, k);
-        const vec<T> value = (g.others - g.m) - log(g.total);
+        const vec<T> total = g.total(), value = (g.others - g.m) - log(total);
         for (int r = 0; r < count; ++r)
           ((T*)out)[(first + r) * in.groups + k] = value[r];
-        store_stats<T>(in, k, first, count, g, stats_out);
+        store_stats<T>(in, k, first, count, g, total, stats_out);
       }
     });
   });
@@ -305,7 +440,7 @@ void loss(const MosRows& in, int64_t begin, int64_t end, const MosTarget& target
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     using T = acc_t<S>;
-    for_each_block<S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
+    for_each_block<true, S>(in, begin, end, [&](int64_t first, int count, const Stats<T>& stats) {
       vec<T> target{}; // the target's logit
       ivec<T> holder = ivec<T>{} - 1; // the group that holds it
       ivec<T> ignored{};
@@ -322,8 +457,9 @@ void loss(const MosRows& in, int64_t begin, int64_t end, const MosTarget& target
       for (int64_t k = 0; k < in.groups; ++k) {
         const Group<T> g(stats, k);
         const vec<T> z = holder == int_t<T>(k) ? target : g.others;
-        sum += log(g.total) + (g.m - z);
-        store_stats<T>(in, k, first, count, g, stats_out);
+        const vec<T> total = g.total();
+        sum += log(total) + (g.m - z);
+        store_stats<T>(in, k, first, count, g, total, stats_out);
       }
       store_rows<T>(out, first, count, ignored ? vec<T>{} : sum);
     });

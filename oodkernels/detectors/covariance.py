@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oodkernels._checks import accumulate_type, check_class_ids, check_count, check_int, check_real
+from oodkernels._checks import check_class_ids, check_count, check_int
 from oodkernels._optional import require
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, Features, as_batch, blocks, check_kept, present
+from oodkernels.detectors.batch import Batch, Features, as_batch, check_kept, present
 from oodkernels.detectors.gradients import check_step, input_step
+from oodkernels.detectors.head import floats
 from oodkernels.detectors.model import Model, positions_mean, run, to_model
 from oodkernels.detectors.statistics import ClassStatistics
+from oodkernels.detectors.whitening import Whitening, check_samples, check_shrinkage, whitening
 from oodkernels.ops import nearest_centroid
 
 if TYPE_CHECKING:
@@ -24,17 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Mahalanobis"]
 
-_CHUNK = 1 << 24  # numbers that are whitened at once
-_LEAST_SHARE = 1e-10  # of a feature's variance that the others must leave unexplained
 _STATE = ("counts", "means", "scatter", "shrinkage")
-
-
-class _Space(NamedTuple):
-    """Where Euclidean distances are Mahalanobis distances: z = (h - origin) @ matrix."""
-
-    origin: Tensor  # (d,)
-    matrix: Tensor  # (d, d)
-    centroids: Tensor  # (C, d)
 
 
 @register(
@@ -204,7 +196,6 @@ class Mahalanobis(OODDetector):
             statistics.to(device)
             if name in self._whitening:
                 self._whitening[name] = self._whitening[name].to(device)
-        self._spaces.clear()
         return self
 
     # --- fitting ------------------------------------------------------------------------------
@@ -214,8 +205,7 @@ class Mahalanobis(OODDetector):
         self.statistics: dict[str, ClassStatistics] = {}
         self.shrinkages: dict[str, float] = {}
         self.weights = None
-        self._whitening: dict[str, Tensor] = {}
-        self._spaces: dict[tuple[str, torch.dtype, torch.device], _Space] = {}
+        self._whitening: dict[str, Whitening] = {}
 
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         for name in self._names():
@@ -237,15 +227,15 @@ class Mahalanobis(OODDetector):
     def _whiten(self, where: str, name: str, shrinkage: float | None) -> None:
         statistics = self.statistics[name]
         of = f"layer {name!r}" if self.layers else "the features"
-        self._whitening[name], self.shrinkages[name] = whitening(
+        matrix, self.shrinkages[name] = whitening(
             where, statistics.covariance(), statistics, shrinkage, of, stacklevel=7
         )
+        self._whitening[name] = Whitening(matrix, statistics.mean, statistics.means)
 
     def _set_shape(self) -> None:
         first = next(iter(self.statistics.values()))
         self.num_classes = first.num_classes
         self.width = None if self.layers else first.width
-        self._spaces.clear()
 
     # --- scoring ------------------------------------------------------------------------------
 
@@ -302,37 +292,10 @@ class Mahalanobis(OODDetector):
         scores = []
         for name in self._names():
             own = self._stepped(name, present(batch.x)) if self.eps else batch
-            features = self._read("Mahalanobis.score", own, name)
-            labels, distance = self._distances(name, features)
+            features = self._read("Mahalanobis.score", own, name) if self.layers else None
+            labels, distance = self._whitening[name].nearest(own, features)
             scores.append(distance / -2)
         return torch.stack(scores, 1), labels
-
-    def _distances(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest class and squared Mahalanobis distance."""
-        found = []
-        for rows in blocks(features, max(1, _CHUNK // max(1, features.shape[1]))):
-            space, z = self._whitened(name, rows)
-            found.append(nearest_centroid(z, space.centroids))
-        labels, distance = zip(*found, strict=True)
-        return torch.cat(labels), torch.cat(distance)
-
-    def _whitened(self, name: str, features: Tensor) -> tuple[_Space, Tensor]:
-        features = features.to(accumulate_type(features.dtype))
-        key = (name, features.dtype, features.device)
-        if key not in self._spaces:
-            self._spaces[key] = self._space(name, features)
-        space = self._spaces[key]
-        with torch.autocast(features.device.type, enabled=False):
-            return space, (features - space.origin) @ space.matrix
-
-    @torch.inference_mode(False)  # for the gradients of input steps
-    @torch.no_grad()
-    def _space(self, name: str, like: Tensor) -> _Space:
-        statistics, matrix = self.statistics[name], self._whitening[name].to(like.dtype)
-        # Rounded first, so that means and samples are mapped by the very same numbers.
-        origin = (statistics.counts.double() @ statistics.means / statistics.count).to(matrix)
-        centroids = (statistics.means - origin.double()) @ matrix.double()
-        return _Space(*(t.to(like) for t in (origin, matrix, centroids)))
 
     def _stepped(self, name: str, x: Tensor) -> Batch:
         """What the model makes of x moved towards its nearest class at a layer."""
@@ -343,8 +306,9 @@ class Mahalanobis(OODDetector):
             return Batch.of(x, run(model, x, layers, features=not self.layers))
 
         def loss(x: Tensor) -> Tensor:
-            features = self._read("Mahalanobis.score", outputs(x), name)
-            space, z = self._whitened(name, features)
+            features = floats(self._read("Mahalanobis.score", outputs(x), name))
+            space = self._whitening[name].space(features)
+            z = space.whitened(features)
             labels, _ = nearest_centroid(z.detach(), space.centroids)
             return (z - space.centroids[labels]).square().sum() / 2
 
@@ -384,92 +348,3 @@ class Mahalanobis(OODDetector):
             raise ValueError(
                 f"weights must have shape ({len(names) + 1},), got {tuple(self.weights.shape)}"
             )
-
-
-def check_shrinkage(where: str, shrinkage: float | None) -> float | None:
-    """A share or None; raise unless it is one."""
-    if shrinkage is None:
-        return None
-    share = check_real(where, "shrinkage", shrinkage)
-    if not 0 <= share <= 1:
-        raise ValueError(f"{where}: shrinkage must be in [0, 1] or None, got {share:g}")
-    return share
-
-
-def check_samples(where: str, statistics: ClassStatistics) -> None:
-    """Raise ValueError unless every class has samples."""
-    if not statistics.count:
-        raise ValueError(f"{where}: there must be ID samples to fit to, got none")
-    if missing := statistics.missing:
-        some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
-        raise ValueError(
-            f"{where}: every class 0..{statistics.num_classes - 1} must have samples to fit to, "
-            f"got none of class {some}"
-        )
-
-
-def whitening(
-    where: str,
-    covariance: Tensor,
-    statistics: ClassStatistics,
-    shrinkage: float | None,
-    of: str = "the features",
-    *,
-    stacklevel: int = 2,
-) -> tuple[Tensor, float]:
-    """W (d, d) with W W^T the inverse of a covariance, and the shrinkage that it took.
-
-    Args:
-        where: What messages start with.
-        covariance: (d, d).
-        statistics: What it comes from.
-        shrinkage: In [0, 1]; None for 0, or where the covariance is singular OAS, with a warning.
-        of: Whose covariance it is, in messages.
-        stacklevel: Of the warning.
-
-    Raises:
-        ValueError: It is singular with that shrinkage.
-    """
-    amount = shrinkage or 0.0
-    found = _whitening(covariance, amount)
-    if found is None and shrinkage is None:
-        amount = _oas(covariance, statistics.count)
-        found = _whitening(covariance, amount)
-        if found is not None:
-            warnings.warn(
-                f"{where}: the covariance of {of} ({statistics.width} features, "
-                f"{statistics.count} samples, {statistics.num_classes} classes) is singular: "
-                f"shrunk by {amount:.3g} (OAS) towards its mean variance; shrinkage= chooses "
-                f"another amount",
-                stacklevel=stacklevel,
-            )
-    if found is None:
-        raise ValueError(
-            f"{where}: the covariance of {of} must not be singular, got one that is with "
-            f"shrinkage {amount:.3g}"
-        )
-    return found, amount
-
-
-def _whitening(covariance: Tensor, shrinkage: float) -> Tensor | None:
-    """W with W W^T the inverse of the covariance shrunk; None where that is singular."""
-    target = covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
-    covariance = (1 - shrinkage) * covariance + shrinkage * target
-    std = covariance.diagonal().sqrt()
-    if not std.all():
-        return None
-    # Of the correlations, so that the units of the features do not matter. The square of a diagonal
-    # element is the share of a variance that the features before leave unexplained.
-    factor, failed = torch.linalg.cholesky_ex(covariance / std / std[:, None])
-    if failed or factor.diagonal().square().min() < _LEAST_SHARE:
-        return None
-    return torch.linalg.solve_triangular(factor, (1 / std).diag(), upper=False).T.contiguous()
-
-
-def _oas(covariance: Tensor, n: int) -> float:
-    """The oracle approximating shrinkage of n samples, as scikit-learn computes it."""
-    d = len(covariance)
-    size = float(covariance.square().mean())
-    mean = float(covariance.diagonal().mean()) ** 2
-    excess = (n + 1) * (size - mean / d)
-    return 1.0 if excess <= 0 else min(1.0, (size + mean) / excess)

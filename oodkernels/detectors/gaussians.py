@@ -12,19 +12,15 @@ from torch.nn.functional import normalize
 
 from oodkernels._checks import check_count
 from oodkernels.detectors.base import OODDetector, register
-from oodkernels.detectors.batch import Batch, blocks, present
-from oodkernels.detectors.covariance import check_samples, check_shrinkage, whitening
-from oodkernels.detectors.head import floats
+from oodkernels.detectors.batch import Batch, present
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import ClassStatistics
-from oodkernels.ops import nearest_centroid
+from oodkernels.detectors.whitening import Whitening, check_samples, check_shrinkage, whitening
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["RMDS", "MahalanobisPlusPlus", "RMDSPlusPlus"]
-
-_CHUNK = 1 << 24  # numbers that are whitened at once
 
 
 class _Gaussians(OODDetector):
@@ -36,7 +32,7 @@ class _Gaussians(OODDetector):
     _carried = OODDetector._carried | {"_maps"}
     _unit: ClassVar[bool]
     _relative: ClassVar[bool]
-    _maps: list[Tensor]
+    _maps: list[Whitening]  # of the covariance within the classes, and of the total where needed
 
     def __init__(
         self,
@@ -68,11 +64,6 @@ class _Gaussians(OODDetector):
         self.statistics = ClassStatistics(self.classes)
         self._maps = []
 
-    def _read(self, features: Tensor) -> Tensor:
-        x = floats(features)
-        # A row of zeros has no direction: NaN, and so its score.
-        return x / x.norm(dim=1, keepdim=True) if self._unit else x
-
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         features = present(batch.features)
         if self._unit:
@@ -85,44 +76,22 @@ class _Gaussians(OODDetector):
         check_samples(where, own)
         self.num_classes, self.width = own.num_classes, own.width
         within = own.covariance()
-        found = [whitening(where, within, own, self.shrinkage, stacklevel=6)[0]]
+        matrix, _ = whitening(where, within, own, self.shrinkage, stacklevel=6)
+        self._maps = [Whitening(matrix, own.mean, own.means, self._unit)]
         if self._relative:
-            away = own.means - self._mean
+            away = own.means - own.mean
             total = within + (away.T * own.counts.double()) @ away / own.count
-            found.append(whitening(where, total, own, self.shrinkage, stacklevel=6)[0])
-        self._maps = found
-
-    @property
-    def _mean(self) -> Tensor:
-        counts = self.statistics.counts
-        return counts.double() @ self.statistics.means / counts.sum()
+            matrix, _ = whitening(where, total, own, self.shrinkage, stacklevel=6)
+            self._maps.append(Whitening(matrix, own.mean, own.means[:0], self._unit))
 
     def _score(self, batch: Batch) -> Tensor:
-        return self._nearest(batch)[0]
+        _, distance = self._maps[0].nearest(batch)
+        if self._relative:
+            distance = distance - self._maps[1].square(batch)
+        return -distance
 
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        return self._nearest(batch)[1], None
-
-    def _nearest(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.once(self, lambda: self._compute(present(batch.features)))
-
-    def _compute(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        scores, labels = [], []
-        like = floats(features[:0])
-        maps = [m.to(like) for m in self._maps]
-        # Rounded first, so that means and samples are mapped by the very same numbers.
-        origin = self._mean.to(like)
-        means = self.statistics.means.to(like.device) - origin.double()
-        centroids = (means @ maps[0].double()).to(like)
-        for rows in blocks(features, max(1, _CHUNK // features.shape[1])):
-            x = self._read(rows) - origin
-            with torch.autocast(x.device.type, enabled=False):
-                label, distance = nearest_centroid(x @ maps[0], centroids)
-                if self._relative:
-                    distance = distance - (x @ maps[1]).square().sum(1)
-            scores.append(-distance)
-            labels.append(label)
-        return torch.cat(scores), torch.cat(labels)
+        return self._maps[0].nearest(batch)[0], None
 
     def _state(self) -> dict[str, Tensor]:
         state = self.statistics.state_dict()

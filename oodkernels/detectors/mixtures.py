@@ -16,6 +16,7 @@ from oodkernels.detectors.batch import Batch, present
 from oodkernels.detectors.head import floats
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import ClassStatistics
+from oodkernels.detectors.whitening import times_triangle
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -153,6 +154,7 @@ class GMM(OODDetector):
         super()._load_state(tensors)
         if not (self.counts > 0).all() or len(self.covariances) not in (1, len(self.counts)):
             raise ValueError("counts must be positive, and covariances one or as many as classes")
+        self._maps = None
         self._whitening()
 
     def to(self, device: torch.device | str | int) -> Self:
@@ -173,11 +175,13 @@ class GMM(OODDetector):
             rows = rows - origin
             with torch.autocast(x.device.type, enabled=False):
                 if len(maps) == 1:
-                    z, centres = rows @ maps[0], means @ maps[0]
+                    z, centres = times_triangle(rows, maps[0]), means @ maps[0]
                     square = torch.stack([(z - c).square().sum(1) for c in centres], 1)
                 else:
                     pairs = zip(means, maps, strict=True)
-                    square = torch.stack([((rows - c) @ w).square().sum(1) for c, w in pairs], 1)
+                    square = torch.stack(
+                        [times_triangle(rows - c, w).square().sum(1) for c, w in pairs], 1
+                    )
             blocks.append(constant - square / 2)
         return torch.cat(blocks)
 

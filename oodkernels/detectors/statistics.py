@@ -71,6 +71,11 @@ class ClassStatistics:
         return int(self.counts.sum())
 
     @property
+    def mean(self) -> Tensor:
+        """Mean of the rows of all classes, (d,) float64; NaN without rows."""
+        return self.counts.double() @ self.means / self.count
+
+    @property
     def missing(self) -> list[int]:
         """Classes without rows."""
         return (self.counts == 0).nonzero()[:, 0].tolist()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oodkernels._checks import check_count, check_flag, check_int, check_real
+from oodkernels._digest import digest
 from oodkernels.detectors.base import OODDetector, register
 from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.head import HEAD, Head, HeadDetector, Reservoir, floats
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NECO", "CoP", "CoRP", "Residual", "ViM"]
 
-_CHUNK = 1 << 24  # numbers that are projected at once
+_CHUNK = 1 << 21  # numbers that are projected at once, which stay in cache
 _SAMPLE = 10_000  # samples of which ViM's factor is taken
 
 
@@ -77,9 +78,45 @@ def principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
+class Projection:
+    """An origin and orthonormal columns, on which features less the origin are projected.
+
+    What is projected of a batch is projected once for all detectors with equal ones.
+
+    Args:
+        origin: (d,) float64.
+        vectors: (d, m) float64.
+    """
+
+    def __init__(self, origin: Tensor, vectors: Tensor) -> None:
+        self.origin, self.vectors = origin, vectors
+        self._digest = digest(origin, vectors)
+        self._known: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def to(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Origin and columns in the type and on the device of a tensor."""
+        key = (like.dtype, like.device)
+        found = self._known.get(key)
+        if found is None:
+            found = self.origin.to(like), self.vectors.to(like)
+            if not torch.compiler.is_compiling():
+                self._known[key] = found
+        return found
+
+    def norm(self, batch: Batch) -> Tensor:
+        """Norm of the projection of a batch's features, (N,), kept there."""
+        key = ("norm", self._digest, str(self.vectors.device))
+        return batch.once(key, lambda: self.norm_of(present(batch.features)))
+
+    def norm_of(self, features: Tensor) -> Tensor:
+        """Norm of the projection of features (N, d), (N,), a block of rows at a time."""
+        return length(features, *self.to(floats(features[:0])))
+
+
 def length(features: Tensor, origin: Tensor, vectors: Tensor) -> Tensor:
     """Norm of (features - origin) @ vectors, (N,), a block of rows at a time."""
-    origin, vectors = origin.to(features), vectors.to(features)
+    like = floats(features[:0])
+    origin, vectors = origin.to(like), vectors.to(like)
     with torch.autocast(features.device.type, enabled=False):
         parts = [
             ((rows - origin) @ vectors).norm(dim=1)
@@ -117,6 +154,7 @@ class Residual(_Subspace, HeadDetector):
     origin: Tensor
     null: Tensor
     _vectors: Tensor | None = None  # (d, d), all of them
+    _outside: Projection  # on the null columns
 
     def __init__(
         self,
@@ -140,10 +178,23 @@ class Residual(_Subspace, HeadDetector):
         away = mean - self.origin
         self._vectors = principal(covariance + torch.outer(away, away))[1]
         self.null = self._vectors[:, dim:].contiguous()
+        self._outside = Projection(self.origin, self.null)
+
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._load_state(tensors)
+        self._outside = Projection(self.origin, self.null)
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """Move what was fitted; the model is left where it is."""
+        super().to(device)
+        if "null" in vars(self):
+            self._outside = Projection(self.origin, self.null)
+        return self
 
     def _settle(self, where: str, changed: Collection[str]) -> None:
         if changed == {"dim"} and self._vectors is not None:
             self.null = self._vectors[:, self._dim(where, self.dim, len(self._vectors)) :]
+            self._outside = Projection(self.origin, self.null)
             return
         super()._settle(where, changed)
 
@@ -181,11 +232,8 @@ class Residual(_Subspace, HeadDetector):
             parts.append(squares.flip(1).cumsum(1).flip(1)[:, list(dims)].sqrt())
         return torch.cat(parts)
 
-    def _outside(self, features: Tensor) -> Tensor:
-        return length(floats(features), self.origin, self.null)
-
     def _score(self, batch: Batch) -> Tensor:
-        return -self._outside(present(batch.features))
+        return -self._outside.norm(batch)
 
 
 @register(
@@ -272,10 +320,10 @@ class ViM(Residual):
     def _sums(self) -> Tensor:
         """Sums of the sample: the largest logits, and the norms outside the subspace."""
         features, largest = present(self._sample).rows()
-        return torch.stack([largest.double().sum(), self._outside(features.double()).sum()])
+        return torch.stack([largest.double().sum(), self._outside.norm_of(features.double()).sum()])
 
     def _score(self, batch: Batch) -> Tensor:
-        outside = self._outside(present(batch.features))
+        outside = self._outside.norm(batch)
         energy = batch.logit_scores(absent=self.absent).energy.to(outside)
         return energy - self.alpha.to(outside) * outside
 
@@ -374,9 +422,15 @@ class NECO(_Subspace):
         return (x - self.mean.to(x)) / self.std.to(x)
 
     def _score(self, batch: Batch) -> Tensor:
-        z = self._standardized(batch)
-        share = length(z, z.new_zeros(z.shape[1]), self.components) / z.norm(dim=1)
-        return self._weighted(batch, share[:, None])[:, 0]
+        features = present(batch.features)
+        like = floats(features[:0])
+        mean, std, vectors = (t.to(like) for t in (self.mean, self.std, self.components))
+        shares = []
+        for rows in blocks(features, max(1, _CHUNK // features.shape[1])):
+            with torch.autocast(like.device.type, enabled=False):
+                z = (rows.to(like) - mean) / std
+                shares.append((z @ vectors).norm(dim=1) / z.norm(dim=1))
+        return self._weighted(batch, torch.cat(shares)[:, None])[:, 0]
 
     def _weighted(self, batch: Batch, share: Tensor) -> Tensor:
         if not self.max_logit:

@@ -115,7 +115,7 @@ def test_pytorch_ood_divides_by_no_n() -> None:
 def test_batches_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = blobs()
     expected = Mahalanobis().fit(features=x, labels=y).score(features=x)
-    monkeypatch.setattr("oodkernels.detectors.covariance._CHUNK", 7 * D)
+    monkeypatch.setattr("oodkernels.detectors.whitening._CHUNK", 7 * D)
     detector = Mahalanobis()
     for rows, labels in batches(x, y):
         assert detector.partial_fit(features=rows, labels=labels) is detector
@@ -169,7 +169,7 @@ def test_memory_is_no_product_of_samples_classes_and_features(
             largest = max([largest, *(t.numel() for t in outputs if isinstance(t, Tensor))])
             return result
 
-    monkeypatch.setattr("oodkernels.detectors.covariance._CHUNK", 50 * D)
+    monkeypatch.setattr("oodkernels.detectors.whitening._CHUNK", 50 * D)
     x, y = blobs()
     with Watch():
         Mahalanobis().fit(features=x, labels=y).score(features=x)

@@ -166,3 +166,30 @@ def test_extremes_of_half_precision() -> None:
     assert found.score.dtype == torch.float32
     assert found.score.item() == 0
     assert found.label.item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_of_any_size_side_by_side(dtype: torch.dtype) -> None:
+    """Sums of e^z as it is, and of e^(z - max) where that is beyond the type, in one vector."""
+    groups = oodk.Groups.from_sizes([100, 7, 1, 64, 20, 15, 130])
+    z = torch.randn(33, groups.width, generator=torch.Generator().manual_seed(0)) * 4
+    shift = torch.tensor([0.0, 40, -40, 64, -64, 75, -60, 100, -100, 1e4, -1e4, 700, -700, 0.5, 8])
+    z = (z + shift.repeat(3)[:33, None]).to(dtype)
+    z[5, groups.offsets[:-1]] = -torch.inf
+    z[13, 1:9] = -torch.inf
+    target = torch.arange(33)
+    exact = reference.mos_predict(z.double(), groups.offsets)
+    found = oodk.mos_predict(z, groups)
+    close = {"rtol": 0, "atol": 2e-6 if dtype != torch.float64 else 1e-13}
+    torch.testing.assert_close(found.score.double(), exact[0], **close)
+    torch.testing.assert_close(found.prob.double(), exact[4], **close)
+    assert torch.equal(found.label, exact[2])
+    assert found.prob.max() <= 1
+    assert torch.equal(found.score, oodk.mos_score(z, groups))
+    loss = oodk.mos_loss(z, target, groups, reduction="none")
+    alone = [oodk.mos_predict(row, groups) for row in z]
+    for field in ("score", "log_odds", "prob", "label"):
+        one = torch.stack([getattr(a, field) for a in alone])
+        assert torch.equal(one, getattr(found, field))
+    one = [oodk.mos_loss(z[i], target[i], groups, reduction="none") for i in range(33)]
+    assert torch.equal(torch.stack(one), loss)
