@@ -302,6 +302,18 @@ def test_a_transform_of_torchvision_is_kept(as_given: bool, tmp_path: Path) -> N
     assert Bundle.load(tmp_path, model).transform == kept
 
 
+def test_weights_keep_their_layout_which_decides_the_last_digits(tmp_path: Path) -> None:
+    model = network().to(memory_format=torch.channels_last)
+    bundle = Bundle(model, Energy(), input_shape=SHAPE)
+    bundle.calibrate(data().held_out)
+    bundle.save(tmp_path)
+    loaded = Bundle.load(tmp_path)
+    assert equal(loaded(X), bundle(X))
+    found, wanted = loaded.model.state_dict(), model.state_dict()
+    assert {k: v.stride() for k, v in found.items()} == {k: v.stride() for k, v in wanted.items()}
+    assert any(not v.is_contiguous() for v in wanted.values())
+
+
 def test_a_fresh_process_decides_the_same(tmp_path: Path) -> None:
     bundle = with_names()
     bundle.save(tmp_path / "bundle")
