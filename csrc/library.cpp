@@ -79,6 +79,13 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "roc_histogram_(Tensor(a!) counts, Tensor table, Tensor scores, int side, "
       "Tensor? rows=None, Tensor? atoms=None) -> ()");
 
+  // On CPU, before scores are counted: bins where these are about to crowd, see
+  // oodkernels/metrics/streaming/_sketch.py.
+  m.def(
+      "_steer_histogram_(Tensor(a!) counts, Tensor(b!) blocks, Tensor(c!) table, Tensor(d!) atoms, "
+      "Tensor(e!) used, Tensor(f!) scale, Tensor(g!) adapted, Tensor scores, int side, "
+      "Tensor? rows, bool first, bool half, float share) -> ()");
+
   // K-means, seeded and deterministic: x is (..., N, d); see ops/kmeans.h.
   m.def(
       "kmeans_init(Tensor x, int k, int n_init=1, int n_trials=0, int seed=0, "

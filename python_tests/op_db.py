@@ -6,16 +6,19 @@ A row earns its op every test: the reference in float64, strides, dtypes, fake k
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oodkernels import reference
+from oodkernels.metrics.streaming._sketch import Cells, Layout, Sketch
 from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
 from oodkernels.ops.keys import keys_of_scores, order_key
 
@@ -1036,6 +1039,79 @@ def histogram_reference(counts: Tensor, *args: Any) -> Tensor:
     return counts
 
 
+def steering_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    layout = Layout.of(7 * 2**20, 2)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30_000, generator=g).to(device, dtype)
+    few = (x * 40).round() / 7
+    rows = (torch.rand(x.shape, generator=g) < 0.3).to(device, torch.uint8)
+
+    def sample(sketch: Sketch, x: Tensor, share: float, name: str, first: bool = False) -> Sample:
+        state = [getattr(sketch, f.name) for f in dataclasses.fields(Sketch)]
+        args = (*(t.clone() for t in state), x, 0, rows, first, layout.half, share)
+        return Sample(args, name=name)
+
+    sketch = Sketch.empty(layout, 2, x.device)
+    yield sample(sketch, x, layout.share, "empty", first=True)
+    yield sample(sketch, few, layout.share, "few values", first=True)
+    if dtype == torch.float32:  # float64 would have halves of bins where rounding decides
+        sketch.count(x, rows, layout, first=True)
+        sketch.adapted.zero_()
+        yield sample(sketch, 3 * x + 1, layout.share, "wider")
+        # In memory that does not do for so fine bins.
+        yield sample(sketch, x, layout.share / 64, "coarser")
+
+
+def steering_call(*args: Any) -> tuple[Tensor, ...]:
+    state = [t.detach().clone() for t in args[:7]]
+    torch.ops.oodk._steer_histogram_(*state, *args[7:])
+    return tuple(state)
+
+
+def steering_reference(*args: Any) -> tuple[Tensor, ...]:
+    sketch = Sketch(*(t.clone() for t in args[:7]))
+    x, _, rows, first, half, share = args[7:]
+    layout = Layout(sketch.bins, len(sketch.atoms), half, share)
+    sketch.steer(x.reshape(-1), rows, layout, first=first)
+    return tuple(getattr(sketch, f.name) for f in dataclasses.fields(Sketch))
+
+
+def compare_steering(sample: Sample, actual: Any, expected: Any) -> None:
+    """The same scores in the same intervals, in whatever order blocks lie."""
+    ours, theirs = Sketch(*actual), Sketch(*expected)
+    for name in ("atoms", "used", "scale", "adapted", "facts"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (sample.name, name)
+    for fields in (31, 0x7FFFFFFF << 32):  # shifts; atoms
+        assert torch.equal(ours.table & fields, theirs.table & fields), sample.name
+    assert torch.equal(ours.blocks >= 0, theirs.blocks >= 0), sample.name
+    a, b = (Cells.sum([s.cells()]) for s in (ours, theirs))
+    assert np.array_equal(a.codes, b.codes), sample.name
+    assert np.array_equal(a.counts, b.counts), sample.name
+
+
+def steering_refused(device: str) -> Iterator[Refused]:
+    sample = next(steering_samples(device, torch.float32)).args
+
+    def put(at: int, value: Any) -> tuple[Any, ...]:
+        return (*sample[:at], value, *sample[at + 1 :])
+
+    blocks, table = sample[1], sample[2]
+    yield Refused(put(7, sample[7].long()), TypeError, "scores must be float64")
+    yield Refused(put(1, blocks.long()), TypeError, "blocks must be")
+    yield Refused(
+        put(1, blocks[:8]), ValueError, r"blocks must be contiguous, of shape \(9, 65536\)"
+    )
+    yield Refused(put(4, sample[4][None]), ValueError, r"used must be contiguous, of shape \(\)")
+    yield Refused(put(8, 2), ValueError, "side must be in 0..1, got 2")
+    yield Refused(put(12, 0.0), ValueError, "share must be positive, got 0")
+    outside = blocks.where(blocks != 0, 2**30)
+    yield Refused(put(1, outside), ValueError, "blocks must lie in counts", contents=True)
+    none = torch.full_like(blocks, -1)
+    yield Refused(put(1, none), ValueError, "hold one for each prefix", contents=True)
+    astray = table | 0x3FFFFFF << 6
+    yield Refused(put(2, astray), ValueError, "table points outside of counts", contents=True)
+
+
 def scores_refused(device: str, argument: str) -> Iterator[tuple[Tensor, type[Exception], str]]:
     x = torch.randn(5, device=device)
     yield x.long(), TypeError, f"{argument} must be float64"
@@ -1315,5 +1391,18 @@ OPS = [
         as_is=True,
         varied=2,
         functional=histogram_call,
+    ),
+    Op(
+        "_steer_histogram_",
+        steering_reference,
+        steering_samples,
+        steering_refused,
+        lambda output, dtype: (0.0, 0.0),
+        rowwise=(),
+        float64=(5,),
+        as_is=True,
+        varied=7,
+        functional=steering_call,
+        compare=compare_steering,
     ),
 ]
