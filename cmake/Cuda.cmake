@@ -21,7 +21,9 @@ oodk_add_module(_cuda
   csrc/errors.cpp
   csrc/cuda/mos.cu
   csrc/cuda/logits.cu
+  csrc/cuda/energy.cu
   csrc/cuda/features.cu
+  csrc/cuda/distances.cu
   csrc/cuda/gen.cu
   csrc/cuda/shape.cu
   csrc/cuda/outlier.cu

@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "logit_scores(Tensor logits, float temperature=1.0) -> "
       "(Tensor msp, Tensor max_logit, Tensor energy, Tensor entropy, Tensor label)");
 
+  // logsumexp of scale (z - bias) + bias for each of a row's scales (..., P): SCALE, LTS.
+  m.def("scaled_energy(Tensor logits, Tensor scale, Tensor? bias=None) -> Tensor");
+
   // GEN, Liu et al., CVPR 2023, for each pair of gamma and m. Not one of logit_scores: as many
   // outputs as settings, and finding the m largest costs more than all that logit_scores does.
   m.def("gen_scores(Tensor logits, float[] gamma, int[] m) -> Tensor");
@@ -37,7 +40,12 @@ STABLE_TORCH_LIBRARY(oodk, m) {
       "feature_stats(Tensor features, Tensor percentiles, bool rectified=False) -> "
       "(Tensor l1, Tensor l2, Tensor sum, Tensor threshold, Tensor top_sum)");
 
-  // Features as ReAct (clip), VRA, ASH and SCALE shape them, in place.
+  // Rows x (..., d) beside the rows of table (K, d) that index (..., m) names.
+  m.def(
+      "indexed_distances(Tensor x, Tensor table, Tensor index) -> "
+      "(Tensor inner, Tensor l1, Tensor l2)");
+
+  // Features as ReAct (clip), VRA, ASH, SCALE and OptFS shape them, in place.
   m.def(
       "shape_features_(Tensor(a!) features, str shape, float? percentile=None, Tensor? low=None, "
       "Tensor? high=None) -> ()");
@@ -70,6 +78,13 @@ STABLE_TORCH_LIBRARY(oodk, m) {
   m.def(
       "roc_histogram_(Tensor(a!) counts, Tensor table, Tensor scores, int side, "
       "Tensor? rows=None, Tensor? atoms=None) -> ()");
+
+  // On CPU, before scores are counted: bins where these are about to crowd, see
+  // oodkernels/metrics/streaming/_sketch.py.
+  m.def(
+      "_steer_histogram_(Tensor(a!) counts, Tensor(b!) blocks, Tensor(c!) table, Tensor(d!) atoms, "
+      "Tensor(e!) used, Tensor(f!) scale, Tensor(g!) adapted, Tensor scores, int side, "
+      "Tensor? rows, bool first, bool half, float share) -> ()");
 
   // K-means, seeded and deterministic: x is (..., N, d); see ops/kmeans.h.
   m.def(

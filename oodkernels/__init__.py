@@ -47,6 +47,7 @@ from oodkernels.nn import (
 from oodkernels.ops import (
     DOSSelection,
     FeatureStats,
+    IndexedDistances,
     KMeansResult,
     LogitScores,
     MOSPrediction,
@@ -56,6 +57,7 @@ from oodkernels.ops import (
     dos_select,
     feature_stats,
     gen_scores,
+    indexed_distances,
     kmeans_init,
     logit_scores,
     mos_log_others,
@@ -66,6 +68,7 @@ from oodkernels.ops import (
     nearest_neighbors,
     outlier_cross_entropy,
     roc_metrics,
+    scaled_energy,
 )
 from oodkernels.training import (
     DOSMiner,
@@ -109,6 +112,7 @@ __all__ = [
     "Evaluation",
     "FeatureStats",
     "Groups",
+    "IndexedDistances",
     "JointGANLoss",
     "KMeans",
     "KMeansResult",
@@ -148,6 +152,7 @@ __all__ = [
     "extract",
     "feature_stats",
     "gen_scores",
+    "indexed_distances",
     "joint_gan_loss",
     "kmeans",
     "kmeans_init",
@@ -165,6 +170,7 @@ __all__ = [
     "outlier_exposure_loss",
     "reliability_diagram",
     "roc_metrics",
+    "scaled_energy",
     "score_all",
 ]
 

@@ -129,6 +129,21 @@ def feature_stats(
     return x.abs().sum(-1), x.norm(dim=-1), x.sum(-1), threshold, top
 
 
+def scaled_energy(logits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Energy of scale (z - bias) + bias for each scale."""
+    z = _accumulated(logits)
+    b = z.new_zeros(z.shape[-1]) if bias is None else bias
+    return (scale[..., None] * (z - b)[..., None, :] + b).logsumexp(-1)
+
+
+def indexed_distances(x: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """Inner product, L1 and L2 distance of rows and those of a table, in float64."""
+    wide, rows = x.double()[..., None, :], table.double()[index]
+    d = wide - rows
+    found = (wide * rows).sum(-1), d.abs().sum(-1), d.square().sum(-1).sqrt()
+    return tuple(t.to(table.dtype) for t in found)
+
+
 def shape_features(
     features: Tensor,
     shape: str,
@@ -136,8 +151,15 @@ def shape_features(
     low: Tensor | None = None,
     high: Tensor | None = None,
 ) -> Tensor:
-    """Features as ReAct (clip), VRA, ASH and SCALE shape them; ``shape_features_`` of a copy."""
+    """Features as ReAct (clip), VRA, ASH, SCALE and OptFS shape them; a copy."""
     x = _accumulated(features)
+    if shape == "optfs":
+        assert low is not None
+        assert high is not None
+        place = torch.searchsorted(low, x.contiguous(), right=True) - 1
+        y = high[place.clamp(0, len(high) - 1)] * x
+        y = torch.where((place >= 0) & (place < len(high)) | x.isnan(), y, 0)
+        return y.to(features.dtype)
     if high is not None:
         y = x.minimum(high)
         return (y if low is None else torch.where(x < low, 0, y)).to(features.dtype)

@@ -37,7 +37,7 @@ FLAGS = [
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as enum DType has them
 _NAMES = ("mos", "outlier", "roc", "histogram", "kmeans", "dos", "neighbors")
 PROGRAMS = {name: name for name in _NAMES} | {"logit": "logits"}
-PROGRAMS |= dict.fromkeys(("feature", "gen", "shape"), "features")
+PROGRAMS |= dict.fromkeys(("feature", "gen", "indexed", "scaled", "shape"), "features")
 """By the first part of a kernel's name; ``faults`` for all others."""
 POISON, INDEX_POISON = 0xFF, 0x5A
 INDEX = torch.int64, INDEX_POISON
@@ -132,11 +132,16 @@ class Emulator:
             x.contiguous().view(torch.uint8).numpy().tofile(self.directory / f"{name}.in")
         settings = {"processors": 1, "orders": ORDERS, **values}
         arguments = [f"{name}={value}" for name, value in settings.items()]
-        return subprocess.run(
-            [str(self.program(program)), kernel, str(self.directory), *arguments],
-            capture_output=True,
-            text=True,
+        file = self.program(program)
+        done = subprocess.run(
+            [str(file), kernel, str(self.directory), *arguments], capture_output=True, text=True
         )
+        if done.returncode == 0:
+            names = kernel_names(file)
+            lines = set((self.directory / "launches.txt").read_text().splitlines())
+            for at, threads, shared in (map(int, line.split()) for line in lines):
+                assert not limits_broken(names[at], threads, shared)
+        return done
 
     def run(
         self,

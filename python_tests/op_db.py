@@ -6,16 +6,19 @@ A row earns its op every test: the reference in float64, strides, dtypes, fake k
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oodkernels import reference
+from oodkernels.metrics.streaming._sketch import Cells, Layout, Sketch
 from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
 from oodkernels.ops.keys import keys_of_scores, order_key
 
@@ -276,6 +279,85 @@ def gen_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
     return (1e-10, 1e-10) if dtype == torch.float64 else (4e-6, 1e-6)
 
 
+def scaled_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    some = torch.tensor([3.0, 0.5, 40.0, 1.0, 0.0, -1.0, 3.0, 1e-3, 900.0], dtype=wide)
+    for width in (1, 2, 7, 64, 65, 200, 1008):
+        bias = logits_of((), width, "cpu", wide).to(device)
+        for name, z in (
+            ("normal", logits_of((11,), width, device, dtype)),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            scale = some.expand(len(z), -1).to(device)
+            yield Sample((z, scale), name=f"{width} {name}")
+            yield Sample((z, scale[:, :1]), name=f"{width} {name}, one")
+            if name == "normal":
+                yield Sample((z, scale, bias), name=f"{width} {name}, bias")
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        z, own = logits_of(shape, 40, device, dtype), torch.rand(*shape, 3, dtype=wide).to(device)
+        yield Sample((z, own * 9), name=f"rows {shape}")
+        yield Sample((z, own[..., :0]), name=f"rows {shape}, none")
+
+
+def scaled_refused(device: str) -> Iterator[Refused]:
+    z, one = torch.randn(4, 6, device=device), torch.ones(4, 2, device=device)
+    yield Refused((z.long(), one), TypeError, "logits must be float64")
+    yield Refused((z[0, 0], one), ValueError, "at least one dimension")
+    yield Refused((z[:, :0], one), ValueError, r"at least one class, got shape \(4, 0\)")
+    yield Refused((z, one.double()), TypeError, "scale must be ")
+    for bad in (one[0], one[:3], one[None]):
+        yield Refused((z, bad), ValueError, r"scale must have shape \(..., P\) .* logits \(4, 6\)")
+    yield Refused((z, one, z[0].double()), TypeError, "bias must be ")
+    for bad in (z, z[0, :5]):
+        yield Refused((z, one, bad), ValueError, r"bias must have shape \(C,\) = \(6,\), got")
+    if device != "cpu":
+        yield Refused((z, one.cpu()), ValueError, "scale must be on the device of logits")
+
+
+def distance_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for width in (1, 2, 7, 31, 64, 65, 200):
+        for name, x in (
+            ("normal", logits_of((13,), width, device, dtype)),
+            ("special", special_rows(max(width, 2), device, dtype)),
+        ):
+            table = logits_of((9,), x.shape[-1], device, wide).flip(1)
+            index = torch.arange(len(x) * 3, device=device).view(-1, 3) % 9
+            yield Sample((x, table, index), name=f"{width} {name}")
+    table = logits_of((9,), 20, device, wide)
+    for shape in ((), (0,), (2, 0), (2, 3)):
+        x = logits_of(shape, 20, device, dtype)
+        for m in (0, 1, 4):
+            index = torch.full((*shape, m), 8, device=device)
+            yield Sample((x, table, index), name=f"rows {shape}, {m}")
+
+
+def distance_refused(device: str) -> Iterator[Refused]:
+    x, table = torch.randn(4, 6, device=device), torch.randn(3, 6, device=device)
+    index = torch.zeros(4, 2, dtype=torch.int64, device=device)
+    yield Refused((x.long(), table, index), TypeError, "x must be float64")
+    yield Refused((x[0, 0], table, index), ValueError, "at least one dimension")
+    yield Refused((x[:, :0], table, index), ValueError, r"one column, got shape \(4, 0\)")
+    yield Refused((x, table.double(), index), TypeError, "table must be ")
+    for bad in (table[0], table[:, :5], table[None]):
+        yield Refused((x, bad, index), ValueError, r"table must have shape \(K, d\) .* x, 6, got")
+    yield Refused((x, table, index.int()), TypeError, "index must be int64")
+    for bad in (index[0], index[:3], index[None]):
+        yield Refused(
+            (x, table, bad), ValueError, r"index must have shape \(..., m\) .* x \(4, 6\)"
+        )
+    for bad in (-1, 3):
+        message = f"index must name rows of table, 0..2, got {bad}"
+        yield Refused((x, table, index + bad), ValueError, message, contents=True)
+    if device != "cpu":
+        yield Refused((x, table.cpu(), index), ValueError, "table must be on the device of x")
+
+
+def distance_tolerance(output: int, dtype: torch.dtype) -> tuple[float, float]:
+    # In float64 the reference's sums are no better where positive and negative values cancel.
+    return (1e-10, 1e-10) if dtype == torch.float64 else (2e-7, 1e-9)
+
+
 def feature_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     some = torch.tensor([85.0, 0.0, 50.0, 100.0, 90.0, 90.0], dtype=torch.float64, device=device)
     for width in (1, 2, 7, 31, 64, 65, 200, 1008):
@@ -336,13 +418,17 @@ def shape_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample((x, "clip", None, None, limit(1.5)), name=f"{width} {name}, clip")
             yield Sample((x, "clip", None, None, high), name=f"{width} {name}, clip each")
             yield Sample((x, "vra", None, limit(0.5), high + 9), name=f"{width} {name}, vra")
+            equal = torch.arange(8).to(high) / 2 + 0.5  # values on their edges too
+            for edges in (equal, limit(-1, 0, 0.25, 0.5, 3, 1e3)):
+                bins = (x, "optfs", None, edges, limit(*range(2, len(edges) + 1)))
+                yield Sample(bins, name=f"{width} {name}, optfs of {len(edges) - 1}")
     for rows in ((), (0,), (2, 3)):
         yield Sample((logits_of(rows, 100, device, dtype).abs(), "ash-s", 90.0), name=f"{rows}")
 
 
 def shape_refused(device: str) -> Iterator[Refused]:
     x, one = torch.randn(4, 6, device=device), torch.ones(1, device=device)
-    yield Refused((x, "ash"), ValueError, "shape must be clip, .* or scale, got 'ash'")
+    yield Refused((x, "ash"), ValueError, "shape must be clip, .* or optfs, got 'ash'")
     yield Refused((x.long(), "ash-p", 90.0), TypeError, "features must be float64")
     yield Refused((x[:, :0], "ash-p", 90.0), ValueError, "at least one feature")
     yield Refused((x[:1].expand(4, 6), "ash-p", 90.0), ValueError, "stride 0 in dimension 0")
@@ -357,6 +443,12 @@ def shape_refused(device: str) -> Iterator[Refused]:
         yield Refused((x, "clip", None, None, bad), ValueError, r"shape \(1,\) or \(6,\)")
     for p in (-1.0, 100.5, NAN):
         yield Refused((x, "ash-p", p), ValueError, "percentile must be in per cent, in 0..100")
+    yield Refused((x, "optfs", None, None, one), ValueError, "low must be given for optfs")
+    two = torch.arange(2.0, device=device)
+    for low, high in ((one, one), (two, two), (one, one[:0]), (two, one[None])):
+        yield Refused(
+            (x, "optfs", None, low, high), ValueError, r"shapes \(bins \+ 1,\) and \(bins"
+        )
     if device != "cpu":
         yield Refused((x, "clip", None, None, one.cpu()), ValueError, "high must be on the device")
 
@@ -947,6 +1039,79 @@ def histogram_reference(counts: Tensor, *args: Any) -> Tensor:
     return counts
 
 
+def steering_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    layout = Layout.of(7 * 2**20, 2)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30_000, generator=g).to(device, dtype)
+    few = (x * 40).round() / 7
+    rows = (torch.rand(x.shape, generator=g) < 0.3).to(device, torch.uint8)
+
+    def sample(sketch: Sketch, x: Tensor, share: float, name: str, first: bool = False) -> Sample:
+        state = [getattr(sketch, f.name) for f in dataclasses.fields(Sketch)]
+        args = (*(t.clone() for t in state), x, 0, rows, first, layout.half, share)
+        return Sample(args, name=name)
+
+    sketch = Sketch.empty(layout, 2, x.device)
+    yield sample(sketch, x, layout.share, "empty", first=True)
+    yield sample(sketch, few, layout.share, "few values", first=True)
+    if dtype == torch.float32:  # float64 would have halves of bins where rounding decides
+        sketch.count(x, rows, layout, first=True)
+        sketch.adapted.zero_()
+        yield sample(sketch, 3 * x + 1, layout.share, "wider")
+        # In memory that does not do for so fine bins.
+        yield sample(sketch, x, layout.share / 64, "coarser")
+
+
+def steering_call(*args: Any) -> tuple[Tensor, ...]:
+    state = [t.detach().clone() for t in args[:7]]
+    torch.ops.oodk._steer_histogram_(*state, *args[7:])
+    return tuple(state)
+
+
+def steering_reference(*args: Any) -> tuple[Tensor, ...]:
+    sketch = Sketch(*(t.clone() for t in args[:7]))
+    x, _, rows, first, half, share = args[7:]
+    layout = Layout(sketch.bins, len(sketch.atoms), half, share)
+    sketch.steer(x.reshape(-1), rows, layout, first=first)
+    return tuple(getattr(sketch, f.name) for f in dataclasses.fields(Sketch))
+
+
+def compare_steering(sample: Sample, actual: Any, expected: Any) -> None:
+    """The same scores in the same intervals, in whatever order blocks lie."""
+    ours, theirs = Sketch(*actual), Sketch(*expected)
+    for name in ("atoms", "used", "scale", "adapted", "facts"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (sample.name, name)
+    for fields in (31, 0x7FFFFFFF << 32):  # shifts; atoms
+        assert torch.equal(ours.table & fields, theirs.table & fields), sample.name
+    assert torch.equal(ours.blocks >= 0, theirs.blocks >= 0), sample.name
+    a, b = (Cells.sum([s.cells()]) for s in (ours, theirs))
+    assert np.array_equal(a.codes, b.codes), sample.name
+    assert np.array_equal(a.counts, b.counts), sample.name
+
+
+def steering_refused(device: str) -> Iterator[Refused]:
+    sample = next(steering_samples(device, torch.float32)).args
+
+    def put(at: int, value: Any) -> tuple[Any, ...]:
+        return (*sample[:at], value, *sample[at + 1 :])
+
+    blocks, table = sample[1], sample[2]
+    yield Refused(put(7, sample[7].long()), TypeError, "scores must be float64")
+    yield Refused(put(1, blocks.long()), TypeError, "blocks must be")
+    yield Refused(
+        put(1, blocks[:8]), ValueError, r"blocks must be contiguous, of shape \(9, 65536\)"
+    )
+    yield Refused(put(4, sample[4][None]), ValueError, r"used must be contiguous, of shape \(\)")
+    yield Refused(put(8, 2), ValueError, "side must be in 0..1, got 2")
+    yield Refused(put(12, 0.0), ValueError, "share must be positive, got 0")
+    outside = blocks.where(blocks != 0, 2**30)
+    yield Refused(put(1, outside), ValueError, "blocks must lie in counts", contents=True)
+    none = torch.full_like(blocks, -1)
+    yield Refused(put(1, none), ValueError, "hold one for each prefix", contents=True)
+    astray = table | 0x3FFFFFF << 6
+    yield Refused(put(2, astray), ValueError, "table points outside of counts", contents=True)
+
+
 def scores_refused(device: str, argument: str) -> Iterator[tuple[Tensor, type[Exception], str]]:
     x = torch.randn(5, device=device)
     yield x.long(), TypeError, f"{argument} must be float64"
@@ -1025,7 +1190,23 @@ OPS = [
         logit_refused,
         logit_tolerance,
     ),
+    Op(
+        "scaled_energy",
+        reference.scaled_energy,
+        scaled_samples,
+        scaled_refused,
+        lambda output, dtype: (1e-10, 1e-10) if dtype == torch.float64 else (1e-6, 1e-5),
+        rowwise=(0, 1),
+    ),
     Op("gen_scores", reference.gen_scores, gen_samples, gen_refused, gen_tolerance),
+    Op(
+        "indexed_distances",
+        reference.indexed_distances,
+        distance_samples,
+        distance_refused,
+        distance_tolerance,
+        rowwise=(0, 2),
+    ),
     Op(
         "feature_stats",
         reference.feature_stats,
@@ -1210,5 +1391,18 @@ OPS = [
         as_is=True,
         varied=2,
         functional=histogram_call,
+    ),
+    Op(
+        "_steer_histogram_",
+        steering_reference,
+        steering_samples,
+        steering_refused,
+        lambda output, dtype: (0.0, 0.0),
+        rowwise=(),
+        float64=(5,),
+        as_is=True,
+        varied=7,
+        functional=steering_call,
+        compare=compare_steering,
     ),
 ]

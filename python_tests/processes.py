@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,7 @@ def run_code(code: str, *args: str, **environment: str) -> subprocess.CompletedP
     """Run code as ``python -c`` does, forked from a process that has imported torch and no more."""
     with tempfile.TemporaryDirectory() as folder:
         written = [Path(folder, name) for name in ("out", "err")]
-        process = SERVER.Process(
-            target=_run, args=(code, args, {**os.environ, **environment}, written)
-        )
-        process.start()
+        process = started(code, *args, written=written, **environment)
         process.join(600)
         assert process.exitcode is not None, "has not ended after ten minutes"
         return subprocess.CompletedProcess(
@@ -47,8 +46,16 @@ def run_code(code: str, *args: str, **environment: str) -> subprocess.CompletedP
         )
 
 
+def started(code: str, *args: str, written: Sequence[Path] = (), **environment: str) -> BaseProcess:
+    """A process that runs code as :func:`run_code` does; what it says is written to files."""
+    given = (code, args, {**os.environ, **environment}, written)
+    process = SERVER.Process(target=_run, args=given)
+    process.start()
+    return process
+
+
 def _run(
-    code: str, args: tuple[str, ...], environment: dict[str, str], written: list[Path]
+    code: str, args: tuple[str, ...], environment: dict[str, str], written: Sequence[Path]
 ) -> None:
     for descriptor, path in enumerate(written, 1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
@@ -71,6 +78,29 @@ def forked(world: int, folder: Path, work: Callable[[], None]) -> list[int]:
         work()
         torch.distributed.destroy_process_group()
 
+    codes = _children(world, rank)
+    store.unlink(missing_ok=True)
+    return codes
+
+
+def as_torchrun(world: int, work: Callable[[], None]) -> list[int]:
+    """:func:`forked`, but each rank finds the environment that torchrun gives, and joins itself."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+
+    def rank(number: int) -> None:
+        torch.set_num_threads(1)
+        names = {"LOCAL_RANK": number, "RANK": number, "GROUP_RANK": 0, "MASTER_PORT": port}
+        sizes = {"LOCAL_WORLD_SIZE": world, "WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": "none"}
+        os.environ.update({k: str(v) for k, v in {**names, **sizes}.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        work()
+
+    return _children(world, rank)
+
+
+def _children(world: int, rank: Callable[[int], None]) -> list[int]:
     fork = multiprocessing.get_context("fork")
     children = [fork.Process(target=rank, args=(number,)) for number in range(world)]
     for child in children:
@@ -82,7 +112,6 @@ def forked(world: int, folder: Path, work: Callable[[], None]) -> list[int]:
         children[0].join(0.05)
     for child in children:
         child.join()
-    store.unlink(missing_ok=True)
     return [child.exitcode or 0 for child in children]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,14 +71,14 @@ def test_a_run_ends_in_its_time_and_says_what_it_leaves_out(tmp_path: Path) -> N
         "def test_f(measure, peer):\n    measure(lambda: None)\n"
     )
     pytest.importorskip("pytest_benchmark")
-    from processes import python
+    from processes import run_code
 
     def run(where: Path, *more: str) -> str:
-        arguments = ["-m", "pytest", str(where), "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+        arguments = [str(where), "--benchmark-only", "-q", "-p", "no:cacheprovider", *more]
+        arguments += ["--rootdir", str(tmp_path), "--benchmark-max-time", "0.01"]
         # What a worker of xdist starts is none itself.
-        environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-        environment["PYTEST_XDIST_WORKER"] = ""
-        done = python(*arguments, "--rootdir", str(tmp_path), *more, **environment)
+        code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+        done = run_code(code, *arguments, PYTEST_XDIST_WORKER="")
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

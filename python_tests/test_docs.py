@@ -39,8 +39,19 @@ def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             run_shell(example)
 
 
+HEREDOC = re.compile(r"^python - <<'EOF'\n(.*?)^EOF$", re.DOTALL | re.MULTILINE)
+
+
 def run_shell(example: str) -> None:
-    """Commands of ``oodk`` alone are run here: each would import torch anew."""
+    """Python and commands of ``oodk`` alone are run here: each would import torch anew."""
+    for i, part in enumerate(HEREDOC.split(example)):
+        if i % 2:
+            exec(part, {})
+        else:
+            run_commands(part)
+
+
+def run_commands(example: str) -> None:
     from typer.testing import CliRunner
 
     from oodk.app import app

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 
 #include "cpu/histogram_kernel.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace oodk {
@@ -41,30 +41,47 @@ bool is_nan(const void* scores, DType dtype, int64_t i) {
       "roc_histogram_: scores must not be NaN, got ", nans, " NaN, the first at index ", first));
 }
 
+// The last thread's part is counted where all counts go, the others into counters of their own: of
+// one row where all scores are of one.
 void count_threaded(const HistogramKernels& kernels, const HistogramInput& in, int64_t n,
     int64_t threads, int64_t* counts) {
-  const int64_t width = in.width(), size = in.n_rows * width, part = (n + threads - 1) / threads;
-  std::vector<std::unique_ptr<uint32_t[]>> own(threads);
+  const int64_t width = in.width(), part = (n + threads - 1) / threads, last = threads - 1;
+  HistogramInput own_in = in;
+  if (!in.rows) {
+    own_in.row = 0, own_in.n_rows = 1;
+    counts += in.row * width;
+  }
+  const int64_t size = own_in.n_rows * width;
+  std::vector<Buffer<uint32_t>> own; // before anything is counted, since there may be no memory
+  for (int64_t t = 0; t < last; ++t)
+    own.emplace_back(size);
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      own[t] = std::make_unique<uint32_t[]>(size);
-      kernels.count_private(in, std::min(n, t * part), std::min(n, (t + 1) * part), own[t].get());
+      const int64_t from = std::min(n, t * part), to = std::min(n, (t + 1) * part);
+      if (t == last) {
+        kernels.count(own_in, from, to, 1, counts);
+        continue;
+      }
+      std::fill_n(own[t].get(), size, 0);
+      kernels.count_private(own_in, from, to, own[t]);
     }
   });
+  std::vector<int64_t> low_bits(own_in.n_rows);
+  const auto low_bits_at = [&](int64_t r) { return (r + 1) * width - kFacts + kLowBits; };
+  for (int64_t r = 0; r < own_in.n_rows; ++r) {
+    low_bits[r] = counts[low_bits_at(r)];
+    for (int64_t t = 0; t < last; ++t)
+      low_bits[r] |= own[t][low_bits_at(r)];
+  }
   parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < threads; ++t) {
+    for (int64_t t = 0; t < last; ++t) {
       const uint32_t* from = own[t].get();
       for (int64_t i = begin; i < end; ++i)
         counts[i] += from[i];
     }
   });
-  for (int64_t r = 0; r < in.n_rows; ++r) {
-    const int64_t at = (r + 1) * width - kFacts + kLowBits;
-    for (int64_t t = 0; t < threads; ++t)
-      counts[at] -= own[t][at];
-    for (int64_t t = 0; t < threads; ++t)
-      counts[at] |= own[t][at];
-  }
+  for (int64_t r = 0; r < own_in.n_rows; ++r)
+    counts[low_bits_at(r)] = low_bits[r];
 }
 
 int64_t total_refused(const HistogramInput& in, const int64_t* counts) {
@@ -85,7 +102,8 @@ void roc_histogram_(Tensor counts, const Tensor& table, const Tensor& scores, in
 
   // A private histogram is written, read and page-faulted once; a thread's share must outweigh it.
   // Parts stay below 2^31 scores, which 32-bit counters hold.
-  const int64_t worth = std::max<int64_t>(1 << 18, 2 * args.n_rows * args.width);
+  const int64_t written = (args.rows ? args.n_rows : 1) * args.width;
+  const int64_t worth = std::max<int64_t>(1 << 18, written / 2);
   const int64_t threads =
       std::min<int64_t>(args.n / worth, int64_t(torch::stable::get_num_threads()));
   if (threads > 1)

@@ -1,4 +1,4 @@
-// Shaping rows of features in place: ReAct's clip, VRA, ASH and SCALE.
+// Shaping rows of features in place: ReAct's clip, VRA, ASH, SCALE and OptFS.
 #include "cpu/shape_kernel.h"
 
 #include "cpu/ranking.h"
@@ -31,6 +31,48 @@ void bound(S* row, int64_t n, const T* low, int64_t low_step, const T* high, int
     if (low)
       y = x < limit(low, low_step) ? vec<T>{} : y;
     store_first(row + i, left, y);
+  }
+}
+
+template <typename T>
+OODK_INLINE vec<T> gather(const T* from, ivec<T> at) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_i32gather_ps((__m512i)at, from, 4);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm256_i32gather_ps(from, (__m256i)at, 4);
+#endif
+  vec<T> value;
+  for (int j = 0; j < lanes<T>; ++j)
+    value[j] = from[at[j]];
+  return value;
+}
+
+// Values in [edges[k], edges[k + 1]) times factors[k], others 0; NaN stays. The edges ascend.
+template <typename S, typename T = acc_t<S>>
+void weigh(S* row, int64_t n, const T* edges, const T* factors, int64_t bins) {
+  constexpr int L = lanes<T>;
+  const T first = edges[0], end = edges[bins], width = (end - first) / T(bins);
+  const vec<T> last = splat(T(bins - 1));
+  for (int64_t i = 0; i < n; i += L) {
+    const int left = int(n - i < L ? n - i : L);
+    const vec<T> x = load_first(row + i, left, T(0));
+    const ivec<T> inside = (x >= splat(first)) & (x < splat(end));
+    const vec<T> guess = max((x - splat(first)) / splat(width), vec<T>{}); // 0 where NaN
+    ivec<T> k = __builtin_convertvector(guess < last ? guess : last, ivec<T>);
+    // Of equal bins it is the right one but for rounding; others are looked for.
+    const ivec<T> off = (x < gather(edges, k)) | (x >= gather(edges + 1, k));
+    if (any<T>(off & inside))
+      for (int j = 0; j < L; ++j)
+        if (inside[j]) {
+          while (x[j] < edges[k[j]])
+            --k[j];
+          while (x[j] >= edges[k[j] + 1])
+            ++k[j];
+        }
+    const vec<T> y = inside ? x * gather(factors, k) : vec<T>{};
+    store_first(row + i, left, x == x ? y : x);
   }
 }
 
@@ -81,11 +123,13 @@ void shape(void* features, DType dtype, int64_t width, int64_t stride, Shape sha
     using S = decltype(tag);
     using T = acc_t<S>;
     const bool bounded = shape == Shape::clip || shape == Shape::vra;
-    Ranking<T> ranking(bounded ? 1 : width);
+    Ranking<T> ranking(bounded || shape == Shape::optfs ? 1 : width);
     for (int64_t r = begin; r < end; ++r) {
       S* const row = (S*)features + r * stride;
       if (bounded)
         bound<S>(row, width, (const T*)low, low_step, (const T*)high, high_step);
+      else if (shape == Shape::optfs)
+        weigh<S>(row, width, (const T*)low, (const T*)high, k);
       else
         reshape<S>(row, width, shape, k, ranking);
     }

@@ -13,7 +13,7 @@ struct ShapeInput {
   DType dtype;
   int64_t rows, width, stride;
   Shape shape;
-  int64_t k; // how many are kept
+  int64_t k; // how many are kept, or the number of bins, whose edges are low and factors high
   const void *low, *high; // or null; the next feature's is `step` values on
   int64_t low_step, high_step;
   cudaStream_t stream;
@@ -28,6 +28,31 @@ __global__ void __launch_bounds__(kRankingThreads) bound_kernel(ShapeInput in) {
       const T x = widen(row[j]), most = high[j * in.high_step];
       const T clipped = x > most ? most : x; // NaN stays
       row[j] = narrow<S>(low && x < low[j * in.low_step] ? T(0) : clipped);
+    }
+  }
+}
+
+// Values in [low[k], low[k + 1]) times high[k], others 0; NaN stays.
+template <typename S, typename T = acc_t<S>>
+__global__ void __launch_bounds__(kRankingThreads) weigh_kernel(ShapeInput in) {
+  const T *const edges = (const T*)in.low, *const factors = (const T*)in.high;
+  const int bins = int(in.k);
+  const T first = edges[0], end = edges[bins], width = (end - first) / T(bins);
+  for (int64_t r = blockIdx.x; r < in.rows; r += gridDim.x) {
+    S* const row = (S*)in.features + r * in.stride;
+    for (int j = int(threadIdx.x); j < int(in.width); j += kRankingThreads) {
+      const T x = widen(row[j]);
+      T y = x == x ? T(0) : x;
+      if (x >= first && x < end) {
+        const T guess = (x - first) / width;
+        int k = guess > 0 ? guess < T(bins - 1) ? int(guess) : bins - 1 : 0;
+        while (x < edges[k]) // right away where bins are equal, but for rounding
+          --k;
+        while (x >= edges[k + 1])
+          ++k;
+        y = x * factors[k];
+      }
+      row[j] = narrow<S>(y);
     }
   }
 }
@@ -87,7 +112,9 @@ inline void shape_features(const ShapeInput& in) {
   dispatch(in.dtype, [&](auto s) {
     using S = decltype(s);
     const RankingLaunch with = ranking_launch<S>(in.rows, in.width);
-    if (in.shape == Shape::clip || in.shape == Shape::vra)
+    if (in.shape == Shape::optfs)
+      launch(weigh_kernel<S, acc_t<S>>, with.blocks, kRankingThreads, 0, in.stream, in);
+    else if (in.shape == Shape::clip || in.shape == Shape::vra)
       launch(bound_kernel<S, acc_t<S>>, with.blocks, kRankingThreads, 0, in.stream, in);
     else
       launch(reshape_kernel<S, acc_t<S>>, with.blocks, kRankingThreads, with.shared, in.stream, in,

@@ -28,8 +28,8 @@ struct HistogramArgs {
 };
 
 inline HistogramArgs histogram_args(const Tensor& counts, const Tensor& table, const Tensor& scores,
-    int64_t row, const std::optional<Tensor>& rows, const std::optional<Tensor>& atoms) {
-  constexpr const char* op = "roc_histogram_";
+    int64_t row, const std::optional<Tensor>& rows, const std::optional<Tensor>& atoms,
+    const char* op = "roc_histogram_") {
   const DType dtype = float_dtype(op, "scores", scores);
   const auto check = [&](const char* argument, const Tensor& t, ScalarType type) {
     OODK_CHECK_TYPE(t.scalar_type() == type, op, ": ", argument, " must be ",

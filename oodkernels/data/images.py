@@ -153,6 +153,31 @@ class Preprocess:
                 raise ValueError(f"Preprocess: {name} must be three numbers, got {values}")
             object.__setattr__(self, name, values)
 
+    @classmethod
+    def of(cls, transform: Any) -> Preprocess | None:
+        """The one that gives the bits of torchvision's or timm's; None where none is known to.
+
+        Args:
+            transform: torchvision's ``Compose`` of Resize, CenterCrop, ToTensor and Normalize, as
+                timm's ``create_transform(..., is_training=False)`` makes it; alone or within
+                :class:`OnRGB`. It is read, and then tried on three images.
+        """
+        if type(transform) is cls:
+            return transform
+        given = transform.transform if isinstance(transform, OnRGB) else transform
+        steps = list(getattr(given, "transforms", ()))
+        if [type(step).__name__.removeprefix("Maybe") for step in steps] != _STEPS:
+            return None
+        resize, crop, _, normal = steps
+        try:
+            height, width = crop.size
+            (side,) = [resize.size] if isinstance(resize.size, int) else resize.size
+            mean, std = (tuple(map(float, v)) for v in (normal.mean, normal.std))
+            made = cls(height, mean, std, side, str(resize.interpolation.value))
+        except (AttributeError, TypeError, ValueError):
+            return None
+        return made if height == width and _same(made, given) else None
+
     def __call__(self, image: Any) -> Tensor:
         """(3, size, size) float32.
 
@@ -177,6 +202,19 @@ class Preprocess:
 
 
 _FILTERS = ("bilinear", "bicubic", "nearest")
+_STEPS = ["Resize", "CenterCrop", "ToTensor", "Normalize"]
+
+
+def _same(made: Transform, given: Transform) -> bool:
+    """Whether two transforms give the same bits, of images that are wide, high and smaller."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for shape in ((300, 411, 3), (411, 300, 3), (37, 50, 3)):
+        image = Image.fromarray(random.integers(256, size=shape, dtype=np.uint8))
+        if not torch.equal(made(image), given(image)):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

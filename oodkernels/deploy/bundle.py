@@ -18,7 +18,7 @@ from oodkernels._checks import check_class_ids
 from oodkernels._digest import digest
 from oodkernels._files import check_file, file_digest, locked, read_json, write_text
 from oodkernels._safetensors import read_tensors, write_tensors
-from oodkernels.data import ToTensor
+from oodkernels.data import Preprocess, ToTensor
 from oodkernels.deploy import exports
 from oodkernels.deploy.conformal import ConformalPValues
 from oodkernels.deploy.program import Network, Program
@@ -75,13 +75,15 @@ class Bundle(nn.Module):
             model must have this one.
         threshold: Of the deciding detector; None for its own.
         groups: Of the classes; None for the detector's, if it has any.
-        transform: PIL image -> tensor, for whoever has images. :class:`~oodkernels.data.ToTensor`
-            is kept in files, others have to be given again.
+        transform: PIL image -> tensor, for whoever has images. :class:`~oodkernels.data.ToTensor`,
+            :class:`~oodkernels.data.Preprocess`, and timm's and torchvision's that
+            :meth:`~oodkernels.data.Preprocess.of` knows, are kept in files; others have to be given
+            again.
         class_names: By class id.
         p_values: Of scores of the deciding detector; those of groups must be by class id or group
             number.
         by: What the groups of ``p_values`` are: the predicted ``"class"`` or its ``"group"``.
-        input_shape: Of one input, without the batch; None for that of a ``ToTensor``.
+        input_shape: Of one input, without the batch; None for that of a transform that is kept.
         input_dtype: Of the inputs.
 
     Attributes:
@@ -119,8 +121,9 @@ class Bundle(nn.Module):
         self.detectors = _checked_detectors(detectors, model)
         for number, detector in enumerate(self.detectors.values()):
             self.fitted[str(number)] = _Fitted(detector)
-        if input_shape is None and isinstance(transform, ToTensor):
-            input_shape = (3, transform.size, transform.size)
+        kept = _kept_transform(transform)
+        if input_shape is None and kept is not None:
+            input_shape = (3, kept.size, kept.size)
         if input_shape is None:
             raise ValueError("Bundle: input_shape must be given, as in (3, 224, 224)")
         self.input_shape, self.input_dtype = tuple(map(int, input_shape)), input_dtype
@@ -782,22 +785,33 @@ def _read_manifest(where: str, folder: Path) -> dict[str, Any]:
     return content
 
 
+_TRANSFORMS: dict[str, type[ToTensor | Preprocess]] = {
+    "ToTensor": ToTensor,
+    "Preprocess": Preprocess,
+}
+
+
+def _kept_transform(transform: Any) -> ToTensor | Preprocess | None:
+    """The transform as files hold it, None where they cannot."""
+    return transform if type(transform) is ToTensor else Preprocess.of(transform)
+
+
 def _transform_content(transform: Any) -> dict[str, Any] | None:
     if transform is None:
         return None
-    if type(transform) is ToTensor:
-        return {"kind": "ToTensor", **vars(transform)}
+    if (kept := _kept_transform(transform)) is not None:
+        return {"kind": type(kept).__name__, **vars(kept)}
     return {"kind": "given", "name": repr(transform)[:2000]}
 
 
 def _read_transform(content: Mapping[str, Any]) -> Callable[[Any], Tensor]:
     fields: dict[str, Any] = dict(content)
     kind = fields.pop("kind")
-    if kind == "ToTensor":
+    if kind in _TRANSFORMS:
         known: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
         }
-        return ToTensor(**known)
+        return _TRANSFORMS[kind](**known)
 
     def missing(image: Any) -> Tensor:
         raise ValueError(

@@ -99,6 +99,7 @@ class Program(OutputsModule):
             "layers": list(network.layers),
             "axes": dict(outputs.axes),
             "absent": outputs.absent,
+            "strides": _strides(network.model.state_dict()),
         }
         program = export_program(
             where, network, example, "; program=False goes without, and load then needs the model"
@@ -150,7 +151,11 @@ class Program(OutputsModule):
 
             program = move_to_device_pass(program, device)
         graph = program.module(check_guards=False)
-        own = {f"model.{name}": tensor.to(device) for name, tensor in weights.items()}
+        strides = content["strides"]
+        own = {
+            f"model.{name}": _laid_out(tensor, strides.get(name)).to(device)
+            for name, tensor in weights.items()
+        }
         graph.load_state_dict({**graph.state_dict(), **own}, strict=True, assign=True)
         unused = own.keys() - graph.state_dict().keys()
         if unused:
@@ -158,6 +163,25 @@ class Program(OutputsModule):
         for parameter in graph.parameters():
             parameter.requires_grad_(False)
         return cls(graph, content, program)
+
+
+def _strides(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Of those that are laid out unlike files hold them, such as ``channels_last`` weights.
+
+    The layout decides how a convolution is computed, and so its last digits.
+    """
+    return {
+        name: list(tensor.stride())
+        for name, tensor in weights.items()
+        if tensor.stride() == torch.empty_like(tensor).stride()  # without gaps
+        and tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+    }
+
+
+def _laid_out(tensor: Tensor, stride: Sequence[int] | None) -> Tensor:
+    if stride is None:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
 
 def export_program(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from oodkernels._checks import check_flag, check_real
+from oodkernels._checks import accumulate_type, check_flag, check_real
 from oodkernels.detectors.base import OODDetector, register
 from oodkernels.detectors.batch import Batch, blocks, in_blocks, present
 from oodkernels.detectors.head import HEAD, Head, HeadDetector, check_percentile, floats
@@ -19,7 +19,7 @@ from oodkernels.detectors.logits import check_temperature
 from oodkernels.detectors.model import Model
 from oodkernels.detectors.statistics import check_finite
 from oodkernels.detectors.whitening import inverse_root, times_triangle
-from oodkernels.ops import logit_scores
+from oodkernels.ops import indexed_distances, scaled_energy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,6 +28,7 @@ __all__ = ["FDBD", "LTS", "NCI", "PNML", "SCALE", "SHE", "CADRef", "GradNorm"]
 
 _TABLE = 4096  # classes up to which all distances between head rows are kept
 _CHUNK = 1 << 24  # numbers of an intermediate matrix
+_SMALL = 1 << 18  # of one that stays in cache
 _PRODUCT = 1 << 21  # numbers of a block that is multiplied by a matrix
 
 
@@ -37,45 +38,54 @@ def top_share(batch: Batch, percentile: float, *, rectified: bool = False) -> Te
     return found.sum / found.top_sum
 
 
-def scaled_energy(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Energy of scale (z - bias) + bias, (N,), a block of rows at a time.
+class _Scaled(OODDetector):
+    """Energies of logits times a factor that follows from the sum above a percentile."""
 
-    Args:
-        z: (N, C) logits.
-        scale: (N,).
-        bias: (C,), or None for zeros.
-    """
-
-    def energy(rows: Tensor, factor: Tensor) -> Tensor:
-        rows, factor = floats(rows).to(factor), factor[:, None]
-        if bias is not None:
-            return logit_scores((rows - bias).mul_(factor).add_(bias)).energy
-        return logit_scores(rows * factor).energy
-
-    return in_blocks(energy, z, scale)
-
-
-class _ByShare(OODDetector):
-    """A detector that reads the sum above its percentile."""
-
+    needs = frozenset({"features", "logits"})
     percentile: float
 
-    @property
-    def row_percentiles(self) -> Sequence[float]:
-        """Its percentile."""
-        return (self.percentile,)
+    def _announce(self, batch: Batch) -> None:
+        batch.percentiles.add(self.percentile)
+        batch.asked.setdefault(self._shared(batch), set()).add(self.percentile)
 
     def _scorer(
         self, where: str, settings: Sequence[Mapping[str, Any]]
     ) -> Callable[[Batch], Tensor]:
-        one_by_one = super()._scorer(where, settings)
-        percentiles = [float(one.get("percentile", self.percentile)) for one in settings]
+        variants = [self.varied(**one) for one in settings]
+        for variant in variants:
+            variant._ready(where)
 
         def scores(batch: Batch) -> Tensor:
-            batch.percentiles.update(percentiles)
-            return one_by_one(batch)
+            for variant in variants:
+                variant._announce(batch)
+            return torch.stack([variant._score(batch) for variant in variants], 1)
 
         return scores
+
+    def _shared(self, batch: Batch) -> Hashable:
+        """What detectors have in common whose energies differ in the percentile alone."""
+        return self.name, batch.absent_column(self.name, self.absent)
+
+    def _scale(self, batch: Batch, percentile: float) -> Tensor:
+        """The factor, (N,)."""
+        raise NotImplementedError
+
+    def _fixed(self, batch: Batch) -> Tensor | None:
+        """What of the logits is not scaled, (C,)."""
+        return None
+
+    def _score(self, batch: Batch) -> Tensor:
+        key = self._shared(batch)
+        asked = tuple(sorted({*batch.asked.get(key, ()), self.percentile}))
+        energies = batch.once((key, asked), lambda: self._energies(batch, asked))
+        return energies[:, asked.index(self.percentile)]
+
+    def _energies(self, batch: Batch, percentiles: Sequence[float]) -> Tensor:
+        z = batch.class_logits(self.absent)
+        scale = torch.stack([self._scale(batch, p) for p in percentiles], 1)
+        if accumulate_type(z.dtype) != scale.dtype:
+            z = z.to(scale)
+        return scaled_energy(z, scale, self._fixed(batch))
 
 
 @register(
@@ -84,7 +94,7 @@ class _ByShare(OODDetector):
     "Xu et al., ICLR 2024",
     grid={"percentile": (50, 55, 60, 65, 70, 75, 80, 85, 90, 95)},
 )
-class SCALE(_ByShare, HeadDetector):
+class SCALE(_Scaled, HeadDetector):
     """Energy of the logits of features scaled by exp(r), r = sum / sum of the largest.
 
     Xu, Chen, Franchi & Yao, Scaling for Training Time and Post-hoc Out-of-distribution Detection
@@ -99,8 +109,8 @@ class SCALE(_ByShare, HeadDetector):
         model: As for :class:`OODDetector`.
     """
 
-    needs = frozenset({"features", "logits"})
     _positive = "activations behind a ReLU"
+    _bias: tuple[Tensor, bytes] | None = None
 
     def __init__(
         self,
@@ -113,14 +123,22 @@ class SCALE(_ByShare, HeadDetector):
         super().__init__(head, model, absent)
         self.percentile = check_percentile("SCALE", percentile)
 
-    def _score(self, batch: Batch) -> Tensor:
-        scale = top_share(batch, self.percentile).exp()
-        _, bias = self._linear(batch)
-        return scaled_energy(batch.class_logits(self.absent), scale, bias)
+    def _shared(self, batch: Batch) -> Hashable:
+        if torch.compiler.is_compiling():
+            return super()._shared(batch), id(self)
+        if self._bias is None or self._bias[0] is not self.bias:  # heads are copied: by its numbers
+            self._bias = self.bias, self.bias.double().cpu().numpy().tobytes()
+        return super()._shared(batch), self._bias[1]
+
+    def _scale(self, batch: Batch, percentile: float) -> Tensor:
+        return top_share(batch, percentile).exp()
+
+    def _fixed(self, batch: Batch) -> Tensor | None:
+        return self._linear(batch)[1]
 
 
 @register("lts", "B", "Djurisic et al., MVA 2025")
-class LTS(_ByShare):
+class LTS(_Scaled):
     """Energy of the logits times (sum / sum of the largest) squared.
 
     Djurisic, Liu & Nikolic, Logit Scaling for Out-of-Distribution Detection, MVA 2025. Sums are of
@@ -132,18 +150,15 @@ class LTS(_ByShare):
         model: As for :class:`OODDetector`.
     """
 
-    needs = frozenset({"features", "logits"})
-
     def __init__(
         self, percentile: float = 95.0, *, absent: int | None = None, model: Model | None = None
     ) -> None:
         super().__init__(model, absent)
         self.percentile = check_percentile("LTS", percentile)
 
-    def _score(self, batch: Batch) -> Tensor:
-        found = batch.feature_stats(self.percentile, rectified=True)
-        scale = torch.where(found.sum == 0, 1, found.sum / found.top_sum).square()
-        return scaled_energy(batch.class_logits(self.absent), scale)
+    def _scale(self, batch: Batch, percentile: float) -> Tensor:
+        found = batch.feature_stats(percentile, rectified=True)
+        return torch.where(found.sum == 0, 1, found.sum / found.top_sum).square()
 
 
 @register("gradnorm", "B", "Huang et al., NeurIPS 2021")
@@ -169,11 +184,17 @@ class GradNorm(OODDetector):
         self.temperature = check_temperature("GradNorm", temperature)
 
     def _score(self, batch: Batch) -> Tensor:
-        def slope(z: Tensor) -> Tensor:
-            p = (floats(z) / self.temperature).softmax(1)
-            return p.mul_(z.shape[1]).sub_(1).norm(1, dim=1) / self.temperature
+        z = batch.class_logits(self.absent)
+        classes = z.shape[1]
+        uniform = floats(z[:0]).new_full((1, classes), 1 / classes)
 
-        slopes = in_blocks(slope, batch.class_logits(self.absent))
+        def slope(rows: Tensor) -> Tensor:
+            rows = floats(rows)
+            p = (rows if self.temperature == 1 else rows / self.temperature).softmax(1)
+            first = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
+            return indexed_distances(p, uniform, first).l1[:, 0]
+
+        slopes = in_blocks(slope, z) * (classes / self.temperature)
         return batch.feature_stats().l1.to(slopes) * slopes
 
 
@@ -186,11 +207,34 @@ class _Sums(HeadDetector):
     _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "sums": "k d", "counts": "k"}
     sums: Tensor
     counts: Tensor
+    _known: ClassVar[Mapping[Hashable, Tensor]] = {}  # what follows from them and the head
 
     @property
     def means(self) -> Tensor:
         """(k, d) float64: of every class, or of all samples, k = 1."""
         return self.sums / self.counts[:, None]
+
+    def _once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What ``compute`` gave when ``key`` was first asked for since the fit."""
+        if torch.compiler.is_compiling():
+            return compute()
+        if key not in self._known:
+            vars(self)["_known"] = {**self._known, key: compute()}
+        return self._known[key]
+
+    def _means(self, features: Tensor) -> Tensor:
+        """The means for features of this type, 0 where a class has none."""
+        like = floats(features[:0])
+        key = ("means", like.dtype, like.device)
+        return self._once(key, lambda: self.means.nan_to_num().to(like))
+
+    def _reset(self) -> None:
+        super()._reset()
+        vars(self).pop("_known", None)
+
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._load_state(tensors)
+        vars(self).pop("_known", None)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Merge what the processes of a group were given by :meth:`partial_fit`.
@@ -205,6 +249,7 @@ class _Sums(HeadDetector):
     def _add(self, where: str, features: Tensor, classes: Tensor, k: int) -> None:
         """Sum features (N, d) by classes (N,) in 0..k - 1."""
         check_finite(where, features)
+        vars(self).pop("_known", None)
         if "sums" not in vars(self):
             self.width = features.shape[1]
             self.sums = features.new_zeros(k, self.width, dtype=torch.float64)
@@ -214,6 +259,7 @@ class _Sums(HeadDetector):
         self.counts += torch.bincount(classes, minlength=k)
 
     def _finish(self, where: str) -> None:
+        vars(self).pop("_known", None)
         if not self.counts.sum():
             raise ValueError(f"{where}: there must be ID samples to fit to, got none")
 
@@ -221,7 +267,14 @@ class _Sums(HeadDetector):
         """Distance of the features to the mean of all that were fitted to, (N,)."""
         features = present(batch.features)
         mean = (self.sums.sum(0) / self.counts.sum()).to(floats(features[:0]))
-        return in_blocks(lambda x: (x - mean).norm(dim=1), features)
+
+        def compute() -> Tensor:
+            first = torch.zeros(len(features), 1, dtype=torch.int64, device=features.device)
+            return indexed_distances(features, mean[None], first).l2[:, 0]
+
+        if mean.is_cpu and not torch.compiler.is_compiling():  # others with that mean share it
+            return batch.once(("distance", mean.numpy().tobytes()), compute)
+        return compute()
 
 
 class _Mean(_Sums):
@@ -273,27 +326,46 @@ class FDBD(_Mean):
         self._table: tuple[tuple[object, ...], Tensor] | None = None
 
     def _score(self, batch: Batch) -> Tensor:
-        z = floats(batch.class_logits(self.absent))
+        z = batch.class_logits(self.absent)
         size = batch.feature_stats().l2 if self.normalize == "norm" else self._distance(batch)
-        best, label = z.max(1)
+        scores = batch.logit_scores(absent=self.absent)
+        best, label = scores.max_logit, scores.label
+        weight, _ = self._linear(batch)
+        if len(weight) <= _TABLE:
+            apart = self._distances_kept(batch, weight)
+            return self._sums_over(z, best, apart, label) / size.to(best)
         out = torch.empty_like(best)
         order = label.argsort(stable=True)  # so that a block has few classes
         for rows in blocks(order, max(1, _CHUNK // z.shape[1])):
             classes, place = label[rows].unique(return_inverse=True)
-            apart = self._inverse_distances(batch, classes)[place]
-            out[rows] = ((best[rows, None] - z[rows]) * apart).sum(1)
+            apart = _inverse_distances(weight, classes)
+            out[rows] = self._sums_over(z[rows], best[rows], apart, place)
         return out / size.to(out)
 
-    def _inverse_distances(self, batch: Batch, classes: Tensor) -> Tensor:
-        """1 / |w_p - w_c| of the head's rows, (len(classes), C); 0 where they are equal."""
-        weight, _ = self._linear(batch)
-        if len(weight) > _TABLE:
-            return _inverse_distances(weight, classes)
+    @staticmethod
+    def _sums_over(z: Tensor, best: Tensor, apart: Tensor, row: Tensor) -> Tensor:
+        """Sums of (best - z) times a row of ``apart``, (N,)."""
+        apart = apart.to(best)
+        # Of logits less their largest, whose products with 1 / distance do not cancel.
+        return torch.cat(
+            [
+                -indexed_distances(floats(part) - top[:, None], apart, at[:, None]).inner[:, 0]
+                for part, top, at in zip(
+                    *(blocks(t, max(1, _SMALL // z.shape[1])) for t in (z, best, row)),
+                    strict=True,
+                )
+            ]
+        )
+
+    def _distances_kept(self, batch: Batch, weight: Tensor) -> Tensor:
+        """1 / |w_p - w_c| of the head's rows, (C, C); 0 where they are equal."""
+        every = torch.arange(len(weight), device=weight.device)
+        if torch.compiler.is_compiling():
+            return _inverse_distances(weight, every)
         key = (self.absent_of(batch), weight.dtype, weight.device)
         if self._table is None or self._table[0] != key:
-            every = torch.arange(len(weight), device=weight.device)
             self._table = key, _inverse_distances(weight, every)
-        return self._table[1][classes]
+        return self._table[1]
 
 
 def _inverse_distances(weight: Tensor, classes: Tensor) -> Tensor:
@@ -345,8 +417,9 @@ class NCI(_Mean):
         distance = self._distance(batch)
         weight, bias = self._linear(batch)
         scores = batch.logit_scores(absent=self.absent)
-        shift = bias + weight @ self.means[0].to(weight)
-        projected = (scores.max_logit.to(distance) - shift[scores.label]) / distance
+        key = ("shift", self.absent_of(batch), weight.dtype, weight.device)
+        shift = self._once(key, lambda: bias + weight @ self.means[0].to(weight))[scores.label]
+        projected = (scores.max_logit.to(distance) - shift) / distance
         return projected + self.alpha * batch.feature_stats().l1
 
 
@@ -399,17 +472,15 @@ class SHE(_Sums):
 
     def _score(self, batch: Batch) -> Tensor:
         features, label = present(batch.features), batch.logit_scores(absent=self.absent).label
-        patterns = self.means.to(floats(features[:0]))
-
-        def score(rows: Tensor, classes: Tensor) -> Tensor:
-            x, means = floats(rows), patterns[classes]
-            if self.metric == "euclidean":
-                return -(x - means).norm(dim=1)
-            if self.metric == "cosine":
-                return torch.cosine_similarity(x, means)
-            return (x * means).sum(1)
-
-        return in_blocks(score, features, label)
+        patterns = self._means(features)
+        found = indexed_distances(features, patterns, label[:, None])
+        if self.metric == "euclidean":
+            return -found.l2[:, 0]
+        inner = found.inner[:, 0]
+        if self.metric == "cosine":
+            sizes = patterns.norm(dim=1)[label] * batch.feature_stats().l2
+            return inner / sizes.clamp(min=1e-8)
+        return inner
 
 
 @register("cadref", "B", "Ling et al., CVPR 2025")
@@ -432,6 +503,7 @@ class CADRef(_Sums):
     _summed = ("sums", "counts", "energy")
     _tensors: ClassVar[Mapping[str, str]] = {**_Sums._tensors, "energy": "one"}
     energy: Tensor
+    _pruned = False  # some weights are 0, and have no sign
 
     def __init__(
         self,
@@ -450,8 +522,13 @@ class CADRef(_Sums):
         energy = batch.logit_scores(absent=self.absent).energy.double().sum().reshape(1)
         self.energy = energy + vars(self).get("energy", 0)
 
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._load_state(tensors)
+        self._pruned = not bool(self.weight.all())
+
     def _finish(self, where: str) -> None:
         super()._finish(where)
+        self._pruned = not bool(self.weight.all())
         if self.decoupled and not self.energy > 0:
             raise ValueError(
                 f"{where}: energies must be positive on average for CADRef's division by them, got "
@@ -460,27 +537,37 @@ class CADRef(_Sums):
 
     def _score(self, batch: Batch) -> Tensor:
         features, scores = present(batch.features), batch.logit_scores(absent=self.absent)
-        means = self.means.nan_to_num().to(floats(features[:0]))
+        means, label = self._means(features), scores.label[:, None]
         size = batch.feature_stats().l1
         if self.decoupled:
-            weight, _ = self._linear(batch)
-            signs = weight.sign()
-
-            def errors(rows: Tensor, label: Tensor) -> Tensor:
-                apart = (rows - means[label]).mul_(signs[label])
-                return torch.stack([apart.relu().sum(1), (-apart).relu_().sum(1)], 1)
-
-            above, below = (in_blocks(errors, features, scores.label) / size[:, None]).unbind(1)
+            above, below = (part / size for part in self._errors(batch, features, means, label))
             mean = (self.energy / self.counts.sum()).to(means)
             score = -(above / scores.energy.to(means) + below / mean)
         else:
-            score = -in_blocks(
-                lambda rows, label: (rows - means[label]).norm(1, dim=1), features, scores.label
-            )
-            score = score / size
+            score = -indexed_distances(features, means, label).l1[:, 0] / size
         # A class that was never predicted has no mean: no sample is like it.
         known = (self.counts > 0).to(score.device)[scores.label]
         return torch.where(known | score.isnan(), score, -torch.inf)
+
+    def _errors(
+        self, batch: Batch, features: Tensor, means: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of the positive and of the negative parts of (h - m_p) sign(w_p), (N,) each."""
+        weight, _ = self._linear(batch)
+        key = (self.absent_of(batch), means.dtype, means.device)
+        signs = self._once(("signs", *key), weight.sign)
+        if self._pruned:
+
+            def errors(rows: Tensor, at: Tensor) -> Tensor:
+                apart = (floats(rows) - means[at]).mul_(signs[at])
+                return torch.stack([apart.relu().sum(1), (-apart).relu_().sum(1)], 1)
+
+            above, below = in_blocks(errors, features, label[:, 0]).unbind(1)
+            return above, below
+        own = self._once(("own", *key), lambda: (means.double() * signs).sum(1).to(means))
+        both = indexed_distances(features, means, label).l1[:, 0]
+        more = indexed_distances(features, signs, label).inner[:, 0] - own[label[:, 0]]
+        return (both + more) / 2, (both - more) / 2
 
 
 @register("pnml", "B", "Bibas et al., NeurIPS 2021")

@@ -132,11 +132,6 @@ class OODDetector:
         self.model = model
         self.absent = None if absent is None else check_int(type(self).__name__, "absent", absent)
 
-    @property
-    def row_percentiles(self) -> Sequence[float]:
-        """Percentiles, in per cent, at which it reads :meth:`Batch.feature_stats`."""
-        return ()
-
     # --- fitting ------------------------------------------------------------------------------
 
     def fit(
@@ -615,6 +610,9 @@ class OODDetector:
     def _score(self, batch: Batch) -> Tensor:
         """(N,) scores of a batch that has what the detector needs, without gradients."""
         raise NotImplementedError
+
+    def _announce(self, batch: Batch) -> None:
+        """Tell a batch what it will be asked for, so that others that ask alike are served too."""
 
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Predicted class and group, (N,) each, where there are any."""

@@ -58,6 +58,7 @@ class Batch:
         axes: Axis of the features in ``layers``, for those of which the module tells.
         absent: Column of ``logits`` that stands for no class, >= 0, or None.
         percentiles: Those at which :meth:`feature_stats` will be asked for, all found at once.
+        asked: By what detectors have in common, the settings in which each differs.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Batch:
         self.axes = axes or {}
         self.absent = absent
         self.percentiles: set[float] = set()
+        self.asked: dict[Hashable, set[float]] = {}
         self._known: dict[Hashable, Any] = {}
 
     @classmethod

@@ -106,7 +106,7 @@ class HeadDetector(OODDetector):
         if (
             self._positive
             and not self._warned
-            and batch.once("negative features", lambda: bool((features < 0).any()))
+            and batch.once("negative features", lambda: _negative(features))
         ):
             self._warned = True
             warnings.warn(
@@ -149,6 +149,12 @@ class HeadDetector(OODDetector):
         if self.absent is not None:
             return self.absent % len(self.weight)
         return batch.absent
+
+
+def _negative(features: Tensor) -> bool:
+    """Whether one is below 0: the least one says so, unless it is NaN."""
+    least = float(features.amin())
+    return bool((features < 0).any()) if math.isnan(least) else least < 0
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:

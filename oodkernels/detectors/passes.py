@@ -24,14 +24,10 @@ class Detector(Protocol):
     batch_size: int
     _walk: Walk | None
 
-    @property
-    def row_percentiles(self) -> Sequence[float]:
-        """Percentiles at which it reads :meth:`Batch.feature_stats`."""
-        ...
-
     def _ready(self, where: str) -> None: ...
     def _missing(self, batch: Batch, wanted: Iterable[str]) -> list[str]: ...
     def _check(self, where: str, batch: Batch) -> None: ...
+    def _announce(self, batch: Batch) -> None: ...
     def _score(self, batch: Batch) -> Tensor: ...
     def _label(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]: ...
 
@@ -67,7 +63,7 @@ def score_batch(
         for part in batch.chunks(chunk):
             mine = completed(where, used, part)
             for detector, own in zip(used, mine, strict=True):
-                own.percentiles.update(detector.row_percentiles)
+                detector._announce(own)
             for i, own in enumerate(mine):
                 scores[i].append(used[i]._score(own))
     found = [present(joined(parts, batch.device)) for parts in scores]

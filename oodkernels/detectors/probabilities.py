@@ -14,7 +14,7 @@ from oodkernels._checks import accumulate_type, check_count, check_real
 from oodkernels.detectors.base import OODDetector, register
 from oodkernels.detectors.batch import Batch, blocks, present
 from oodkernels.detectors.model import Model
-from oodkernels.ops import gen_scores
+from oodkernels.ops import gen_scores, indexed_distances, logit_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -388,10 +388,16 @@ class OpenMax(OODDetector):
         self.alpha = check_count("OpenMax", "alpha", alpha)
         self.distance = distance
         self._new: list[tuple[Tensor, Tensor]] = []
+        self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     def _reset(self) -> None:
         super()._reset()
         self._new = []
+        self._kept = None
+
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._load_state(tensors)
+        self._kept = None
 
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         z, y = _class_logits_and_labels(where, self, batch, labels)
@@ -400,6 +406,7 @@ class OpenMax(OODDetector):
 
     def _finish(self, where: str) -> None:
         z, y = _joined(where, self._new)
+        self._kept = None
         classes = z.shape[1]
         tails = z.new_full((classes, self.tail), torch.nan, dtype=torch.float64)
         self.means = torch.zeros(classes, classes, dtype=torch.float64, device=z.device)
@@ -445,20 +452,36 @@ class OpenMax(OODDetector):
         alpha = min(self.alpha, z.shape[1])
         self.to(z.device)
         share = torch.arange(alpha, 0, -1, dtype=torch.float64, device=z.device) / alpha
+        means, sizes = self._table(z)
 
         def scored(rows: Tensor) -> Tensor:
-            top = rows.double().topk(alpha)
-            near = top.indices
-            means = self.means.to(rows.dtype)[near]
-            distance = self._distance(rows[:, None], means).double()
+            largest, near = rows.topk(alpha)
+            found = indexed_distances(rows, means, near)
+            distance = found.l2.double()
+            if self.distance == "eucos":
+                both = rows.norm(dim=1, keepdim=True).clamp(min=1e-8) * sizes[near]
+                distance = distance / 200 + (1 - (found.inner / both).double())
             x = (distance - self.starts[near] + _SHIFT).clamp(min=0) / self.scales[near]
-            lost = top.values * share * -torch.expm1(-(x ** self.shapes[near]))
-            reduced = rows.double().scatter(1, near, top.values - lost)
-            unknown = lost.sum(1)
-            every = torch.cat([reduced, unknown[:, None]], 1).logsumexp(1)
-            return torch.stack([every - unknown, reduced.argmax(1).double()], 1)
+            top = largest.double()
+            lost = top * share * -torch.expm1(-(x ** self.shapes[near]))
+            left = logit_scores(rows.scatter(1, near, (top - lost).to(rows)))
+            # Over the unknown class too, and less its logit: log(1 + exp(energy - unknown)).
+            score = torch.nn.functional.softplus(left.energy.double() - lost.sum(1))
+            return torch.stack([score, left.label.double()], 1)
 
-        return _by_rows(z, alpha * z.shape[1], scored)
+        return _by_rows(z, z.shape[1], scored)
+
+    def _table(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The means for logits of this type, and their norms, (C,)."""
+        kind = accumulate_type(z.dtype)
+        key = (kind, z.device)
+        if torch.compiler.is_compiling() or self._kept is None or self._kept[0] != key:
+            means = self.means.to(z.device, kind).contiguous()
+            found = means, means.norm(dim=1).clamp(min=1e-8)
+            if torch.compiler.is_compiling():
+                return found
+            self._kept = key, found
+        return self._kept[1]
 
 
 def _weibull(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,11 +27,12 @@ from oodkernels.detectors.head import (
     floats,
 )
 from oodkernels.detectors.model import Model
-from oodkernels.ops import logit_scores, shape_features_
+from oodkernels.ops import indexed_distances, logit_scores, shape_features_
 
 __all__ = ["ASHB", "ASHP", "ASHS", "DICE", "VRA", "OptFS", "ReAct"]
 
-_BLOCK = 1 << 20  # numbers of a block's features and logits: some megabytes
+_BLOCK = 1 << 22  # numbers of a block's features and logits: in smaller ones products are slower
+_SMALL = 1 << 18  # of a block of features alone
 _SAMPLE = 5000  # rows of which quantiles are taken
 
 
@@ -43,7 +44,7 @@ class _Shaped(HeadDetector):
     """Energy of head(shape(features))."""
 
     needs = frozenset({"features"})
-    _hides_nan = False  # whether shaping may make a number of NaN
+    _changes = True  # the features, and not the weights
 
     def _shape_(self, x: Tensor) -> Tensor:
         """Shape rows of float32 or float64, which may be overwritten."""
@@ -62,21 +63,19 @@ class _Shaped(HeadDetector):
     def _score(self, batch: Batch) -> Tensor:
         features = present(batch.features)
         weight, bias = self._weights(batch)
-        rows = max(1, _BLOCK // max(weight.shape))
-        own = z = weight.new_empty(0)  # one block's features and logits, and then the next one's
+        if torch.compiler.is_compiling():
+            x = self._shape_(floats(features))
+            with torch.autocast(x.device.type, enabled=False):
+                return logit_scores(torch.addmm(bias, x, weight.T)).energy
+        rows = max(1, min(len(features), _BLOCK // max(weight.shape)))
+        own, z = weight.new_empty(rows, features.shape[1]), weight.new_empty(rows, len(weight))
         energies = []
         for block in blocks(features, rows):
-            compiling = torch.compiler.is_compiling()
-            if not compiling and own.shape != block.shape:
-                own = weight.new_empty(block.shape)
-                z = weight.new_empty(len(block), len(weight))
-            x = self._shape_(floats(block) if compiling else own.copy_(block))
+            x, out = own[: len(block)], z[: len(block)]  # one block's, and then the next one's
+            x = self._shape_(x.copy_(block)) if self._changes else floats(block)
             with torch.autocast(x.device.type, enabled=False):
-                z = torch.addmm(bias, x, weight.T, out=None if compiling else z)
-            energy = logit_scores(z).energy
-            if self._hides_nan:
-                energy = torch.where(block.isnan().any(1), torch.nan, energy)
-            energies.append(energy)
+                torch.addmm(bias, x, weight.T, out=out)
+            energies.append(logit_scores(out).energy)
         return torch.cat(energies)
 
 
@@ -320,6 +319,7 @@ class DICE(_Mean, _Shaped):
     """
 
     needs = frozenset({"features"})
+    _changes = False
 
     def __init__(
         self,
@@ -380,7 +380,6 @@ class OptFS(_Sampled):
 
     needs = frozenset({"features", "logits"})
     trained_on = frozenset({"features", "logits"})
-    _hides_nan = True
     _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "ends": "two", "theta": "bins"}
     ends: Tensor
     theta: Tensor
@@ -413,28 +412,32 @@ class OptFS(_Sampled):
         theta.index_add_(0, place[inside], share[inside])
         self.theta = theta * (1000 / theta.norm())
 
+    def _edges(self, x: Tensor) -> Tensor:
+        """Edges of the bins, (bins + 1,)."""
+        low, high = self.ends.to(x)
+        return low + (high - low) * torch.arange(self.bins + 1).to(x) / self.bins
+
     def _place(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bin of each feature, and whether it is in one."""
-        low, high = self.ends.to(x)
-        edges = low + (high - low) * torch.arange(self.bins + 1).to(x) / self.bins
-        place = torch.searchsorted(edges, x.contiguous(), right=True) - 1
+        place = torch.searchsorted(self._edges(x), x.contiguous(), right=True) - 1
         inside = (place >= 0) & (place < self.bins)
         return place.clamp(0, self.bins - 1), inside
 
-    def _shape_(self, x: Tensor) -> Tensor:
-        place, inside = self._place(x)
-        return torch.where(inside, self.theta.to(x)[place] * x, 0)
+    def _shaping(self, x: Tensor) -> Shaping:
+        return "optfs", None, self._edges(x), self.theta.to(x)
 
     def _score(self, batch: Batch) -> Tensor:
         if self.kind == "energy":
             return super()._score(batch)
         weight, _ = self._linear(batch)
-        x = floats(present(batch.features))
-        label = batch.class_logits(self.absent).argmax(1)
-        rows = max(1, _BLOCK // x.shape[1])
-        parts = zip(x.split(rows), label.split(rows), strict=True)
-        score = torch.cat([(self._shape_(f) * weight[p]).sum(1) for f, p in parts])
-        return torch.where(x.isnan().any(1), torch.nan, score)
+        label = batch.logit_scores(absent=self.absent).label
+        features = present(batch.features)
+        rows = max(1, _SMALL // features.shape[1])
+        found = []
+        for part, own in zip(blocks(features, rows), blocks(label, rows), strict=True):
+            shaped = self._shape_(floats(part) if part.dtype != weight.dtype else part.clone())
+            found.append(indexed_distances(shaped, weight, own[:, None]).inner[:, 0])
+        return torch.cat(found)
 
 
 def _quantiles(values: Tensor, percentiles: Sequence[float]) -> Tensor:

@@ -26,8 +26,8 @@ __all__ = [
     "whitening",
 ]
 
-_CHUNK = 3 << 21  # numbers that are whitened at once: what allocators do not give back each time
-_CENTRED = 1 << 21  # numbers that the origin is taken from at once, which stay in cache
+_CHUNK = 1 << 24  # numbers that are whitened at once
+_CENTRED = 1 << 22  # numbers that the origin is taken from at once
 _COLUMNS = 128  # of a block of the triangle, at least
 _BLOCKS = 8  # of the triangle, at most: nine sixteenths of the products of a square are left
 _LEAST_SHARE = 1e-10  # of a feature's variance that the others must leave unexplained
@@ -137,7 +137,7 @@ class Whitening:
         return torch.cat(labels), torch.cat(distance)
 
     def _square(self, features: Tensor) -> Tensor:
-        return torch.cat([z.square().sum(1) for _, z in self._whitened(features)])
+        return torch.cat([z.square_().sum(1) for _, z in self._whitened(features)])
 
     def _whitened(self, features: Tensor) -> Iterator[tuple[Space, Tensor]]:
         """Blocks of rows in the space; each takes the place of the one before."""

@@ -111,7 +111,7 @@ register_not_differentiable("feature_stats")
 torch.library.register_vmap("oodk::feature_stats", _vmap)
 
 
-_SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale")
+_SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale", "optfs")
 
 
 def shape_features_(
@@ -133,17 +133,20 @@ def shape_features_(
     ash-b     And the largest become the row's sum over their number.
     ash-s     And the largest are multiplied by exp(the row's sum / their sum).
     scale     All are multiplied by that (Xu et al., ICLR 2024).
+    optfs     Those from ``low[k]`` to below ``low[k + 1]`` are multiplied by ``high[k]``, others
+              become 0 (Zhao et al., ICLR 2024).
     ========= =====================================================================================
 
     Args:
         features: (..., d), float64, float32, bfloat16 or float16; any strides, but none of 0.
         shape: One of those above.
-        percentile: In per cent, in 0..100, for the last four, and only for these.
-        low: (1,) or (d,), float64 for float64 features, else float32; for vra alone.
-        high: The same, for clip and vra.
+        percentile: In per cent, in 0..100, for ASH and scale, and only for these.
+        low: (1,) or (d,), float64 for float64 features, else float32, for vra; for optfs
+            (bins + 1,), ascending.
+        high: (1,) or (d,) of the same type, for clip and vra; for optfs (bins,).
 
     Returns:
-        ``features``. ASH and SCALE make a row that holds NaN NaN throughout; clip and vra leave NaN
+        ``features``. ASH and SCALE make a row that holds NaN NaN throughout; the others leave NaN
         as it is. No gradient flows through it.
 
     Raises:
@@ -179,10 +182,11 @@ def _(
                 f"{op}: features must not share memory with each other, got stride 0 in dimension "
                 f"{i}"
             )
-    ranked = shape not in ("clip", "vra")
+    binned = shape == "optfs"
+    ranked = shape not in ("clip", "vra", "optfs")
     for name, given, wanted in (
         ("percentile", percentile, ranked),
-        ("low", low, shape == "vra"),
+        ("low", low, shape in ("vra", "optfs")),
         ("high", high, not ranked),
     ):
         if (given is not None) != wanted:
@@ -191,11 +195,19 @@ def _(
         if limit is None:
             continue
         check_dtype(op, name, limit, accumulate_type(features.dtype))
-        if limit.dim() != 1 or limit.shape[0] not in (1, features.shape[-1]):
+        if not binned and (limit.dim() != 1 or limit.shape[0] not in (1, features.shape[-1])):
             raise ValueError(
                 f"{op}: {name} must have shape (1,) or ({features.shape[-1]},), got "
                 f"{tuple(limit.shape)}"
             )
         check_device(op, name, limit, "features", features)
+    if binned:
+        assert low is not None
+        assert high is not None
+        if low.dim() != 1 or high.dim() != 1 or not 1 <= high.shape[0] == low.shape[0] - 1:
+            raise ValueError(
+                f"{op}: low and high must have shapes (bins + 1,) and (bins,) for optfs, got "
+                f"{tuple(low.shape)} and {tuple(high.shape)}"
+            )
     if percentile is not None and not 0 <= percentile <= 100:
         raise ValueError(f"{op}: percentile must be in per cent, in 0..100, got {percentile}")

@@ -58,7 +58,18 @@ def _(
     rows: Tensor | None = None,
     atoms: Tensor | None = None,
 ) -> None:
-    op = "roc_histogram_"
+    _check_histogram("roc_histogram_", counts, table, scores, side, rows, atoms)
+
+
+def _check_histogram(
+    op: str,
+    counts: Tensor,
+    table: Tensor,
+    scores: Tensor,
+    side: int,
+    rows: Tensor | None,
+    atoms: Tensor | None,
+) -> None:
     check_floating(op, "scores", scores.reshape(-1))
     check_dtype(op, "counts", counts, torch.int64)
     check_device(op, "counts", counts, "scores", scores)
@@ -90,3 +101,87 @@ def _(
                 f"{op}: rows must have the shape of scores, {tuple(scores.shape)}, got "
                 f"{tuple(rows.shape)}"
             )
+
+
+def steer_histogram_(
+    counts: Tensor,
+    blocks: Tensor,
+    table: Tensor,
+    atoms: Tensor,
+    used: Tensor,
+    scale: Tensor,
+    adapted: Tensor,
+    scores: Tensor,
+    side: int,
+    rows: Tensor | None,
+    first: bool,
+    half: bool,
+    share: float,
+) -> None:
+    """Put the bins of a histogram where scores that are about to be counted would crowd, in place.
+
+    On CPU. The first seven are the fields of the sketch in ``oodkernels.metrics.streaming``, which
+    says what becomes of them; ``scores`` to ``rows`` are those of :func:`roc_histogram_`. Nothing
+    is done where little is new and a sample crowds no bin.
+
+    Args:
+        counts: (R, B + A + 4) int64.
+        blocks: (9, 65536) int32.
+        table: (65536,) int64.
+        atoms: (A,) int32.
+        used: () int64.
+        scale: () float64.
+        adapted: () int64.
+        scores: Any shape, float64, float32, bfloat16 or float16.
+        side: Row of ``counts``.
+        rows: None, or of the shape of ``scores``, uint8 or bool.
+        first: These are the first scores: look closer at them.
+        half: Whether the first blocks resolve float16.
+        share: The share of a side's scores that a bin may hold, > 0.
+
+    Raises:
+        ValueError: Shapes or devices do not match, something is not contiguous, ``share`` is not
+            positive, or ``table`` or ``blocks`` lead outside of ``counts``.
+        TypeError: A tensor is not of a type above.
+    """
+    torch.ops.oodk._steer_histogram_(
+        counts, blocks, table, atoms, used, scale, adapted, scores, side, rows, first, half, share
+    )
+
+
+@torch.library.register_fake("oodk::_steer_histogram_")
+def _(
+    counts: Tensor,
+    blocks: Tensor,
+    table: Tensor,
+    atoms: Tensor,
+    used: Tensor,
+    scale: Tensor,
+    adapted: Tensor,
+    scores: Tensor,
+    side: int,
+    rows: Tensor | None,
+    first: bool,
+    half: bool,
+    share: float,
+) -> None:
+    op = "_steer_histogram_"
+    _check_histogram(op, counts, table, scores, side, rows, atoms)
+    n_atoms = atoms.numel()
+    for name, t, dtype, shape in (
+        ("blocks", blocks, torch.int32, (9, N_PREFIXES)),
+        ("table", table, torch.int64, (N_PREFIXES,)),
+        ("atoms", atoms, torch.int32, (n_atoms,)),
+        ("used", used, torch.int64, ()),
+        ("scale", scale, torch.float64, ()),
+        ("adapted", adapted, torch.int64, ()),
+    ):
+        check_dtype(op, name, t, dtype)
+        check_device(op, name, t, "scores", scores)
+        if tuple(t.shape) != shape or not t.is_contiguous():
+            text = "(A,)" if name == "atoms" else str(shape)
+            raise ValueError(
+                f"{op}: {name} must be contiguous, of shape {text}, got {tuple(t.shape)}"
+            )
+    if not share > 0:
+        raise ValueError(f"{op}: share must be positive, got {share}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from oodkernels._checks import accumulate_type, check_classes
+from oodkernels._checks import accumulate_type, check_classes, check_device, check_dtype
 from oodkernels.ops._common import register_batch_rule, register_not_differentiable
 
 
@@ -108,3 +108,73 @@ def _(logits: Tensor, gamma: Sequence[float], m: Sequence[int]) -> Tensor:
 
 register_not_differentiable("gen_scores")
 register_batch_rule("gen_scores", batched=(0,))
+
+
+def scaled_energy(logits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Energy of a row's logits times each of its scales, from one read of the row.
+
+    logsumexp over c of scale (z_c - b_c) + b_c, as SCALE (Xu et al., ICLR 2024) and LTS (Djurisic
+    et al., MVA 2025) have it: with the head's bias b these are the logits of the scaled features.
+    The larger a scale is, the fewer classes count; those that together are below half a unit in
+    the last place of the sum may be left out. What is found for a scale does not depend on the
+    others.
+
+    Args:
+        logits: (..., C), float64, float32, bfloat16 or float16; any strides.
+        scale: (..., P), float64 for float64 logits, else float32.
+        bias: (C,) of the same type, or None for zeros.
+
+    Returns:
+        (..., P), float64 for float64 logits, else float32; special values are those of
+        ``torch.logsumexp``. No gradient flows through it.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or there are no classes.
+        TypeError: A tensor is not of a type above.
+    """
+    return torch.ops.oodk.scaled_energy(logits, scale, bias)
+
+
+@torch.library.register_fake("oodk::scaled_energy")
+def _(logits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    op = "scaled_energy"
+    check_classes(op, logits)
+    kind = accumulate_type(logits.dtype)
+    check_dtype(op, "scale", scale, kind)
+    check_device(op, "scale", scale, "logits", logits)
+    if scale.dim() != logits.dim() or scale.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"{op}: scale must have shape (..., P) for logits (..., C), got {tuple(scale.shape)} "
+            f"for logits {tuple(logits.shape)}"
+        )
+    if bias is not None:
+        check_dtype(op, "bias", bias, kind)
+        check_device(op, "bias", bias, "logits", logits)
+        if bias.dim() != 1 or bias.shape[0] != logits.shape[-1]:
+            raise ValueError(
+                f"{op}: bias must have shape (C,) = ({logits.shape[-1]},), got {tuple(bias.shape)}"
+            )
+    return scale.new_empty(scale.shape)
+
+
+def _scaled_energy_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    logits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Any, Any]:
+    """Rows more than there are; biases that are mapped over one after the other."""
+    rows = []
+    for dim, tensor in zip(in_dims[:2], (logits, scale), strict=True):
+        mapped = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor
+        rows.append(mapped if dim is None else mapped.movedim(dim, 0))
+    at = in_dims[2] if len(in_dims) > 2 else None
+    if bias is None or at is None:
+        return torch.ops.oodk.scaled_energy(*rows, bias), 0
+    each = zip(*rows, bias.movedim(at, 0), strict=True)
+    return torch.stack([torch.ops.oodk.scaled_energy(*one) for one in each]), 0
+
+
+register_not_differentiable("scaled_energy")
+torch.library.register_vmap("oodk::scaled_energy", _scaled_energy_vmap)

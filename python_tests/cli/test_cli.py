@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import python, run_code
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
@@ -155,8 +155,7 @@ def test_interrupt_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_missing_extra_is_named_in_one_line(
     missing: str, extra: str, command: str, said: str
 ) -> None:
-    found = python(
-        "-c",
+    found = run_code(
         f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['oodk', {command!r}]\n"
         "from oodk import main; sys.exit(main())",
     )
@@ -179,8 +178,7 @@ def test_help_does_without_torch(command: str) -> None:
 
 
 def test_info_needs_neither_plotting_nor_data() -> None:
-    found = python(
-        "-c",
+    found = run_code(
         "import sys\n"
         "for name in ('matplotlib', 'sklearn', 'skimage', 'jinja2'): sys.modules[name] = None\n"
         "sys.argv = ['oodk', 'info']\n"
@@ -190,8 +188,7 @@ def test_info_needs_neither_plotting_nor_data() -> None:
 
 
 def test_other_missing_modules_are_not_hidden() -> None:
-    found = python(
-        "-c",
+    found = run_code(
         "import sys; sys.modules['oodk.app'] = None\nfrom oodk import main; sys.exit(main())",
     )
     assert found.returncode == 1

@@ -85,7 +85,54 @@ def test_gen_scores(emulator: Emulator, sample: Sample) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6, equal_nan=True)
 
 
-SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale")
+@pytest.mark.parametrize("biased", [0, 1])
+@pytest.mark.parametrize(
+    "sample",
+    [Sample(3, (70,), dtype, kind) for dtype in DTYPES[:3] for kind in ("ties", "special")],
+    ids=str,
+)
+def test_scaled_energy(emulator: Emulator, sample: Sample, biased: int) -> None:
+    scale = torch.tensor([3.0, 0.5, 40.0]).expand(sample.rows, -1).to(sample.accumulated)
+    bias = torch.linspace(-1, 1, sample.width).to(scale)
+    inputs = {"logits": sample.storage, "scale": scale.contiguous(), "bias": bias}
+    (found,) = emulator.run(
+        "scaled_energy",
+        inputs,
+        {"energy": sample.accumulated},
+        **sample.values(),
+        count=3,
+        biased=biased,
+    )
+    z = sample.logits.double()
+    expected = reference.scaled_energy(z, scale.double(), bias.double() if biased else None)
+    rtol = 1e-10 if sample.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(
+        found.double(), expected.flatten(), rtol=rtol, atol=1e-5, equal_nan=True
+    )
+
+
+@samples
+def test_indexed_distances(emulator: Emulator, sample: Sample) -> None:
+    table = torch.linspace(-3, 3, 4 * sample.width).view(4, -1).to(sample.accumulated)
+    index = torch.arange(2 * sample.rows).view(-1, 2) % 4
+    index[0, 1] = 4  # no row of the table
+    found = emulator.run(
+        "indexed_distances",
+        {"x": sample.storage, "table": table, "index": index},
+        dict.fromkeys(("inner", "l1", "l2"), sample.accumulated),
+        **sample.values(),
+        count=2,
+        table_rows=4,
+    )
+    expected = reference.indexed_distances(sample.logits.double(), table.double(), index % 4)
+    for f, e in zip(found, expected, strict=True):
+        assert f[1].isnan()
+        e[0, 1] = torch.nan
+        rtol = 1e-10 if sample.dtype == torch.float64 else 2e-7
+        torch.testing.assert_close(f.double(), e.flatten(), rtol=rtol, atol=1e-9, equal_nan=True)
+
+
+SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale", "optfs")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,10 +144,12 @@ SHAPES = ("clip", "vra", "ash-p", "ash-b", "ash-s", "scale")
 def test_shape_features(emulator: Emulator, sample: Sample, shape: str) -> None:
     x = sample.logits.abs()
     x[0, 3] = torch.nan
-    ranked = SHAPES.index(shape) > 1
+    ranked = shape in ("ash-p", "ash-b", "ash-s", "scale")
     low = torch.tensor([0.5]) if shape == "vra" else None
     high = None if ranked else torch.linspace(1, 3, sample.width)
     k = sample.width - round(sample.width * 0.8)
+    if shape == "optfs":
+        low, high, k = torch.tensor([0.25, 1.0, 2.0, 2.5]), torch.tensor([1.0, 2.0, 3.0]), 3
     inputs = {"features": x} | {n: t for n, t in (("low", low), ("high", high)) if t is not None}
     (found,) = emulator.run(
         "shape_features",

@@ -1,3 +1,5 @@
+#include "cuda/distances_kernel.cuh"
+#include "cuda/energy_kernel.cuh"
 #include "cuda/features_kernel.cuh"
 #include "cuda/gen_kernel.cuh"
 #include "cuda/shape_kernel.cuh"
@@ -19,6 +21,28 @@ void feature_stats(Run& run) {
           run.input<double>("percentiles"), count, run.integer("step"), nullptr},
       per_row("l1", 1), per_row("l2", 1), per_row("sum", 1), per_row("threshold", count),
       per_row("top_sum", count));
+}
+
+void indexed_distances(Run& run) {
+  const int64_t rows = run.integer("rows"), count = run.integer("count");
+  const auto each = [&](const char* name) {
+    return run.output(name, rows * count * run.out_size());
+  };
+  oodk::cuda::indexed_distances(
+      {run.input("x", run.integer("offset") * run.in_size()), run.dtype(), rows,
+          run.integer("width"), run.integer("stride"), run.input("table"),
+          run.integer("table_rows"), run.integer("width"), run.input<int64_t>("index"), count,
+          nullptr},
+      each("inner"), each("l1"), each("l2"));
+}
+
+void scaled_energy(Run& run) {
+  const int64_t rows = run.integer("rows"), count = run.integer("count");
+  oodk::cuda::scaled_energy(
+      {run.input("logits", run.integer("offset") * run.in_size()), run.dtype(), rows,
+          run.integer("width"), run.integer("stride"), run.input("scale"), count,
+          run.integer("biased") ? run.input("bias") : nullptr, nullptr},
+      run.output("energy", rows * count * run.out_size()));
 }
 
 void gen_scores(Run& run) {
@@ -45,5 +69,6 @@ void shape_features(Run& run) {
 int main(int argc, char** argv) {
   return runner::run(argc, argv,
       {{"feature_stats", feature_stats}, {"gen_scores", gen_scores},
+          {"indexed_distances", indexed_distances}, {"scaled_energy", scaled_energy},
           {"shape_features", shape_features}});
 }

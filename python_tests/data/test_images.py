@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("PIL")
 
 from PIL import Image
+from transforms import Compose, evaluation
 
-from oodkernels.data import ImageFiles, OnRGB, Shards, ToTensor, augmented, open_images
+from oodkernels.data import ImageFiles, OnRGB, Preprocess, Shards, ToTensor, augmented, open_images
 from oodkernels.data.images import one_line
 
 RAW = ToTensor(8, 1.0, (0.0,) * 3, (1.0,) * 3)
@@ -45,6 +46,40 @@ def test_to_tensor_is_resize_crop_normalise() -> None:
     centre = np.asarray(resized, np.float64)[1:15, 5:19] / 255
     np.testing.assert_allclose(found.numpy(), (centre.transpose(2, 0, 1) - 0.5) / 0.25, atol=1e-5)
     assert ToTensor(size=32)(Image.new("L", (5, 3))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_compose_is_known_by_its_parts_and_by_what_it_gives(interpolation: str) -> None:
+    known = Preprocess(24, (0.5, 0.4, 0.3), (0.25,) * 3, 28, interpolation)
+    compose = evaluation(known)
+    assert Preprocess.of(compose) == Preprocess.of(OnRGB(compose)) == known
+    assert Preprocess.of(known) is known
+    for name, value in (("size", 29), ("size", (28, 28)), ("interpolation", None)):
+        other = evaluation(known)
+        setattr(other.transforms[0], name, value)
+        assert (Preprocess.of(other) == known) is (name == "size" and value == 28)
+    other = evaluation(known)
+    other.transforms[3].mean = [0.5, 0.4]
+    assert Preprocess.of(other) is None
+    other = evaluation(known)
+    other.transforms[3].shift = 1e-6  # says one thing and does another
+    assert Preprocess.of(other) is None
+    for left_out in range(4):
+        steps = [step for i, step in enumerate(compose.transforms) if i != left_out]
+        assert Preprocess.of(Compose(steps)) is None
+    assert Preprocess.of(None) is Preprocess.of(lambda image: image) is None
+
+
+def test_timms_transforms_are_known() -> None:
+    data = pytest.importorskip("timm.data")
+    options = {"input_size": (3, 64, 64), "crop_pct": 0.9, "interpolation": "bicubic"}
+    transform = data.create_transform(**options, is_training=False)
+    found = Preprocess.of(OnRGB(transform))
+    assert found is not None
+    assert (found.size, found.resize, found.interpolation) == (64, 71, "bicubic")
+    image = Image.fromarray(np.random.default_rng(1).integers(256, size=(90, 120, 3), dtype="u1"))
+    assert torch.equal(found(image), transform(image))
+    assert Preprocess.of(data.create_transform(**options, crop_mode="squash")) is None
 
 
 RAMP = np.arange(64).reshape(8, 8)

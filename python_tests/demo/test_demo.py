@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import run_code
 
 pytest.importorskip("jinja2")
 pytest.importorskip("lightning_fabric")
@@ -30,12 +31,15 @@ from oodkernels.data import glyphs, open_samples
 from oodkernels.demo import METHODS, Settings, StudyResult, heads, run
 from oodkernels.demo import report as demo_report
 from oodkernels.demo.methods import FLAT
-from oodkernels.detectors import DETECTORS, applicable
+from oodkernels.demo.models import GlyphNet
+from oodkernels.deploy import Bundle
+from oodkernels.detectors import DETECTORS, MOS, Energy, applicable
 from oodkernels.evaluation.methods import OTHER, OWN
 from oodkernels.evaluation.results import FIGURES_IN_WORDS
 from oodkernels.evaluation.tables import METRICS
 from oodkernels.metrics.ood import ood_metrics
-from oodkernels.training import reproducible
+from oodkernels.nn import Head
+from oodkernels.training import load_weights, reproducible
 
 SMALL = {"size": 16, "train": 8, "test": 4, "ood": 60, "outliers": 200, "batch": 64}
 SETTINGS = Settings(seed=1, classes=40, epochs=8, steps=20, curve=(20, 30), **SMALL)
@@ -197,6 +201,72 @@ def test_second_run_uses_the_backbone(
     first = {m.name: m for m in result.evaluation.methods}
     for method in again.evaluation.methods:
         np.testing.assert_array_equal(method.id_scores, first[method.name].id_scores)
+
+
+PRODUCTION = """
+import sys
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from oodkernels.deploy import Bundle
+
+folder = Path(sys.argv[1])
+bundle, batches = Bundle.load(folder / "bundle"), torch.load(folder / "x.pt")
+found = {"loaded": [bundle(x)._asdict() for x in batches]}
+torch.export.save(bundle.export(), folder / "program.pt2")
+program = torch.export.load(folder / "program.pt2").module(check_guards=False)
+found["program"] = [program(x) for x in batches]
+with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+    path = bundle.compile_to(folder / "compiled.pt2")
+compiled = torch._inductor.aoti_load_package(str(path))
+found["compiled"] = [compiled(x) for x in batches]
+session = onnxruntime.InferenceSession(bundle.to_onnx(folder / "model.onnx"))
+names = [output.name for output in session.get_outputs()]
+found["onnx"] = [
+    dict(zip(names, map(torch.from_numpy, session.run(None, {"x": x.numpy()})))) for x in batches
+]
+torch.save(found, folder / "found.pt")
+"""
+
+
+@pytest.mark.slow
+def test_its_model_goes_into_production(result: StudyResult, folder: Path, tmp_path: Path) -> None:
+    """As a bundle in a folder, into a fresh process, exported there in three ways."""
+    for package in ("safetensors", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    head = result.choices["MOS taxonomy"].head
+    model = GlyphNet(partial(Head, columns=40), SETTINGS.size)
+    load_weights(model, next(folder.glob("*/backbone/last.pt")))
+    model.head = head
+    detectors = {"mos": MOS(head.groups, model=model.eval()), "energy": Energy(model=model)}
+    shape = (1, SETTINGS.size, SETTINGS.size)
+    bundle = Bundle(model, detectors, input_shape=shape)
+    bundle.calibrate(result.data.validation.images.float(), by="group")
+    x = torch.cat([images.images[:40] for images in (result.data.test, *result.data.ood.values())])
+    x = x.float()
+    nan = x[:3].clone()
+    nan[1, 0, 0, 0] = torch.nan
+    bundle.save(tmp_path / "bundle")
+    torch.save([x, x[:1], nan], tmp_path / "x.pt")
+    done = run_code(PRODUCTION, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found.pt")
+    assert list(found) == ["loaded", "program", "compiled", "onnx"]
+    expected = [bundle(x)._asdict() for x in (x, x[:1], nan)]
+    assert 0 < expected[0]["is_ood"].sum() < len(x)
+    for way, batches in found.items():
+        for here, there in zip(expected, batches, strict=True):
+            assert here.keys() == there.keys()
+            limit = 0 if way in ("loaded", "program") else 1e-4
+            torch.testing.assert_close(
+                there["score"], here["score"], rtol=limit, atol=limit, equal_nan=True
+            )
+            apart = (here["score"].double() - bundle.cut).abs() > limit
+            for name in ("label", "group", "is_ood"):
+                assert torch.equal(there[name][apart], here[name][apart]), (way, name)
+            assert (there["p_value"] - here["p_value"]).abs().max() <= 100 * limit
 
 
 def test_progress_is_told(result: StudyResult, told: list[tuple[str, int, int]]) -> None:
@@ -372,7 +442,7 @@ def test_write_report_replaces_files_whole(
 
 def test_report_does_without_pyplot() -> None:
     code = "import sys, oodkernels.demo.report; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert python("-c", code).returncode == 0
+    assert run_code(code).returncode == 0
 
 
 @pytest.fixture

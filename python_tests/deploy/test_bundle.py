@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from bundles import GROUPS, KINDS, SHAPE, data, make, network, with_names
-from processes import python
+from processes import run_code
 from torch import Tensor, nn
+from transforms import evaluation
 
 from oodkernels import Threshold
 from oodkernels._files import file_digest
-from oodkernels.data import ToTensor
+from oodkernels.data import OnRGB, Preprocess, ToTensor
 from oodkernels.deploy import Bundle, ConformalPValues, Decision
 from oodkernels.deploy.program import Program
 from oodkernels.detectors import KNN, MOS, MSP, ODIN, Energy, NotFittedError
@@ -291,11 +292,33 @@ assert not any("demo" in name for name in sys.modules if name.startswith("oodker
 """
 
 
+@pytest.mark.parametrize("as_given", [False, True])
+def test_a_transform_of_torchvision_is_kept(as_given: bool, tmp_path: Path) -> None:
+    kept = Preprocess(8, (0.5, 0.4, 0.3), (0.25, 0.5, 0.5), 10, "bicubic")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    bundle = Bundle(model, Energy(), transform=kept if as_given else OnRGB(evaluation(kept)))
+    assert bundle.input_shape == (3, 8, 8)
+    bundle.save(tmp_path, program=False)
+    assert Bundle.load(tmp_path, model).transform == kept
+
+
+def test_weights_keep_their_layout_which_decides_the_last_digits(tmp_path: Path) -> None:
+    model = network().to(memory_format=torch.channels_last)
+    bundle = Bundle(model, Energy(), input_shape=SHAPE)
+    bundle.calibrate(data().held_out)
+    bundle.save(tmp_path)
+    loaded = Bundle.load(tmp_path)
+    assert equal(loaded(X), bundle(X))
+    found, wanted = loaded.model.state_dict(), model.state_dict()
+    assert {k: v.stride() for k, v in found.items()} == {k: v.stride() for k, v in wanted.items()}
+    assert any(not v.is_contiguous() for v in wanted.values())
+
+
 def test_a_fresh_process_decides_the_same(tmp_path: Path) -> None:
     bundle = with_names()
     bundle.save(tmp_path / "bundle")
     torch.save(X, tmp_path / "x.pt")
-    done = python("-c", SCORE, *(str(tmp_path / name) for name in ("bundle", "x.pt", "out.pt")))
+    done = run_code(SCORE, *(str(tmp_path / name) for name in ("bundle", "x.pt", "out.pt")))
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out.pt")
     assert found.keys() == set(Decision._fields)

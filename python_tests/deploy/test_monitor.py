@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import GROUPS, data, make
+from processes import started
 from scipy import stats
 from torch import Tensor, nn
 
@@ -320,21 +318,14 @@ while True:
 
 def test_state_survives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "monitor.safetensors"
-    here = Path(__file__).parent
-    search = os.pathsep.join(
-        [str(here.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": search},
-    )
+    process = started(KILLED, str(path))
     deadline = time.monotonic() + 120
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not path.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     monitor = Monitor(make(), window=50, path=path)
     assert monitor.samples >= 50
     assert monitor.samples % 50 == 0

@@ -213,6 +213,34 @@ def test_class_that_was_never_predicted() -> None:
         assert found[~like_none].isfinite().all()
 
 
+def test_weights_of_zero_have_no_sign() -> None:
+    """Of a pruned head the errors of the features that it leaves out count for neither sign."""
+    weight = torch.where(W.head.weight.detach().abs() < 0.1, 0, W.head.weight.detach())
+    assert not weight.all()
+    logits = W.features @ weight.T + W.head.bias.detach()
+    detector = CADRef(head=(weight, W.head.bias)).fit(features=W.features, logits=logits)
+    p = logits.argmax(1)
+    means = torch.stack([W.features[p == c].mean(0) for c in range(len(weight))])
+    e = (W.features - means[p]) * weight[p].sign()
+    energy, size = logits.logsumexp(1), W.features.abs().sum(1)
+    expected = -(e.relu().sum(1) / energy + (-e).relu().sum(1) / energy.mean()) / size
+    torch.testing.assert_close(detector.score(features=W.features, logits=logits), expected)
+
+
+@pytest.mark.parametrize("kind", [SHE, CADRef, NCI, FDBD])
+def test_what_follows_from_a_fit_is_forgotten_with_it(kind: type[HeadDetector]) -> None:
+    """Tables that are made of the means once are made anew after more samples."""
+    given = {"features": W.features, "logits": W.logits, "labels": W.labels}
+    most = {name: t[:-20] for name, t in given.items()}
+    test = {"features": W.features[:9], "logits": W.logits[:9]}
+    detector = kind(head=W.head).fit(**most)
+    before = detector.score(**test)
+    detector.partial_fit(**{name: t[-20:] for name, t in given.items()})
+    after = detector.score(**test)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, kind(head=W.head).fit(**given).score(**test))
+
+
 def test_equal_rows_are_no_boundary() -> None:
     head = nn.Linear(24, 3)
     head.weight.data[2] = head.weight.data[1]

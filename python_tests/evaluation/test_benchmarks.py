@@ -23,9 +23,10 @@ pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
 from PIL import Image
-from processes import forked
+from processes import as_torchrun, forked
 from typer.testing import CliRunner, Result
 
+from oodk import main
 from oodk.app import app
 from oodkernels import ood_metrics
 from oodkernels._files import locked
@@ -719,10 +720,24 @@ def test_a_model_of_timm_with_its_own_transform(here: Path, name: str) -> None:
     )
 
 
+def as_program(command: tuple[object, ...]) -> None:
+    sys.argv = ["oodk", *map(str, command)]
+    try:
+        code = main()
+    finally:
+        sys.stdout.flush()
+    sys.exit(code)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
-def test_torchrun(whole: Path, here: Path, copy_of: Path) -> None:
-    """Every command that takes several processes, by torchrun itself."""
+def test_torchrun(
+    whole: Path, here: Path, copy_of: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that takes several processes: one by torchrun itself, and in its environment.
+
+    What torchrun adds is the environment, the same for all.
+    """
     sets = whole / "sets"
     (knn,) = (whole / "detectors").glob("knn*")
     images = ("--model", "bench_models:make", "--size", 32, "-d", "odin")
@@ -732,9 +747,14 @@ def test_torchrun(whole: Path, here: Path, copy_of: Path) -> None:
         "benchmark": given("run", "--json"),
     }
     path = os.pathsep.join([str(copy_of), os.environ.get("PYTHONPATH", "")])
-    for command in commands.values():
+    for name, command in commands.items():
         alone = oodk(*command)
         assert alone.exit_code == 0, alone.output
+        if name != "benchmark":
+            capfd.readouterr()
+            assert as_torchrun(2, partial(as_program, command)) == [0, 0]
+            assert capfd.readouterr().out == alone.stdout
+            continue
         shutil.rmtree("run", ignore_errors=True)
         start = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oodkernels")
         done = subprocess.run(

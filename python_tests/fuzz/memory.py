@@ -42,6 +42,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "mos_loss": loss,
         "logit_scores": (z,),
         "gen_scores": (z, [0.1], [100]),
+        "scaled_energy": (z, z[:, :20]),
+        "indexed_distances": (x, x[:64], torch.zeros(ROWS, 10, dtype=torch.int64)),
         "feature_stats": (z, torch.tensor([50.0, 90.0], dtype=torch.float64)),
         "shape_features_": (z.clone(), "scale", 85.0, None, None),
         "outlier_cross_entropy": outlier,
@@ -80,10 +82,10 @@ def limits() -> Iterator[int | None]:
 
 
 def attempts(call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int]:
-    """How many calls were refused for want of memory, and how many went through: at most three."""
+    """How many calls were refused for want of memory, and how many went through: at most two."""
     refused = done = 0
     for more in limits():
-        if done == 3:
+        if done == 2:
             break
         limit = (1 << 62) if more is None else in_use() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

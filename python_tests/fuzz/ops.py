@@ -8,6 +8,7 @@ processor has. A case is its seed and its number, which are printed when it fail
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import mmap
 import os
 import random
@@ -28,6 +29,7 @@ from op_db import FLOATS, INF, NAN, OPS, Op, Sample, compare_predictions
 from torch import Tensor
 
 from oodkernels import _C, reference
+from oodkernels.metrics.streaming._sketch import Layout, Sketch
 from oodkernels.ops.histogram import N_FACTS, N_PREFIXES
 from oodkernels.ops.keys import keys_of_scores
 
@@ -228,6 +230,10 @@ def _(draw: Draw) -> Case:
     limit = draw.normal((draw.random.choice((1, width)),), False).to(wide(x)).contiguous()
     if draw.one_in(2):
         return Case(placed, "clip", None, None, draw.laid_out(limit), good=good, known=good)
+    if draw.one_in(3):
+        edges = draw.normal((draw.random.choice((2, 5, 40)),), False).sort().values.to(wide(x))
+        factors = torch.ones(len(edges) - 1).to(edges)
+        return Case(placed, "optfs", None, edges, factors, good=good, known=good)
     # What exp(sum / sum) is of sums that cancel, nobody knows.
     return Case(placed, draw.random.choice(("ash-p", "scale")), 65.0, good=good, known=False)
 
@@ -249,6 +255,23 @@ def _(draw: Draw) -> Case:
     if not good:
         p.view(-1)[0] = draw.random.choice((-1.0, 100.1, NAN, INF))
     return Case(draw.laid_out(x), draw.laid_out(p), draw.one_in(2), good=good)
+
+
+@case("scaled_energy")
+def _(draw: Draw) -> Case:
+    z = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    scale = draw.normal((*z.shape[:-1], draw.random.choice((0, 1, 3, 9)))).abs().to(wide(z))
+    bias = draw.normal((z.shape[-1],), False).to(wide(z)).contiguous() if draw.one_in(2) else None
+    return Case(draw.laid_out(z), draw.laid_out(scale), bias)
+
+
+@case("indexed_distances")
+def _(draw: Draw) -> Case:
+    x = draw.normal((*draw.leading(), draw.random.choice((1, 2, 5, 16, 33, 64, 129, 700))))
+    rows = draw.random.choice((1, 2, 40))
+    table = draw.normal((rows, x.shape[-1])).to(wide(x))
+    index, good = draw.classes(0, rows, (*x.shape[:-1], draw.random.choice((0, 1, 3))))
+    return Case(draw.laid_out(x), draw.laid_out(table), draw.laid_out(index), good=good)
 
 
 def classified(draw: Draw) -> tuple[Tensor, Tensor, bool]:
@@ -350,6 +373,38 @@ def _(draw: Draw) -> Case:
         good=good,
         known=known or not good,
     )
+
+
+@case("_steer_histogram_")
+def _(draw: Draw) -> Case:
+    x = scores(draw, 5000)
+    layout = Layout(2 * N_PREFIXES + draw.random.randrange(3000), 300, False, 1e-5)
+    n_rows, known = draw.random.randint(1, 3), draw.one_in(2)
+    sketch = Sketch.empty(layout, n_rows, x.device)
+    sketch.count(draw.normal((300,)).nan_to_num(0, 1, -1), 0, layout, first=True)
+    if draw.one_in(2):
+        sketch.adapted.zero_()
+    before, places = sketch.counts.sum(1), draw.integers(0, N_PREFIXES, (300,))
+    if not known:
+        wild = draw.integers(-(2**63), 2**63 - 1, (300,))
+        which = draw.random.randrange(4)
+        if which < 2:
+            sketch.table[places] = wild
+        elif which == 2:
+            sketch.blocks[draw.integers(0, 8, (300,)), places] = (wild >> 40).int()
+        else:
+            sketch.atoms[:] = (wild >> 32).int()
+    side, rows = draw.random.randrange(n_rows), None
+    if draw.one_in(2):
+        rows = draw.laid_out(draw.integers(0, 256, x.shape).to(torch.uint8))
+    state = [getattr(sketch, f.name) for f in dataclasses.fields(Sketch)]
+
+    def check(found: tuple[Tensor, ...]) -> None:
+        assert torch.equal(found[0].sum(1), before)
+
+    first = draw.one_in(2)
+    args = (draw.laid_out(x), side, rows, first, False, draw.random.choice((1e-5, 1e-9, 1.0)))
+    return Case(*state, *args, known=known, check=check)
 
 
 # --- K-means and DOS ------------------------------------------------------------------------------

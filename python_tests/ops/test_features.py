@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oodkernels import feature_stats
-from oodkernels.detectors import LTS, SCALE, batch, score_all
+from oodkernels import feature_stats, scaled_energy
+from oodkernels.detectors import LTS, SCALE, activations, batch, score_all
 from oodkernels.ops import shape_features_
 
 ROWS = {
@@ -28,6 +28,21 @@ def test_percentiles_do_not_depend_on_each_other(kind: str) -> None:
         assert torch.equal(alone.top_sum[:, 0], together.top_sum[:, i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 50.0])
+def test_scales_do_not_depend_on_each_other(spread: float, dtype: torch.dtype) -> None:
+    """What is left out under one scale is not lost to another, whatever their order."""
+    generator = torch.Generator().manual_seed(0)
+    z = (spread * torch.randn(20, 300, generator=generator)).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    bias = torch.randn(300, generator=generator).to(wide)
+    scales = torch.tensor([7.0, 0.3, torch.inf, 60.0, -1.0, 1.0, torch.nan, 900.0, 0.0], dtype=wide)
+    together = scaled_energy(z, scales.expand(20, -1).contiguous(), bias)
+    for i, scale in enumerate(scales):
+        alone = scaled_energy(z, scale.expand(20, 1).contiguous(), bias)[:, 0]
+        torch.testing.assert_close(alone, together[:, i], rtol=0, atol=0, equal_nan=True)
+
+
 def test_half_a_feature_is_rounded_to_the_even_number() -> None:
     x = torch.arange(342.0)[None]
     assert feature_stats(x, [75]).threshold.item() == 342 - (342 - 256)
@@ -47,12 +62,20 @@ def test_detectors_of_one_pass_share_the_rows(monkeypatch: pytest.MonkeyPatch) -
         calls.append(args[1:])
         return feature_stats(*args)
 
+    energies = []
+
+    def energy(*args: torch.Tensor) -> torch.Tensor:
+        energies.append(args[1].shape[1])
+        return scaled_energy(*args)
+
     monkeypatch.setattr(batch, "feature_stats", counted)
+    monkeypatch.setattr(activations, "scaled_energy", energy)
     head = torch.nn.Linear(50, 7)
     x = torch.rand(20, 50)
     settings = {f"scale {p}": SCALE(p, head=head) for p in (85, 50, 65.5)} | {"lts": LTS()}
     found = score_all(settings, features=x, logits=head(x).detach())
     assert calls == [((50.0, 65.5, 85.0, 95.0), False)]
+    assert energies == [3, 1]  # the logits are read once for SCALE, once for LTS
     for name, detector in settings.items():
         alone = detector.score(features=x, logits=head(x).detach())
         assert torch.equal(found[name], alone)

@@ -70,9 +70,10 @@ def test_atoms(dtype):
     assert counts[0, 65536 << 2 : -4].sum() >= 100
 
 
-def test_any_number_of_threads():
+@pytest.mark.parametrize("side", ["one", "each"])
+def test_any_number_of_threads(side):
     x = scores(1_700_000)
-    rows = torch.arange(len(x)) % 3 == 0
+    side, rows = (1, None) if side == "one" else (0, torch.arange(len(x)) % 3 == 0)
     before = torch.get_num_threads()
     try:
         counts = []
@@ -80,7 +81,7 @@ def test_any_number_of_threads():
             torch.set_num_threads(threads)
             counts.append(counts_for(0))
             counts[-1][:, -1] = 1  # low bits seen before must survive
-            roc_histogram_(counts[-1], plain_table(), x, 0, rows)
+            roc_histogram_(counts[-1], plain_table(), x, side, rows)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(counts[0], counts[1])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import python
+from processes import as_torchrun, python
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import (
@@ -37,6 +37,7 @@ from training_runs import (
     CLASSES,
     blobs,
     config,
+    ddp,
     loader,
     make_model,
     make_outliers,
@@ -443,17 +444,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_share_the_work_of_one(tmp_path: Path) -> None:
-    done = python(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "training_runs.py",
-        "ddp",
-        str(tmp_path),
-        OMP_NUM_THREADS="1",
-    )
-    assert done.returncode == 0, done.stderr
+    assert as_torchrun(2, lambda: ddp(tmp_path)) == [0, 0]
     found = json.loads((tmp_path / "ddp.json").read_text())
     for name in ("softmax", "oe", "ntom"):
         model = make_model(name)

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> nearest_centroid(
   void* to = distance.mutable_data_ptr();
   const void* from = args.centroids.const_data_ptr();
   const Problems p{args.x, args.batch, args.n, args.d, {}};
-  for_problems(p, normalize, [&](int64_t b, auto& points) {
+  const auto solve = [&](int64_t b, auto& points) {
     using T = value_t<decltype(points)>;
     const Nearest<T> nearest(points, (const T*)from + b * args.k * args.d, args.d, args.k);
     const std::vector<int32_t>& found = nearest.label();
@@ -65,7 +65,8 @@ std::tuple<Tensor, Tensor> nearest_centroid(
         label_b[points.row(i)] = found[i];
         distance_b[points.row(i)] = squared[i];
       }
-  });
+  };
+  for_problems(p, normalize, solve, /*read_often=*/false);
   return {labels, distance};
 }
 

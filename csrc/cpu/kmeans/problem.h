@@ -17,10 +17,11 @@ using value_t = decltype(value_of(std::declval<const Set&>()));
 
 // f(b, points) for every problem: many problems a problem a thread, few one after the other.
 template <typename F>
-void for_problems(const Problems& p, bool normalize, const F& f) {
+void for_problems(const Problems& p, bool normalize, const F& f, bool read_often = true) {
   const auto solve = [&](int64_t begin, int64_t end) {
     const auto one = [&](int64_t b, auto zero) {
-      PointSet<decltype(zero)> points(p.problem(b), p.x.dtype, p.n, p.d, p.x.stride, normalize);
+      PointSet<decltype(zero)> points(
+          p.problem(b), p.x.dtype, p.n, p.d, p.x.stride, normalize, read_often);
       f(b, points);
     };
     for (int64_t b = begin; b < end; ++b)
@@ -44,28 +45,34 @@ template <typename T>
 class Nearest {
  public:
   Nearest(PointSet<T>& x, const T* centroids, int64_t stride, int64_t k)
-      : x_(x), stride_(row_stride<T>(x.dim())), scaled_(k * stride_), label_(x.size()) {
+      : x_(x), from_(centroids), stride_(stride), label_(x.size()) {
     const int64_t d = x.dim();
     if (!x.normalized())
-      x.place(PointSet<T>(centroids, dtype_of<T>, k, d, stride, false).own_frame());
-    const Buffer<T> placed(k * stride_);
-    std::fill_n(scaled_.get(), k * stride_, T(0));
-    for (int64_t c = 0; c < k; ++c) {
+      x.place(PointSet<T>(centroids, dtype_of<T>, k, d, stride, false, false).own_frame());
+    Buffer<T> placed;
+    if (!x.frame().identity()) {
       const T unit = x.frame().unit;
-      std::transform(centroids + c * stride, centroids + c * stride + d, scaled_ + c * stride_,
-          [=](T value) { return value * unit; });
-      std::copy_n(centroids + c * stride, d, placed + c * stride_);
-      x.frame().enter(placed + c * stride_, d);
-      std::fill(placed + c * stride_ + d, placed + (c + 1) * stride_, T(0));
+      placed = Buffer<T>(k * d);
+      scaled_ = Buffer<T>(k * d);
+      parallel(k, 4.0 * d, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const T* row = centroids + c * stride;
+          std::transform(row, row + d, scaled_ + c * d, [=](T value) { return value * unit; });
+          std::copy_n(row, d, placed + c * d);
+          x.frame().enter(placed + c * d, d);
+        }
+      });
+      from_ = scaled_;
+      stride_ = d;
     }
-    x.assign(Packed<T>(placed, stride_, k, d), label_.data());
+    x.assign(Packed<T>(placed ? placed.get() : centroids, stride_, k, d), label_.data());
   }
   const std::vector<int32_t>& label() const {
     return label_;
   }
   Buffer<T> distances() const {
     Buffer<T> distance(x_.size());
-    x_.distances_from_origin(label_.data(), scaled_, stride_, distance);
+    x_.distances_from_origin(label_.data(), from_, stride_, distance);
     const T unit = x_.frame().unit;
     for (int64_t i = 0; i < x_.size() && unit != 1; ++i)
       distance[i] = distance[i] / unit / unit;
@@ -74,8 +81,9 @@ class Nearest {
 
  private:
   PointSet<T>& x_;
+  const T* from_; // the centroids by the unit alone, `stride_` apart: given, or scaled_
   int64_t stride_;
-  Buffer<T> scaled_; // (k, stride), by the unit alone
+  Buffer<T> scaled_; // (k, d)
   std::vector<int32_t> label_;
 };
 

@@ -61,14 +61,18 @@ struct Packed {
         columns(panels * kernels.panel * d),
         bias(panels * kernels.panel) {
     constexpr T never = -std::numeric_limits<T>::infinity();
-    kernels.pack(centroids, stride, k, d, columns);
-    for (int64_t c = 0; c < panels * kernels.panel; ++c) {
-      const T norm2 = c < k ? kernels.norm2(centroids + c * stride, d) : 0;
-      bias[c] = c < k && std::isfinite(norm2) ? -norm2 / 2 : never;
-      if (c < k && !std::isfinite(norm2)) // an unused cluster must not put NaN into its panel
-        for (int64_t j = 0; j < d; ++j)
-          columns[(c / kernels.panel * d + j) * kernels.panel + c % kernels.panel] = 0;
-    }
+    parallel(panels, 4.0 * kernels.panel * d, [&](int64_t first, int64_t last) {
+      const int64_t begin = first * kernels.panel, end = last * kernels.panel;
+      kernels.pack(
+          centroids + begin * stride, stride, std::min(k, end) - begin, d, columns + begin * d);
+      for (int64_t c = begin; c < end; ++c) {
+        const T norm2 = c < k ? kernels.norm2(centroids + c * stride, d) : 0;
+        bias[c] = c < k && std::isfinite(norm2) ? -norm2 / 2 : never;
+        if (c < k && !std::isfinite(norm2)) // an unused cluster must not put NaN into its panel
+          for (int64_t j = 0; j < d; ++j)
+            columns[(c / kernels.panel * d + j) * kernels.panel + c % kernels.panel] = 0;
+      }
+    });
   }
   const KmeansKernels<T>& kernels = kmeans_kernels<T>();
   int64_t panels;
@@ -98,13 +102,18 @@ struct Frame {
   }
 };
 
-// The valid rows of a problem, normalised where asked for. They are copied where they fit the
-// caches, else converted piece by piece whenever they are read.
+// The valid rows of a problem, normalised where asked for. They are copied where they are read often
+// and fit the caches, else converted piece by piece whenever they are read.
 template <typename T>
 class PointSet {
  public:
-  PointSet(const void* x, DType dtype, int64_t n, int64_t d, int64_t stride, bool normalize)
-      : kernels_(kmeans_kernels<T>()), source_{x, dtype, d, stride}, all_(n), scale_(n) {
+  PointSet(const void* x, DType dtype, int64_t n, int64_t d, int64_t stride, bool normalize,
+      bool read_often = true)
+      : kernels_(kmeans_kernels<T>()),
+        source_{x, dtype, d, stride},
+        read_often_(read_often),
+        all_(n),
+        scale_(n) {
     parallel(n, d, [&](int64_t begin, int64_t end) {
       kernels_.scales(source_, begin, end, normalize, scale_);
     });
@@ -328,7 +337,7 @@ class PointSet {
     constexpr int64_t limit =
         64 << 20; // bytes: about a last-level cache, of which all threads read
     const int64_t padded = round_up(size_, kernels_.tile);
-    if (padded * stride() * int64_t(sizeof(T)) > limit)
+    if (!read_often_ || padded * stride() * int64_t(sizeof(T)) > limit)
       return;
     copy_ = Buffer<T>(padded * stride());
     parallel(size_, 2.0 * dim(), [&](int64_t begin, int64_t end) {
@@ -344,7 +353,7 @@ class PointSet {
   Frame<T> frame_;
   std::optional<Moments> moments_;
   T largest_ = 0; // squared norm, of rows that are not normalised
-  bool normalized_ = true;
+  bool read_often_ = true, normalized_ = true;
   int64_t all_, size_ = 0;
   Buffer<T> scale_, copy_;
   std::vector<int32_t> ids_;

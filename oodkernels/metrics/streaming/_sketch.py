@@ -8,6 +8,8 @@ Their prefixes get a finer block, which counts from then on; what the coarser bl
 there, known to a wider interval only. Keys that many scores share get a counter of their own, an
 atom. When the bins run out, blocks that turned out finer than their share merits are made coarser.
 
+On CPU an op of C++ does so; what is written here in torch is its reference, and for accelerators.
+
 All of this only steers where resolution is spent. Whatever is counted is counted in an interval
 that holds the score, and :func:`Sketch.intervals` says in which, so bounds drawn from it are
 certain for every stream. Nothing here waits for an accelerator.
@@ -19,11 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from oodkernels.metrics.streaming._bounds import Floats, Intervals, Ints
-from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, roc_histogram_
+from oodkernels.ops.histogram import N_FACTS, N_PREFIXES, roc_histogram_, steer_histogram_
 from oodkernels.ops.keys import order_key
 
 LEVELS = 9
@@ -37,10 +38,7 @@ NO_ATOM = 0x7FFFFFFF
 LEAST_KEY, LARGEST_KEY = -0x7F800001, 0x7F800000
 """The infinities."""
 _FIRST_SAMPLE = 1 << 17
-_SAMPLE = 1 << 13
-_PROBE = 1 << 10
-_CROWD = 12
-_FULL = 8
+_SAMPLE = 1 << 12
 _FEW = 1 << 10
 _TAIL = 1 / 1000
 """A bin may hold this share of the scores beyond it, on the side where fewer are."""
@@ -129,17 +127,16 @@ class Sketch:
         blocks = torch.full((LEVELS, N_PREFIXES), -1, dtype=torch.int32, device=device)
         blocks.scatter_(0, level[None], start.int()[None])
         width = layout.bins + layout.atoms + N_FACTS
-        sketch = cls(
-            torch.zeros(rows, width, dtype=torch.int64, device=device),
+        return cls(
+            # NumPy's memory may have huge pages, with which counting at random places is faster.
+            torch.from_numpy(np.zeros((rows, width), np.int64)).to(device),
             blocks,
-            torch.zeros(N_PREFIXES, dtype=torch.int64, device=device),
+            (16 - 2 * level) | start << 5,
             torch.full((layout.atoms,), NO_ATOM, dtype=torch.int32, device=device),
             size.sum(),
             torch.ones((), dtype=torch.float64, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
         )
-        sketch._build_table()
-        return sketch
 
     @property
     def facts(self) -> Tensor:
@@ -178,12 +175,27 @@ class Sketch:
         n = scores.shape[0]
         if n == 0:
             return
-        if first or not scores.is_cpu or not self._is_steady(scores, layout):
-            keys, sides = _sample(scores, rows, _FIRST_SAMPLE if first else _SAMPLE)
-            for _ in range(4 if first else 1):
-                self._adapt(keys, sides, n, layout)
-            self.adapted = self.facts[:, _COUNTED].sum() + n
-        if not scores.is_cpu or not self._only_atoms(keys if first else None):
+        if not scores.is_cpu:
+            self.steer(scores, rows, layout, first=first)
+            self._count(scores, rows)
+            return
+        side, of_each = (rows, None) if isinstance(rows, int) else (0, rows)
+        steer_histogram_(
+            self.counts,
+            self.blocks,
+            self.table,
+            self.atoms,
+            self.used,
+            self.scale,
+            self.adapted,
+            scores,
+            side,
+            of_each,
+            first,
+            layout.half,
+            layout.share,
+        )
+        if not self._only_atoms(scores if first else None):
             self._count(scores, rows)
             return
         # So far the stream has few values. Rare new ones, which no sample shows, become atoms too.
@@ -205,31 +217,18 @@ class Sketch:
         else:
             roc_histogram_(self.counts, self.table, scores, 0, rows, self.atoms)
 
-    # --- steering ---------------------------------------------------------------------------------
+    # --- steering, which on CPU an op does --------------------------------------------------------
 
-    def _is_steady(self, scores: Tensor, layout: Layout) -> bool:
-        """Whether, on CPU, blocks need no look: little is new, and it crowds no bin."""
-        facts = self.facts.numpy()
-        if facts[:, _COUNTED].sum() + scores.shape[0] > 1.125 * float(self.adapted):
-            return False
-        step = -(-scores.shape[0] // _PROBE)
-        index = torch.arange(0, scores.shape[0], step)
-        index = (index + _jitter(index) % step).clamp(max=scores.shape[0] - 1)
-        keys = order_key(scores[index]).sort().values.numpy()
-        low = int(np.bitwise_or.reduce(facts[:, _LOW_BITS] | np.bitwise_or.reduce(_raw_bits(keys))))
-        entry = self.table.numpy()[(keys >> 16) + N_PREFIXES // 2]
-        shift = entry & 31
-        counter = (entry >> 5 & 0x7FFFFFF) + ((keys & 0xFFFF) >> shift)
-        alone = (1 << shift) <= (low & -low or N_PREFIXES)
-        # Samples in a bin that is overfull, or of which there are more than of any bin should be; a
-        # lone key has nothing to be refined.
-        full = _FULL * layout.share * float(self.scale) * facts[:, _COUNTED, None]
-        suspect = np.asarray((self.counts.numpy()[:, counter] > full).any(0))
-        suspect[_CROWD:] |= counter[_CROWD:] == counter[:-_CROWD]
-        suspect &= ~alone
-        if not suspect.any():
-            return True
-        return bool(self._are_atoms(torch.from_numpy(keys[suspect])).all())
+    def steer(
+        self, scores: Tensor, rows: Tensor | int, layout: Layout, *, first: bool = False
+    ) -> None:
+        """Refine what scores that are about to be counted would overfill, see :meth:`count`."""
+        keys, sides = _sample(scores, rows, _FIRST_SAMPLE if first else _SAMPLE)
+        self._adapt(keys, sides, scores.shape[0], layout)
+        fewer, fewer_sides = keys[::4].contiguous(), sides[::4].contiguous()
+        for _ in range(3 if first else 0):
+            self._adapt(fewer, fewer_sides, scores.shape[0], layout)
+        self.adapted = self.facts[:, _COUNTED].sum() + scores.shape[0]
 
     def _adapt(self, keys: Tensor, sides: Tensor, n: int, layout: Layout) -> None:
         """Refine what n scores, of which this is a sorted sample, would overfill."""
@@ -237,10 +236,9 @@ class Sketch:
         number = (keys >= LEAST_KEY) & (keys <= LARGEST_KEY)
         side = sides == torch.arange(rows, device=keys.device)[:, None]  # (R, n)
         side &= number
-        n_side = side.sum(1, keepdim=True).clamp(min=1)
+        n_side = side.sum(1, keepdim=True).clamp(min=1).double()
         total = self.facts[:, _COUNTED, None] + n_side * (n / sampled)
         unit = (n / sampled) / total  # (R, 1) the share of its side that a sample stands for
-        weight = side * unit
 
         prefix = (keys >> 16).long() + N_PREFIXES // 2
         entry = self.table[prefix]
@@ -248,22 +246,23 @@ class Sketch:
         bits = 16 - self._spare_bits(keys)
         is_atom = self._add_atoms(keys, number & (shift > 16 - bits))
         rest = number & ~is_atom
-        weight_rest = weight * rest
+        side_rest = (side & rest).double()
 
         counter = (entry >> 5 & 0x7FFFFFF) + ((keys & 0xFFFF) >> shift)
         # One sample less than there are, lest a lone one pass for a crowd.
-        _, in_bin = _per_run(counter, weight_rest)
-        _, in_prefix = _per_run(prefix, weight_rest)
+        in_bin = _per_run(counter, side_rest)[1]
+        in_prefix = _per_run(prefix, side_rest)[1]
         load = self.counts[:, counter] / total
-        load = load + torch.where(in_bin >= 4 * unit, in_bin - unit, 0)
-        load = torch.maximum(load, (in_prefix - unit) / (1 << 16 - shift))
+        load = load + torch.where(in_bin >= 4, in_bin - 1, 0) * unit
+        load = torch.maximum(load, (in_prefix - 1) * unit / (1 << 16 - shift))
 
         below = side.cumsum(1)
         tail = torch.minimum(below, n_side - below + 1) / n_side
         share = layout.share * self.scale
         allowed = torch.minimum(_TAIL * tail, share).maximum(share / 64).maximum(4 / total)
         excess = (load / allowed).amax(0)
-        finer = torch.where(rest & (excess > 2), (excess.log2() / 2).ceil(), 0).long()
+        quarters = (excess > 4 ** torch.arange(LEVELS, device=keys.device)[:, None]).sum(0)
+        finer = torch.where(rest & (excess > 2), quarters, 0)
 
         level = (16 - (self.table & 31)) // 2
         most = (bits + 1) // 2
@@ -317,11 +316,13 @@ class Sketch:
         self.atoms = atoms
         self._build_table()
 
-    def _only_atoms(self, sample: Tensor | None) -> bool:
-        """Whether, on CPU, every score so far, or of a first sample, is an atom."""
-        if sample is not None:
-            return bool(self._are_atoms(sample).all())
-        return int(self.atoms[0]) != NO_ATOM and self._all_in_atoms()
+    def _only_atoms(self, first: Tensor | None) -> bool:
+        """Whether, on CPU, every score so far, or of a sample of the first, is an atom."""
+        if int(self.atoms[0]) == NO_ATOM:
+            return False
+        if first is not None:
+            return bool(self._are_atoms(_sample(first, 0, _FIRST_SAMPLE)[0]).all())
+        return self._all_in_atoms()
 
     def _all_in_atoms(self) -> bool:
         in_atoms = self.counts[:, self.bins : -N_FACTS].sum()
@@ -381,7 +382,7 @@ class Sketch:
             ends = torch.nn.functional.pad(values.cumsum(1), (1, 0))
             return ends[:, start + (1 << 2 * level)] - ends[:, start]
 
-        share = old / total
+        share = old.double() / total
         company = (share - 1 / total).clamp(min=0)
         met = (sums(share * company) / sums(share).clamp(min=1e-300)).amax(0)
         base, rank = layout.base(device), torch.arange(LEVELS, device=device)[:, None]
@@ -393,7 +394,7 @@ class Sketch:
         upto = ((1 << 2 * rank) * exists).cumsum(0)  # bins of a prefix's blocks of a level or below
         for exponent in range(-4, 14):
             coarser = ((slack + exponent) / 2).floor().clamp(0, 16).long()
-            kept = (level - coarser).maximum(base)
+            kept = (level - coarser).maximum(base.minimum(level))
             at = kept[None]
             sizes = upto.gather(0, at) + (1 << 2 * at) * ~exists.gather(0, at)
             fits = sizes.sum() <= half
@@ -534,18 +535,13 @@ def _jitter(index: Tensor) -> Tensor:
     return (index * 2654435761) >> 11 & 0xFFFFF
 
 
-def _raw_bits(keys: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The low 16 bits of the float32 values that have these keys."""
-    return (keys ^ (keys >> 31 & 0x7FFFFFFF)) & 0xFFFF
-
-
 def _sample(scores: Tensor, rows: Tensor | int, most: int) -> tuple[Tensor, Tensor]:
     """Keys, ascending, and rows of scores picked evenly, with jitter against periods."""
     n = scores.shape[0]
     step = -(-n // most)
     index = torch.arange(0, n, step, device=scores.device)
     index = (index + _jitter(index) % step).clamp(max=n - 1)
-    keys, order = order_key(scores[index]).sort()
+    keys, order = order_key(scores[index]).sort(stable=True)
     if isinstance(rows, int):
         return keys, torch.full_like(keys, rows)
     return keys, rows[index][order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -131,16 +132,17 @@ class StreamState:
                 check_no_nan(where, argument, scores)
                 raise
             return
-        if scores.is_cpu:
+        # A sum with NaN in it is NaN, and is had at once; one of both infinities is, too.
+        if scores.is_cpu and math.isnan(scores.sum()):
             check_no_nan(where, argument, scores)
         if isinstance(rows, int):
             rows = torch.full((n,), rows, dtype=torch.uint8, device=scores.device)
         self.pending_scores.append(scores.clone())
         self.pending_rows.append(rows)
-        if len(self.pending_scores) >= 256:
+        if len(self.pending_scores) >= (256 if self.layout is None else 32):
             self.pending_scores[:] = [torch.cat(self.pending_scores)]
             self.pending_rows[:] = [torch.cat(self.pending_rows)]
-        if sum(t.numel() for t in self.pending_scores) >= PENDING:
+        if self.layout is not None and sum(map(Tensor.numel, self.pending_scores)) >= PENDING:
             self.flush()
 
     def flush(self) -> None:
