@@ -132,11 +132,16 @@ class Emulator:
             x.contiguous().view(torch.uint8).numpy().tofile(self.directory / f"{name}.in")
         settings = {"processors": 1, "orders": ORDERS, **values}
         arguments = [f"{name}={value}" for name, value in settings.items()]
-        return subprocess.run(
-            [str(self.program(program)), kernel, str(self.directory), *arguments],
-            capture_output=True,
-            text=True,
+        file = self.program(program)
+        done = subprocess.run(
+            [str(file), kernel, str(self.directory), *arguments], capture_output=True, text=True
         )
+        if done.returncode == 0:
+            names = kernel_names(file)
+            lines = set((self.directory / "launches.txt").read_text().splitlines())
+            for at, threads, shared in (map(int, line.split()) for line in lines):
+                assert not limits_broken(names[at], threads, shared)
+        return done
 
     def run(
         self,

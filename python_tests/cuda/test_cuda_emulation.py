@@ -727,6 +727,40 @@ def test_unwritten_shared_memory_is_caught(emulator: Emulator) -> None:
     assert torch.equal(out, torch.stack([expected, torch.full_like(expected, -1)]))
 
 
+@pytest.mark.parametrize("fault", ["lost_updates", "unfenced"])
+def test_blocks_that_meet_in_memory_are_caught(emulator: Emulator, fault: str) -> None:
+    done = emulator.start(fault, {}, orders=1)  # one block after the other: nothing is wrong
+    assert done.returncode == 0, done.stderr
+    assert emulator.output("out", torch.int32).item() == {"lost_updates": 5, "unfenced": 384}[fault]
+    done = emulator.start(fault, {}, orders=8)
+    assert done.returncode != 0
+    assert "the order of the threads changes" in done.stderr
+
+
+def test_a_fenced_hand_over_between_blocks_is_right(emulator: Emulator) -> None:
+    done = emulator.start("fenced", {}, orders=30)
+    assert done.returncode == 0, done.stderr
+    assert emulator.output("out", torch.int32).item() == 6 * 64
+
+
+def test_rows_counted_in_32_bits_are_caught(emulator: Emulator) -> None:
+    rows = torch.arange(3.0)[:, None].expand(3, 64)
+    values = {"dtype": DTYPES.index(torch.float32), "rows": 3, "width": 64, "far": 1}
+    done = emulator.start("int_offsets", {"logits": rows}, **values, stride=1000)
+    assert done.returncode == 0, done.stderr
+    assert (emulator.output("out", torch.int32) == 2).all()
+    done = emulator.start("int_offsets", {"logits": rows}, **values, stride=2**31 - 16)
+    assert done.returncode != 0 or (emulator.output("out", torch.int32) != 2).any()
+
+
+def test_approximate_powers_are_not_exact(emulator: Emulator) -> None:
+    """A kernel that counts on more than the GPU gives is given less."""
+    done = emulator.start("exact_powers", {})
+    assert done.returncode == 0, done.stderr
+    exact = emulator.output("out", torch.int32)
+    assert 0 < exact.sum() < len(exact)
+
+
 def test_unwritten_output_is_caught(emulator: Emulator) -> None:
     done = emulator.start("unwritten_output", {})
     assert done.returncode == 0
@@ -734,7 +768,11 @@ def test_unwritten_output_is_caught(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize(
-    "operation", ["shuffles", "votes", "matches", "reductions", "atomics", "static"]
+    "operation",
+    [
+        *("shuffles", "votes", "matches", "reductions", "atomics", "static"),
+        *("nan_rules", "approximations"),
+    ],
 )
 def test_emulated_operations(emulator: Emulator, operation: str) -> None:
     done = emulator.start(operation, {})
@@ -751,5 +789,6 @@ def test_emulated_operations(emulator: Emulator, operation: str) -> None:
         "reductions": torch.full((64,), -16 + 15 + sum(range(-16, 16))),
         "atomics": torch.full((64,), 64),
         "static": torch.arange(64).flip(0),
+        **dict.fromkeys(("nan_rules", "approximations"), torch.ones(64)),
     }[operation]
     assert emulator.output("out", torch.int32).tolist() == expected.tolist()

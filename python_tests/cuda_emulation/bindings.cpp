@@ -4,7 +4,9 @@
 // Writes for each a line of JSON: the outputs or the error, and all that was asked of CUDA.
 #include "torch_stub.h"
 
+#include "cuda/distances.cu"
 #include "cuda/dos.cu"
+#include "cuda/energy.cu"
 #include "cuda/features.cu"
 #include "cuda/gen.cu"
 #include "cuda/histogram.cu"

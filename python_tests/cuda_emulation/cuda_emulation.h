@@ -1,7 +1,9 @@
 // Runs CUDA kernels on the CPU: as much of CUDA as this project's kernels use, for tests.
 //
 // A C++ compiler that finds this directory before CUDA's compiles the very kernel headers. Their
-// launch() ends in cudaLaunchKernelEx() below, which runs the grid block by block (fibres.h).
+// launch() ends in cudaLaunchKernelEx() below, which runs the grid (fibres.h): in the order of their
+// ids, one block after the other, or, with a seed, several at a time in a random order. What a block
+// has written is then hidden from the others until it ends or calls __threadfence() (stores.h).
 // Errors of memory show under AddressSanitizer. What is used without having been written shows
 // because shared memory, static and dynamic, is filled with `poison` before each block (all ones: a
 // NaN, and an index out of range) and asynchronous copies land only when they are waited for. Dynamic
@@ -16,6 +18,7 @@
 #include <limits>
 
 #include "fibres.h"
+#include "stores.h"
 
 #define __global__
 #define __device__
@@ -121,6 +124,11 @@ inline void __syncwarp(unsigned mask = 0xffffffff) {
   emulation::Block::meet("__syncwarp", mask, 0);
 }
 
+// The writes of this thread, and those of its block that it has seen, before what it does next.
+inline void __threadfence() {
+  emulation::Stores::publish();
+}
+
 namespace emulation {
 
 inline int lane() {
@@ -153,8 +161,11 @@ T reduce(const char* name, unsigned mask, T value, const std::function<T(T, T)>&
 template <typename T, typename F>
 T exchange(T* at, F f) {
   static_assert(std::is_integral_v<T>, "float atomics depend on the order of the threads");
+  if (interleaved && pauses() % 4 == 0)
+    Block::pause();
   const T old = *at;
   *at = T(f(old));
+  Stores::publish(at, sizeof(T)); // atomics are seen by all
   return old;
 }
 
@@ -212,7 +223,7 @@ T __reduce_max_sync(unsigned mask, T value) {
   return emulation::reduce<T>("__reduce_max_sync", mask, value, most);
 }
 
-// --- integer atomics: a fibre is never interrupted ----------------------------------------------
+// --- integer atomics: a fibre is never interrupted in one ----------------------------------------------
 
 #define EMULATED_ATOMIC(name, result)                                               \
   template <typename T>                                                             \
@@ -264,11 +275,46 @@ inline void __pipeline_wait_prior(int batches) {
   });
 }
 
+// CUDA's, of floats: the other one where one is NaN.
 using std::max;
 using std::min;
+inline float max(float a, float b) {
+  return std::fmax(a, b);
+}
+inline double max(double a, double b) {
+  return std::fmax(a, b);
+}
+inline float min(float a, float b) {
+  return std::fmin(a, b);
+}
+inline double min(double a, double b) {
+  return std::fmin(a, b);
+}
+
+namespace emulation {
+// x, but for the last two bits: as wrong as an approximation may be, and always as wrong.
+inline float approximate(float x, float of) {
+  if (x == 0 || !std::isfinite(x))
+    return x;
+  const unsigned noise = std::bit_cast<unsigned>(of) * 2654435761u >> 30; // 0 to 3
+  const float y = std::bit_cast<float>(std::bit_cast<unsigned>(x) + (noise == 3 ? -2 : noise - 1));
+  return std::isfinite(y) ? y : x;
+}
+inline float flushed(float x) {
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x;
+}
+// ex2.approx.ftz.f32, for which common.cuh has exp2f on the CPU.
+inline float exp2_approximate(float x) {
+  const float of = flushed(x);
+  return of == 0 ? 1 : flushed(approximate(std::exp2(of), of));
+}
+} // namespace emulation
+#define exp2f emulation::exp2_approximate
 
 inline float __fdividef(float a, float b) {
-  return a / b;
+  if (std::fabs(b) > 0x1p126f && std::isfinite(b)) // as CUDA's manual has it
+    return std::isinf(a) ? NAN : std::copysign(0.f, a) * std::copysign(1.f, b);
+  return emulation::approximate(a / b, b);
 }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
   return unsigned((uint64_t(high) << 32 | low) >> (bits & 31));
@@ -367,6 +413,94 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
+namespace emulation {
+
+// Shared memory as one block sees it, static and dynamic, while another has the place.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t dynamic) {
+    const Storage all = Storage::shared();
+    char* const shared = reinterpret_cast<char*>(oodk::cuda::shared);
+    char* const after = shared + kSharedBytes;
+    parts_[0] = {all.data, size_t(shared - all.data)};
+    parts_[1] = {shared, dynamic};
+    parts_[2] = {after, size_t(all.data + all.bytes - after)};
+    ASAN_UNPOISON_MEMORY_REGION(shared, kSharedBytes);
+    ASAN_POISON_MEMORY_REGION(shared + dynamic, kSharedBytes - dynamic);
+  }
+  std::vector<char> fresh() const {
+    size_t bytes = 0;
+    for (const Storage& part : parts_)
+      bytes += part.bytes;
+    return std::vector<char>(bytes, char(poison));
+  }
+  void swap(std::vector<char>& with) const {
+    char* at = with.data();
+    for (const Storage& part : parts_)
+      at = std::swap_ranges(part.data, part.data + part.bytes, at);
+  }
+
+ private:
+  std::array<Storage, 3> parts_;
+};
+
+struct Alive {
+  Block block;
+  uint3 index;
+  std::vector<char> shared;
+  Stores stores;
+};
+
+constexpr size_t kAlive = 4; // blocks at a time, fewer of more than 256 threads
+
+inline void run_blocks(
+    size_t blocks, int threads, size_t dynamic, const std::function<void()>& body) {
+  const SharedMemory shared(dynamic);
+  std::mt19937 random(settings.seed);
+  pauses.seed(settings.seed + 1);
+  std::vector<size_t> order(blocks);
+  std::iota(order.begin(), order.end(), size_t(0));
+  if (settings.seed)
+    std::shuffle(order.begin(), order.end(), random);
+  const size_t most = settings.seed ? std::clamp<size_t>(1024 / size_t(threads), 2, kAlive) : 1;
+  interleaved = settings.seed != 0;
+  static std::array<Alive, kAlive> places;
+  std::vector<Alive*> alive, free;
+  for (Alive& place : places)
+    free.push_back(&place);
+  for (size_t next = 0; next < blocks || !alive.empty();) {
+    while (next < blocks && alive.size() < most) {
+      Alive* const a = free.back();
+      free.pop_back();
+      alive.push_back(a);
+      const size_t i = order[next++];
+      a->index = {unsigned(i % gridDim.x), unsigned(i / gridDim.x % gridDim.y),
+          unsigned(i / gridDim.x / gridDim.y)};
+      a->shared = shared.fresh();
+      a->block.begin(threads, body);
+    }
+    const size_t which = alive.size() == 1 ? 0 : random() % alive.size();
+    Alive* const a = alive[which];
+    blockIdx = a->index;
+    shared.swap(a->shared);
+    if (interleaved)
+      a->stores.resume();
+    bool more = true;
+    for (unsigned steps = 1 + random() % 4; more && (steps > 0 || most == 1); --steps)
+      more = a->block.step(random, interleaved);
+    if (interleaved)
+      a->stores.suspend(!more);
+    shared.swap(a->shared);
+    if (!more) {
+      free.push_back(a);
+      alive.erase(alive.begin() + std::ptrdiff_t(which));
+    }
+  }
+  interleaved = false;
+}
+
+} // namespace emulation
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
@@ -375,29 +509,14 @@ cudaError_t cudaLaunchKernelEx(
   const size_t blocks = size_t(config->gridDim.x) * config->gridDim.y * config->gridDim.z;
   if (threads < 1 || threads > 1024 || blocks < 1 || config->dynamicSmemBytes > kSharedBytes)
     return cudaErrorInvalidConfiguration;
-  const dim3 grid = gridDim = config->gridDim;
+  gridDim = config->gridDim;
   blockDim = config->blockDim;
   launches.push_back(
-      {reinterpret_cast<uintptr_t>(kernel) - program_base(), {grid.x, grid.y, grid.z},
+      {reinterpret_cast<uintptr_t>(kernel) - program_base(), {gridDim.x, gridDim.y, gridDim.z},
           {blockDim.x, blockDim.y, blockDim.z}, config->dynamicSmemBytes, config->stream, device});
   if (!settings.execute)
     return cudaSuccess;
   const std::function<void()> body = [&] { kernel(arguments...); };
-  char* const shared = reinterpret_cast<char*>(oodk::cuda::shared);
-  const Storage all_shared = Storage::shared();
-  std::mt19937 random(settings.seed);
-  std::vector<size_t> order(blocks);
-  std::iota(order.begin(), order.end(), size_t(0));
-  if (settings.seed)
-    std::shuffle(order.begin(), order.end(), random);
-  static Block block;
-  for (const size_t i : order) {
-    blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-    ASAN_UNPOISON_MEMORY_REGION(shared, kSharedBytes);
-    std::memset(all_shared.data, poison, all_shared.bytes);
-    ASAN_POISON_MEMORY_REGION(
-        shared + config->dynamicSmemBytes, kSharedBytes - config->dynamicSmemBytes);
-    block.run(int(threads), body, random, settings.seed != 0);
-  }
+  run_blocks(blocks, int(threads), config->dynamicSmemBytes, body);
   return cudaSuccess;
 }

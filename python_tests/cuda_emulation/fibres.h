@@ -1,8 +1,9 @@
-// A block of CUDA threads as fibres of one system thread.
+// Blocks of CUDA threads as fibres of one system thread.
 //
-// A fibre runs until it has to wait for others (a barrier, a shuffle, a vote), so that what lies
-// between two such points happens in one order of the threads out of many. The order is drawn from
-// a seed: a kernel that lacks a barrier gives different results for different seeds.
+// A fibre runs until it has to wait for others (a barrier, a shuffle, a vote), or pauses at an
+// atomic, so that what lies between two such points happens in one order of the threads out of many.
+// The order is drawn from a seed: a kernel that lacks a barrier gives different results for
+// different seeds.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -34,13 +36,27 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 
+// Not filled with zeros, so that only what a fibre uses of it takes memory.
+class Stack {
+ public:
+  char* data() const {
+    return memory_.get();
+  }
+  static constexpr size_t size() {
+    return 64 << 10;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_ = std::make_unique_for_overwrite<char[]>(size());
+};
+
 // Where a fibre goes on. swapcontext asks the kernel for the signal mask and clears what
 // AddressSanitizer knows of the stack, each time: it would take most of a run.
 #if defined(__x86_64__)
 struct Context {
   void* stack = nullptr; // the registers that a call preserves, then where to return to
 
-  void start(std::vector<char>& memory, void (*function)()) {
+  void start(Stack& memory, void (*function)()) {
     void** top = reinterpret_cast<void**>(
         reinterpret_cast<uintptr_t>(memory.data() + memory.size()) & ~uintptr_t(15));
     *--top = nullptr; // function's caller
@@ -80,7 +96,7 @@ inline void go_on(Context& from, Context& to) {
 struct Context {
   ucontext_t context;
 
-  void start(std::vector<char>& memory, void (*function)()) {
+  void start(Stack& memory, void (*function)()) {
     getcontext(&context);
     context.uc_stack.ss_sp = memory.data();
     context.uc_stack.ss_size = memory.size();
@@ -119,29 +135,38 @@ struct Thread {
 
   Context context;
   void* fake_stack = nullptr;
-  std::vector<char> stack = std::vector<char>(64 << 10);
+  Stack stack;
 };
 
 inline Thread* current = nullptr;
 
 class Block {
  public:
-  // Runs body() in every thread. Threads go on in the order of their ids if `shuffled` is false.
-  void run(int threads, const std::function<void()>& body, std::mt19937& random, bool shuffled) {
+  // Sets out to run body() in every thread.
+  void begin(int threads, const std::function<void()>& body) {
     body_ = &body;
     threads_.resize(size_t(threads));
-    for (int i = 0; i < threads; ++i)
+    order_.clear();
+    for (int i = 0; i < threads; ++i) {
       prepare(threads_[size_t(i)], i);
-    std::vector<Thread*> order;
-    for (Thread& t : threads_)
-      order.push_back(&t);
-    do {
-      if (shuffled)
-        std::shuffle(order.begin(), order.end(), random);
-      for (Thread* t : order)
-        if (!t->done && !t->meeting.name)
-          resume(*t);
-    } while (release());
+      order_.push_back(&threads_[size_t(i)]);
+    }
+  }
+
+  // Every thread that can goes on until it has to wait, in the order of their ids if `shuffled` is
+  // false. False: all have ended.
+  bool step(std::mt19937& random, bool shuffled) {
+    if (shuffled)
+      std::shuffle(order_.begin(), order_.end(), random);
+    for (Thread* t : order_)
+      if (!t->done && !t->meeting.name)
+        resume(*t);
+    return release();
+  }
+
+  // Called in a thread: lets others, also of other blocks, go on for a while.
+  static void pause() {
+    leave(&current->fake_stack);
   }
 
   // Called in a thread: waits until all that take part are there.
@@ -187,6 +212,8 @@ class Block {
     for (size_t i = 0; i < threads_.size(); ++i)
       if (threads_[i].meeting.name && threads_[i].meeting.mask)
         progress |= release_lanes(i / kWarp * kWarp, threads_[i].meeting);
+    for (const Thread& t : threads_)
+      progress |= !t.done && !t.meeting.name; // has paused
     return progress || release_block();
   }
 
@@ -237,6 +264,7 @@ class Block {
   static inline size_t scheduler_bytes_ = 0;
   static inline const std::function<void()>* body_ = nullptr;
   std::vector<Thread> threads_;
+  std::vector<Thread*> order_;
 };
 
 } // namespace emulation

@@ -22,6 +22,7 @@ class Array {
   explicit Array(size_t bytes) : data_(static_cast<char*>(std::malloc(bytes))), bytes_(bytes) {}
   Array(const Array&) = delete;
   ~Array() {
+    emulation::Stores::memory.erase(data_);
     ASAN_UNPOISON_MEMORY_REGION(data_, bytes_);
     std::free(data_);
   }
@@ -30,6 +31,9 @@ class Array {
   }
   size_t bytes() const {
     return bytes_;
+  }
+  void written() const { // by kernels
+    emulation::Stores::memory[data_] = bytes_;
   }
 
  private:
@@ -86,6 +90,7 @@ class Run {
   template <typename T = void>
   T* output(const std::string& name, size_t bytes, unsigned char fill = emulation::poison) {
     const Array& array = outputs_.try_emplace(name, bytes).first->second;
+    array.written();
     std::memset(array.data(), fill, bytes);
     return reinterpret_cast<T*>(array.data());
   }
@@ -95,6 +100,9 @@ class Run {
 
   // Writes the outputs, or, after the first run, holds them against what that wrote.
   void finish(bool first) const {
+    std::ofstream launched(directory_ + "/launches.txt");
+    for (const emulation::Launch& l : emulation::launches)
+      launched << l.kernel << ' ' << l.block.x << ' ' << l.shared << '\n';
     for (const auto& [name, array] : outputs_) {
       const std::string path = directory_ + "/" + name + ".out";
       if (first) {

@@ -18,6 +18,7 @@ class GuardedScratch : public oodk::cuda::Scratch {
  private:
   void* bytes(size_t size) override {
     const Array& array = arrays_.emplace_back(size);
+    array.written();
     std::memset(array.data(), emulation::poison, size);
     return array.data();
   }
