@@ -3,8 +3,10 @@
 //   m = max z    s = sum e^((z - m) / T)    w = sum (z - m) / T e^((z - m) / T)
 //   msp = 1 / s    energy = m + T log s    entropy (negative) = w / s - log s
 //
-// A row is read along its columns, the second time from cache, and meanwhile the next row is
-// fetched. Rows too short for that are transposed, so that lanes are rows (see mos_kernel.cpp).
+// A row is read along its columns: while it is added up, the maximum of the next one is taken, so
+// that memory is read all the time. Sums stay in the lanes they came in until those of `lanes` rows
+// are there, and are reduced together. Rows too short for that are transposed, so that lanes are
+// rows.
 #include "cpu/logits_kernel.h"
 
 #include "cpu/simd.h"
@@ -13,45 +15,55 @@ namespace oodk {
 namespace OODK_CPU_NS {
 namespace {
 
-// (z - m) / T, bounded where e^ of it is 0 so that 0 times it is 0; NaN stays.
+// (z - m) / T, bounded where e^ of it is 0 beside 1, so that 0 times it is 0; NaN stays.
 template <typename T>
 OODK_INLINE vec<T> scaled(vec<T> z, vec<T> m, T inverse) {
-  return max(splat(T(-1000)), (z - m) * inverse);
+  return max(splat(kLeast<T>), (z - m) * inverse);
 }
 
 template <typename T>
 struct Sums {
-  T m, s, w;
+  vec<T> s, w;
 };
 
+// The sums of a row of n >= lanes values whose maximum is m, lane by lane; makes m the next row's.
 template <typename S, typename T = acc_t<S>>
-OODK_INLINE Sums<T> along_row(const S* z, const S* next, int64_t n, T inverse) {
+OODK_INLINE Sums<T> along_row(const S* z, const S* next, int64_t n, T inverse, T* m) {
   constexpr int L = lanes<T>;
-  const T m = max_of(z, n);
-  const vec<T> c = splat(m);
-  vec<T> s0{}, s1{}, w0{}, w1{};
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  const vec<T> c = splat(*m);
+  vec<T> s0{}, s1{}, w0{}, w1{}, m0 = splat(-inf), m1 = m0;
+  const auto add = [&](vec<T> x, vec<T>& s, vec<T>& w) {
+    const vec<T> d = scaled<T>(x, c, inverse), e = exp_normal(d);
+    s += e;
+    w += d * e;
+  };
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
-    __builtin_prefetch(next + i);
-    __builtin_prefetch(next + i + L);
-    const vec<T> d0 = scaled<T>(load(z + i), c, inverse), e0 = exp(d0);
-    const vec<T> d1 = scaled<T>(load(z + i + L), c, inverse), e1 = exp(d1);
-    s0 += e0;
-    s1 += e1;
-    w0 += d0 * e0;
-    w1 += d1 * e1;
+    vec<T> a, b;
+    load_two(next + i, a, b);
+    m0 = max(a, m0);
+    m1 = max(b, m1);
+    // Rows ahead, to the second-level cache: a processor's own prefetching ends with a page.
+    const S* const ahead = next + 3 * (next - z) + i;
+    __builtin_prefetch(ahead, 0, 2);
+    if constexpr (sizeof(S) == sizeof(T))
+      __builtin_prefetch(ahead + L, 0, 2);
+    load_two(z + i, a, b);
+    add(a, s0, w0);
+    add(b, s1, w1);
   }
-  for (; i < n; i += L) {
-    const int left = int(n - i < L ? n - i : L);
-    const vec<T> x = left == L ? load(z + i) : load_first(z + i, left, m);
-    const vec<T> d = scaled<T>(x, c, inverse);
-    const vec<T> e = exp(d);
-    s0 += e;
-    w0 += d * e;
-    if (left < L) // the filled lanes added e^0 each
-      s0[L - 1] -= T(L - left);
+  if (i + L <= n) {
+    m0 = max(load(next + i), m0);
+    add(load(z + i), s0, w0);
+    i += L;
   }
-  return {m, reduce_add(s0 + s1), reduce_add(w0 + w1)};
+  if (i < n) {
+    m1 = max(load_last(next, i, n, -inf), m1);
+    add(load_last(z, i, n, -inf), s1, w1);
+  }
+  *m = reduce_max(max(m0, m1));
+  return {s0 + s1, w0 + w1};
 }
 
 template <typename S>
@@ -61,28 +73,39 @@ struct Output {
   T *msp, *max_logit, *energy, *entropy;
   int64_t* label;
 
-  // Row r from its sums. s is NaN where the row holds NaN or its maximum is infinite.
-  void write(int64_t r, const S* z, int64_t width, Sums<T> sums) const {
-    auto [m, s, w] = sums;
-    T e = m + temperature * std::log(s);
+  // `count` rows from `first` on, as lanes. s is NaN where a row holds NaN or its maximum is infinite.
+  void write(int64_t first, int count, const S* const* rows, int64_t width, vec<T> m, vec<T> s,
+      vec<T> w) const {
+    const vec<T> log_s = log(s);
+    rows_to(msp + first, count, T(1) / s);
+    rows_to(max_logit + first, count, m);
+    rows_to(energy + first, count, m + temperature * log_s);
+    rows_to(entropy + first, count, w / s - log_s);
+    for (int r = 0; r < count; ++r)
+      label[first + r] = find_first(rows[r], width, T(m[r]));
+    const ivec<T> special = s != s;
+    if (any<T>(special)) [[unlikely]]
+      for (int r = 0; r < count; ++r)
+        if (special[r])
+          write_special(first + r, rows[r], width);
+  }
+
+ private:
+  static void rows_to(T* to, int count, vec<T> value) {
+    count == lanes<T> ? store(to, value) : store_first(to, count, value);
+  }
+
+  void write_special(int64_t r, const S* z, int64_t width) const {
+    T m = widen(z[0]);
     int64_t first = 0;
-    if (s != s) {
-      m = widen(z[0]);
-      for (int64_t j = 0; j < width; ++j) {
-        const T x = widen(z[j]);
-        if (x > m || (x != x && m == m)) {
-          m = x;
-          first = j;
-        }
+    for (int64_t j = 0; j < width; ++j) {
+      const T x = widen(z[j]);
+      if (x > m || (x != x && m == m)) {
+        m = x;
+        first = j;
       }
-      e = m;
-    } else {
-      first = find_first(z, width, m);
     }
-    msp[r] = 1 / s;
-    max_logit[r] = m;
-    energy[r] = e;
-    entropy[r] = w / s - std::log(s);
+    max_logit[r] = energy[r] = m;
     label[r] = first;
   }
 };
@@ -96,31 +119,44 @@ void scores(const void* logits, DType dtype, int64_t width, int64_t stride, doub
     constexpr int L = lanes<T>;
     const Output<S> out{T(temperature), (T*)msp, (T*)max_logit, (T*)energy, (T*)entropy, label};
     const T inverse = T(1 / temperature);
-    const auto row = [&](int64_t r) { return (const S*)logits + r * stride; };
-    if (width >= 4 * L) {
-      for (int64_t r = begin; r < end; ++r) {
-        const S* next = row(r + 1 < end ? r + 1 : r);
-        out.write(r, row(r), width, along_row(row(r), next, width, inverse));
-      }
-      return;
-    }
-    vec<T> z[4 * L];
+    const auto row = [&](int64_t r) { return (const S*)logits + (r < end ? r : end - 1) * stride; };
+    const bool along = width >= 4 * L;
+    T next = along && begin < end ? max_of(row(begin), width) : T(0);
     for (int64_t first = begin; first < end; first += L) {
       const int count = int(end - first < L ? end - first : L);
       const S* rows[L];
       for (int r = 0; r < L; ++r)
-        rows[r] = row(first + (r < count ? r : count - 1));
+        rows[r] = row(first + r);
+      if (along) {
+        T m[L];
+        vec<T> s[L], w[L];
+        for (int r = 0; r < count; ++r) {
+          m[r] = next;
+          const Sums<T> sums = along_row(rows[r], row(first + r + 1), width, inverse, &next);
+          s[r] = sums.s;
+          w[r] = sums.w;
+        }
+        for (int r = count; r < L; ++r) { // as the last one
+          m[r] = m[r - 1];
+          s[r] = s[r - 1];
+          w[r] = w[r - 1];
+        }
+        const auto add = [](vec<T> a, vec<T> b) { return a + b; };
+        out.write(
+            first, count, rows, width, load(m), reduce_each<T>(s, add), reduce_each<T>(w, add));
+        continue;
+      }
+      vec<T> z[4 * L];
       load_columns(rows, width, 0, width, z);
       vec<T> m = z[0], s{}, w{};
       for (int64_t j = 1; j < width; ++j)
         m = max(z[j], m);
       for (int64_t j = 0; j < width; ++j) {
-        const vec<T> d = scaled<T>(z[j], m, inverse), e = exp(d);
+        const vec<T> d = scaled<T>(z[j], m, inverse), e = exp_normal(d);
         s += e;
         w += d * e;
       }
-      for (int r = 0; r < count; ++r)
-        out.write(first + r, rows[r], width, {m[r], s[r], w[r]});
+      out.write(first, count, rows, width, m, s, w);
     }
   });
 }

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kFirstSample = 1 << 17, kSample = 1 << 12, kProbe = 1 << 10;
 constexpr int64_t kCrowd = 12, kMaxAtoms = 127;
-constexpr double kFull = 8, kTail = 1e-3, kGrowth = 1.25;
+constexpr double kFull = 8, kTail = 1e-3, kGrowth = 1.125;
 constexpr int32_t kNoAtom = 0x7fffffff, kLeastKey = -0x7f800001, kLargestKey = 0x7f800000;
 
 [[noreturn]] void refuse_state(const char* what) {

@@ -789,7 +789,10 @@ def score_all(
 
     Detectors with the same model share its forward pass. All that read MSP, maximum logit, energy
     or entropy at one temperature are served by one :func:`oodkernels.logit_scores`, all that read
-    MOS scores of the same groups by one :func:`oodkernels.mos_predict`.
+    MOS scores of the same groups by one :func:`oodkernels.mos_predict`. Mahalanobis and RMDS, and
+    their forms for normalised features, share whitening and the nearest mean, ViM and Residual the
+    product with the null space, where they were fitted to the same data with the same settings.
+    Scores have the same bits as alone.
 
     Args:
         detectors: By any name.

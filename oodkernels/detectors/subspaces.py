@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["NECO", "CoP", "CoRP", "Residual", "ViM"]
 
 _CHUNK = 1 << 21  # numbers that are projected at once, which stay in cache
+_ALL = 1 << 20  # numbers that are projected on all directions at once
 _SAMPLE = 10_000  # samples of which ViM's factor is taken
 
 
@@ -218,19 +219,23 @@ class Residual(_Subspace, HeadDetector):
         return self._at_dims([self._dim(where, dim, len(self._vectors)) for dim in own])
 
     def _at_dims(self, dims: Sequence[int]) -> Callable[[Batch], Tensor]:
-        return lambda batch: -self._all_outside(present(batch.features), dims)
+        return lambda batch: self._all_outside(present(batch.features), dims).neg_()
 
     def _all_outside(self, features: Tensor, dims: Sequence[int]) -> Tensor:
         """Norms outside of subspaces of several dimensions, from one projection, (N, dims)."""
-        x = floats(features)
-        origin, vectors = self.origin.to(x), present(self._vectors).to(x)
-        parts = []
-        for rows in x.split(max(1, _CHUNK // x.shape[1])):
-            with torch.autocast(x.device.type, enabled=False):
-                squares = ((rows - origin) @ vectors).square()
-            # Summed from the smallest, so that nothing cancels.
-            parts.append(squares.flip(1).cumsum(1).flip(1)[:, list(dims)].sqrt())
-        return torch.cat(parts)
+        like = floats(features[:0])
+        n, d = features.shape
+        origin, vectors = self.origin.to(like), present(self._vectors).to(like).flip(1)
+        places = torch.tensor([d - 1 - dim for dim in dims], device=like.device)
+        found = like.new_empty(n, len(dims))
+        rows = max(1, _ALL // d)
+        with torch.autocast(like.device.type, enabled=False):
+            for some, out in zip(features.split(rows), found.split(rows), strict=True):
+                squares = ((some - origin) @ vectors).square_()
+                # Summed from the smallest, so that nothing cancels.
+                torch.index_select(squares.cumsum_(1), 1, places, out=out)
+                out.sqrt_()
+        return found
 
     def _score(self, batch: Batch) -> Tensor:
         return -self._outside.norm(batch)
@@ -313,7 +318,7 @@ class ViM(Residual):
         def scores(batch: Batch) -> Tensor:
             apart = self._all_outside(present(batch.features), dims)
             energy = batch.logit_scores(absent=self.absent).energy.to(apart)
-            return energy[:, None] - alphas.to(apart) * apart
+            return apart.mul_(-alphas.to(apart)).add_(energy[:, None])
 
         return scores
 

@@ -123,6 +123,8 @@ ROWS: dict[
     "logit_scores": lambda *n: (meta(*n, 12),),
     "gen_scores": lambda *n: (meta(*n, 12), [0.1, 0.5], [10, 12]),
     "feature_stats": lambda *n: (meta(*n, 12), torch.tensor([65.0, 90.0], dtype=F64)),
+    "scaled_energy": lambda *n: (meta(*n, 12), meta(*n, 3)),
+    "indexed_distances": lambda *n: (meta(*n, 12), meta(5, 12), meta(*n, 3, dtype=I64)),
     "shape_features_": lambda *n: (meta(*n, 12), "ash-s", 65.0),
     "nearest_neighbors": lambda *n: (meta(*n, 12), meta(50, 12), 3),
     "nearest_centroid": lambda *n: (meta(*n, 12), meta(5, 12)),
@@ -211,6 +213,7 @@ def test_contents_are_looked_at_only_when_asked_for() -> None:
         ("_mos_loss", (meta(2, 12), torch.tensor([3, 10]), offsets(5, 7), -100)),
         ("_outlier_cross_entropy", (meta(2, 12), torch.tensor([3, 12]))),
         ("feature_stats", (meta(2, 12), torch.tensor([101.0], dtype=F64))),
+        ("indexed_distances", (meta(1, 4), meta(3, 4), torch.tensor([[0, 3]]))),
         ("kmeans", (meta(9, 4), torch.tensor([[1, 9]]))),
     ]
     assert wrong(calls, cuda_bindings.run(calls)) == []
