@@ -638,6 +638,18 @@ def eager_gen(z: Tensor, gamma: float, m: int) -> Tensor:
     return -(p * (1 - p)).pow(gamma).sum(-1)
 
 
+def eager_energies(z: Tensor, scale: Tensor) -> Tensor:
+    """scaled_energy a scale at a time."""
+    return torch.stack([(z.float() * one[:, None]).logsumexp(-1) for one in scale.unbind(-1)], -1)
+
+
+def gathered(x: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """indexed_distances from a copy of the rows that are named."""
+    rows = table[index]
+    away = x[:, None] - rows
+    return (x[:, None] * rows).sum(-1), away.abs().sum(-1), away.norm(dim=-1)
+
+
 def eager_scale_(x: Tensor, percentile: float) -> Tensor:
     largest = x.topk(round(x.shape[-1] * (1 - percentile / 100)), sorted=False).values
     return x.mul_((x.sum(-1) / largest.sum(-1)).exp().unsqueeze(-1))
@@ -689,6 +701,44 @@ def posthoc_rows(s: Setting) -> Iterator[Row]:
                 "compiled": peers.bind(peers.compiled(eager_gen), 0.1, m),
                 "eager": peers.bind(eager_gen, 0.1, m),
             },
+        )
+        for count in (1, 20):
+            z = case.logits.reshape(-1, case.logits.shape[-1])
+            scales = torch.linspace(0.5, 3, count, device=s.device).expand(len(z), count)
+            scales = scales.contiguous()
+            yield Row(
+                "scaled_energy",
+                f"{shape}, {count}",
+                z.dtype,
+                ops.scaled_energy,
+                [(one[0].reshape(z.shape), scales) for one in inputs],
+                z.nbytes + 2 * scales.nbytes,
+                peers={
+                    "compiled": peers.compiled(eager_energies),
+                    "eager": eager_energies,
+                },
+                difference=far,
+                tolerance=1e-5,
+            )
+    for n, d, m, k in s.shapes(
+        (65536, 2048, 1, 1000), (65536, 1000, 10, 1000), tiny=(64, 48, 2, 7)
+    ):
+        generator = torch.Generator(s.device).manual_seed(0)
+        table = torch.randn(k, d, generator=generator, device=s.device)
+        index = torch.randint(k, (n, m), generator=generator, device=s.device)
+        yield Row(
+            "indexed_distances",
+            f"{n} x {d}, {m} of {k}",
+            torch.float32,
+            ops.indexed_distances,
+            [
+                (torch.randn(n, d, generator=generator, device=s.device), table, index)
+                for _ in range(s.sets(4 * n * d))
+            ],
+            4 * n * d + (8 + 3 * 4) * n * m,
+            peers={"compiled": peers.compiled(gathered), "eager": gathered} if m == 1 else {},
+            difference=lambda ours, theirs: far(ours.l2, theirs[2]),
+            tolerance=1e-5,
         )
     for n, d in s.shapes((4096, 2048), tiny=(16, 48)):  # a block that the L2 cache holds
         for name in ("clip", "ash-s", "scale"):
@@ -836,7 +886,15 @@ def bench_peers(
             found["differs"] = not found["difference"] <= row.tolerance
         return found | measure(clock, peer, row.inputs, each, row.steps, row.capture)
 
-    kept = list(zip(rows, report.found["rows"], strict=True))
+    # There are fewer results than rows where our run was stopped, none where there was no such run.
+    kept = list(zip(rows, report.found["rows"], strict=False))
+    if not kept:
+        raise ValueError(f"peers: --out must have rows of bench, got none: {report.path}")
+    for row, result in kept:
+        if any(result[key] != value for key, value in row.describe().items()):
+            raise ValueError(
+                f"peers: --out must have these rows, got {result} for {row.describe()}"
+            )
     for turn in range(max((len(row.peers) for row, _ in kept), default=0)):
         for row, result in kept:
             if turn >= len(row.peers):

@@ -466,6 +466,19 @@ def test_bench_reports_what_fails_and_goes_on(tmp_path: Path) -> None:
     assert second["peers"]["fails"] == {"failed": "RuntimeError: no"}
 
 
+def test_peers_of_the_rows_that_a_stopped_run_has(tmp_path: Path) -> None:
+    rows = [row(lambda x: x + 1, peers={"same": lambda x: x + 1}) for _ in range(3)]
+    report, clock = gpu_ops.Report(tmp_path / "found.json"), gpu_ops.HostClock()
+    with pytest.raises(ValueError, match="rows of bench, got none"):
+        gpu_ops.bench_peers(iter(rows), clock, CPU, report, 60)
+    gpu_ops.bench(iter(rows[:2]), clock, CPU, report, 60)
+    gpu_ops.bench_peers(iter(rows), clock, CPU, report, 60)
+    assert [found["peers"]["same"]["ms"] > 0 for found in report.found["rows"]] == [True, True]
+    report.found["rows"][0]["shape"] = "7"
+    with pytest.raises(ValueError, match="must have these rows"):
+        gpu_ops.bench_peers(iter(rows), clock, CPU, report, 60)
+
+
 def test_bench_divides_by_the_iterations_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_ops, "ceilings", lambda clock, s: {"float32 TFLOP/s": 2e-9})
     report = gpu_ops.Report(None)
