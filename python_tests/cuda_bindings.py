@@ -21,6 +21,7 @@ import torch
 from cuda_emulator import compiled, kernel_names, limits_broken, resources_of
 from torch import Tensor
 
+CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 DEVICE = 1
 STREAM = 1000 + DEVICE
 WAITS = ("to host", "to device")  # copies during which the host waits
@@ -43,7 +44,9 @@ def _flags() -> list[str]:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     include = Path(spec.submodule_search_locations[0], "include")
+    sources = ["torch_stub.h", *map(str, sorted(CUDA.glob("*.cu")))]
     return [
+        *(word for source in sources for word in ("-include", source)),
         *("-std=c++20", "-O0", "-w", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         *(f'-DTORCH_IS="{torch.__version__}"', "-isystem", str(include)),
     ]

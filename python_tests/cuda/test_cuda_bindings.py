@@ -42,7 +42,10 @@ BACKWARD = {  # what autograd calls, or other ops are made of
     "_roc_keys": (meta(100),),
     "_roc_counts": (meta(100, dtype=torch.int32), meta(70, dtype=torch.int32)),
 }
-ELSEWHERE = {"mos_log_others", "mos_loss", "outlier_cross_entropy", "roc_metrics", "_outlier_loss"}
+ELSEWHERE = {
+    *("mos_log_others", "mos_loss", "outlier_cross_entropy", "roc_metrics"),
+    *("_outlier_loss", "_steer_histogram_"),
+}
 """Made of other ops, or of the CPU alone."""
 Calls = list[tuple[str, tuple[Any, ...]]]
 

@@ -1,22 +1,9 @@
-// The bindings of the CUDA ops, as they are, with a stub of torch below them and nothing launched.
+// The bindings of the CUDA ops, as they are, with a stub of torch below them and nothing launched:
+// cuda_bindings.py has the compiler include torch_stub.h and every csrc/cuda/*.cu before this.
 //
-// Reads calls from standard input, a line each: OP OUTPUTS ARGUMENT ..., as cuda_host.py writes them.
+// Reads calls from standard input, a line each: OP OUTPUTS ARGUMENT ..., as cuda_bindings.py has them.
 // Writes for each a line of JSON: the outputs or the error, and all that was asked of CUDA.
 #include "torch_stub.h"
-
-#include "cuda/distances.cu"
-#include "cuda/dos.cu"
-#include "cuda/energy.cu"
-#include "cuda/features.cu"
-#include "cuda/gen.cu"
-#include "cuda/histogram.cu"
-#include "cuda/kmeans.cu"
-#include "cuda/logits.cu"
-#include "cuda/mos.cu"
-#include "cuda/neighbors.cu"
-#include "cuda/outlier.cu"
-#include "cuda/roc.cu"
-#include "cuda/shape.cu"
 
 #include <iostream>
 
