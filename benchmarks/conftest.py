@@ -58,8 +58,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     text = selection.left_out(config.stash[LEFT_OUT], config.stash.get(TOTAL, 0))
-    if text:
-        terminalreporter.write_line("\n" + text)
+    session = getattr(config, "_benchmarksession", None)
+    done = [
+        one.as_dict(include_data=False) for one in (session.benchmarks if session else ()) if one
+    ]
+    shares = {} if QUICK else selection.ceiling_shares(done)
+    for lines in (selection.share_lines(shares), text):
+        if lines:
+            terminalreporter.write_line("\n" + lines)
 
 
 @pytest.fixture(autouse=True)

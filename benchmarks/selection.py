@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -21,6 +22,10 @@ PEERS = (
     *("pytorch-ood", "scikit-learn", "sklearn", "torchmetrics"),
 )
 """How the names of peers begin; "torch" is one, torch.mm and torch.sort are ceilings."""
+CEILINGS = ("products", "read", "sgemm", "torch.mm")
+"""Parameters of benchmarks that measure what no implementation can beat."""
+RATES = {"read": "GB/s", "exp": "Gexp/s"}
+"""Benchmarks named test_ceiling_... and the rate for which they are one."""
 
 
 def recorded_times(folder: Path = RESULTS) -> dict[str, float]:
@@ -70,3 +75,49 @@ def left_out(names: Iterable[str], total: int) -> str:
     parts = "\n".join(f"  {n:4d} of {name}" for name, n in sorted(files.items()))
     count = sum(files.values())
     return f"{count} of {total} benchmarks were left out; --full runs them:\n{parts}"
+
+
+def ceiling_shares(benchmarks: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """File and test -> shares of the ceiling, of every benchmark of ours that has one beside it.
+
+    A share is a rate over that of ``test_ceiling_read`` or ``test_ceiling_exp`` at the same shape,
+    of whichever it is nearer to; or the time of the slowest ceiling in the same group over ours.
+
+    Args:
+        benchmarks: As pytest-benchmark writes them, each with its ``stats["median"]`` in seconds.
+    """
+    rates: dict[tuple[str, str, str], float] = {}
+    times: dict[tuple[str, str], float] = {}
+    ours = []
+    for one in benchmarks:
+        file, test = one["fullname"].split("[")[0].split("/")[-1].split("::")
+        shape = one["name"].partition("[")[2].rstrip("]")
+        kind = test.removeprefix("test_ceiling_")
+        if kind in RATES:
+            rates[file, RATES[kind], shape] = one["extra_info"][RATES[kind]]
+        elif any((one["params"] or {}).get(key) in CEILINGS for key in PEER_PARAMETERS):
+            key = file, one["group"]
+            times[key] = max(times.get(key, 0.0), one["stats"]["median"])
+        elif peer_of(one["params"] or {}) is None:
+            ours.append((file, test, shape, one))
+    found: dict[str, list[float]] = {}
+    for file, test, shape, one in ours:
+        shares = [
+            one["extra_info"][rate] / ceiling
+            for (where, rate, suffix), ceiling in rates.items()
+            if where == file and f"-{shape}".endswith(f"-{suffix}") and rate in one["extra_info"]
+        ]
+        if one["group"] and (file, one["group"]) in times:
+            shares.append(times[file, one["group"]] / one["stats"]["median"])
+        if shares:
+            found.setdefault(f"{file} {test}", []).append(max(shares))
+    return found
+
+
+def share_lines(shares: Mapping[str, Sequence[float]]) -> str:
+    """What :func:`ceiling_shares` found, a line a family."""
+    lines = [
+        f"  {family}: {median(each):.0%}, from {min(each):.0%} to {max(each):.0%} of {len(each)}"
+        for family, each in sorted(shares.items())
+    ]
+    return "\n".join(["share of the ceiling, the median of ours:", *lines] if lines else [])

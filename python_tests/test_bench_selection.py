@@ -92,3 +92,35 @@ def test_a_run_ends_in_its_time_and_says_what_it_leaves_out(tmp_path: Path) -> N
     late = run(tmp_path)
     assert "2 skipped" in late
     assert "3 of 3 benchmarks were left out" in late
+
+
+def timed(name: str, seconds: float, group: str | None = None, **more: Any) -> dict[str, Any]:
+    extra = {rate.replace("per", "/"): value for rate, value in more.items() if "per" in rate}
+    params = {key: value for key, value in more.items() if key == "peer"} or None
+    found = {"name": name, "fullname": f"benchmarks/test_a.py::{name}", "group": group}
+    return found | {"params": params, "extra_info": extra, "stats": {"median": seconds}}
+
+
+def test_shares_of_the_ceiling() -> None:
+    found = selection.ceiling_shares(
+        [
+            timed("test_ceiling_read[f32-10x4]", 1, GBpers=20),
+            timed("test_ceiling_read[f32-110x4]", 1, GBpers=1),
+            timed("test_ceiling_exp[10x4]", 1, Gexppers=4),
+            timed("test_score[oodk-f32-10x4]", 1, peer="oodk", GBpers=10, Gexppers=3),
+            timed("test_score[oodk-f32-110x4]", 1, peer="oodk", GBpers=0.5),
+            timed("test_score[official-f32-10x4]", 1, peer="official", GBpers=1, Gexppers=1),
+            timed("test_all[together]", 8, "all", peer="together"),
+            timed("test_all[read]", 1, "all", peer="read"),
+            timed("test_all[products]", 2, "all", peer="products"),
+            timed("test_all[torch]", 9, "all", peer="torch"),
+            timed("test_other[oodk]", 9, "other", peer="oodk"),
+        ]
+    )
+    assert found == {"test_a.py test_score": [0.75, 0.5], "test_a.py test_all": [0.25]}
+    lines = selection.share_lines(found)
+    assert lines.splitlines()[1:] == [
+        "  test_a.py test_all: 25%, from 25% to 25% of 1",
+        "  test_a.py test_score: 62%, from 50% to 75% of 2",
+    ]
+    assert selection.share_lines({}) == ""
