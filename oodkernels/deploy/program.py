@@ -166,7 +166,7 @@ class Program(OutputsModule):
 
 
 def _strides(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Of those that are laid out unlike files hold them, such as ``channels_last`` weights.
+    """Strides of the weights that files would lay out otherwise, such as ``channels_last`` ones.
 
     The layout decides how a convolution is computed, and so its last digits.
     """

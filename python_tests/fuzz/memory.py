@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from op_db import OPS
 
+from oodkernels.metrics.streaming._sketch import Layout, Sketch
+
 MEBIBYTE = 1 << 20
 WIDE, ROWS = 4 * MEBIBYTE, 60_000
 
@@ -35,6 +37,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     outlier = z, target
     table = 13 | torch.arange(65536) << 8
     counts = torch.zeros(2, (65536 << 3) + 4, dtype=torch.int64)
+    sketch = Sketch.empty(Layout(1 << 22, 300, False, 1e-5), 3, z.device)
     return {
         "mos_score": mos,
         "mos_predict": mos,
@@ -63,6 +66,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "roc_metrics": (z.expand(2, -1), z),
         "_roc_keys": (z.expand(2, -1),),
         "_roc_counts": (keys, keys),
+        "_steer_histogram_": (*vars(sketch).values(), x.flatten(), 0, None, False, False, 1e-5),
         "roc_histogram_": (counts, table, z.expand(3, -1).t(), 0),
     }
 
