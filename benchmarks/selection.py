@@ -16,6 +16,8 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 MINUTES = 9.0
 """After so many nothing new is begun, as what has begun takes up to a minute."""
+LONG = 1000.0
+"""Milliseconds of a call whose benchmark waits until all shorter ones are done."""
 PEER_PARAMETERS = ("peer", "name")
 PEERS = (
     *("authors", "binned", "compiled", "eager", "faiss", "histc", "np.", "numpy", "official"),
@@ -60,11 +62,14 @@ def best_peers(items: Sequence[Any], times: Mapping[str, float]) -> set[Any]:
 
 
 def chosen(items: Sequence[Any], times: Mapping[str, float]) -> tuple[list[Any], list[Any]]:
-    """Those that are run, ours before the peers, and those that are left out."""
+    """Those that are run, and those that are left out: of what is short ours first, then the peers,
+    then what takes long."""
     peers = [i for i in items if hasattr(i, "callspec") and peer_of(i.callspec.params)]
     best, every = best_peers(peers, times), set(peers)
     ours = [item for item in items if item not in every]
-    return ours + [i for i in peers if i in best], [i for i in peers if i not in best]
+    run = ours + [i for i in peers if i in best]
+    run.sort(key=lambda item: times.get(item.name, 0.0) > LONG)
+    return run, [i for i in peers if i not in best]
 
 
 def left_out(names: Iterable[str], total: int) -> str:

@@ -179,6 +179,36 @@ TIMINGS = [
         | {"faiss": "faiss", "torch": "torch", "torch.mm alone": r"torch\.mm"},
     ),
     Timings(
+        "Post-hoc detectors in one pass",
+        "Milliseconds of families A to D, 4,000 rows of 512 features and 100 classes: sharing what "
+        "they read, one after the other, and the products of matrices that they cannot do without, "
+        "at the rate of `torch.mm`.",
+        "posthoc-cpu-xeon-2",
+        r"test_(?P<row>all)\[(?P<peer>.+)\]",
+        "detectors",
+        {"in one pass": "together", "one by one": "separately", "products alone": "products"},
+        names={"all": "29, families A to D"},
+    ),
+    Timings(
+        "Post-hoc detectors beside pytorch-ood's",
+        "Microseconds a row, of those that both have; pytorch-ood's run one after the "
+        "other, on 200 rows.",
+        "posthoc-cpu-xeon-2",
+        r"test_peers\[(?P<row>\w+)-(?P<peer>.+)\]",
+        "detectors",
+        {"oodkernels": "oodkernels", "pytorch-ood": "pytorch-ood"},
+        figure="us a row",
+        names={"all": "17 of families A to D"},
+    ),
+    Timings(
+        "Many settings of a detector",
+        "Milliseconds of one percentile and of twenty, 4,000 rows of 512 features and 100 classes.",
+        "posthoc-cpu-xeon-2",
+        r"test_percentiles\[(?P<row>\w+)-(?P<peer>\d+)\]",
+        "what",
+        {"one": "1", "twenty": "20"},
+    ),
+    Timings(
         "Exact metrics",
         "AUROC, both AUPRs and FPR95 of float32 scores, in milliseconds on all cores.",
         "roc-cpu-epyc-4",

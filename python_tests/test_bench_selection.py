@@ -45,6 +45,8 @@ def test_ours_all_and_of_each_shape_the_best_peer() -> None:
         "     4 of test_a.py test_f",
     ]
     assert selection.left_out([], 11) == ""
+    long, _ = selection.chosen(items, times | {"test_f[1-oodk]": 1500.0})
+    assert [i.name for i in long] == [*(i.name for i in run[1:]), "test_f[1-oodk]"]
 
 
 def test_ceilings_are_no_peers() -> None:
