@@ -105,7 +105,7 @@ TIMINGS = [
     Timings(
         "MOS: score",
         "`mos_score` in milliseconds, float32.",
-        "mos-cpu-epyc-4-run2",
+        "mos-cpu-xeon-2",
         r"test_score\[(?P<peer>.+)-f32-(?P<row>[\dx]+)\]",
         "rows x classes x groups",
         MOS,
@@ -113,7 +113,7 @@ TIMINGS = [
     Timings(
         "MOS: loss and its gradient",
         "`mos_loss` with backward in milliseconds, float32.",
-        "mos-cpu-epyc-4-run2",
+        "mos-cpu-xeon-2",
         r"test_loss\[(?P<peer>.+)-f32-(?P<row>[\dx]+)\]",
         "rows x classes x groups",
         MOS,
