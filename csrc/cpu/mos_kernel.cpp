@@ -32,6 +32,8 @@ constexpr T kSmallSum = std::is_same_v<T, float> ? T(0x1p-64) : T(0x1p-512);
 template <typename T>
 constexpr T kLargeSum = std::is_same_v<T, float> ? T(0x1p100) : T(0x1p900);
 template <typename T>
+constexpr T kSmallOthers = std::is_same_v<T, float> ? T(-80) : T(-690); // e^z is a normal number
+template <typename T>
 constexpr T kLargeOthers = std::is_same_v<T, float> ? T(69) : T(620);
 
 template <typename T>
@@ -229,8 +231,9 @@ void block_stats(const MosRows& in, int64_t first, int count, const Stats<T>& st
     T* const others = stats.others + k * L;
     for (int r = count; r < L; ++r)
       others[r] = others[count - 1];
-    const vec<T> s = load(stats.sum + k * L);
-    const ivec<T> near = (s >= kSmallSum<T>)&(s <= kLargeSum<T>)&(load(others) <= kLargeOthers<T>);
+    const vec<T> s = load(stats.sum + k * L), o = load(others);
+    const ivec<T> near =
+        (s >= kSmallSum<T>)&(s <= kLargeSum<T>)&(o >= kSmallOthers<T>)&(o <= kLargeOthers<T>);
     stats.far[k] = 0;
     if (any<T>(~near)) [[unlikely]]
       far_rows<T>(rows, ~near, at + k, stats, k);

@@ -7,7 +7,7 @@ import torch
 from op_db import CONFIDENT, confident_rows
 
 from oodkernels import reference
-from oodkernels.ops import mos_predict
+from oodkernels.ops import mos_predict, mos_score
 
 
 @pytest.mark.parametrize("case", CONFIDENT, ids=str)
@@ -30,3 +30,16 @@ def test_equal_odds_go_to_the_first_group(dtype: torch.dtype) -> None:
     assert mos_predict(row, offsets).label == 3
     row[4] = 2  # nearer to the best class of its group
     assert mos_predict(row, offsets).label == 4
+
+
+@pytest.mark.parametrize("others", [-150, -110, -100, -90, -80, -30, 0, 60, 80, 110])
+@pytest.mark.parametrize("above", [-80, -30, 30, 60, 75])
+def test_the_smallest_scores_are_right_in_all_their_digits(others: int, above: int) -> None:
+    offsets = torch.tensor([0, 4, 45, 700])
+    z = torch.full((33, 700), float(others + above))
+    z[:, offsets[:-1]] = float(others)
+    z[1::2] -= torch.linspace(0, 0.5, 700)
+    expected = mos_score(z.double(), offsets).float()
+    assert torch.all(expected < 0)
+    torch.testing.assert_close(mos_score(z, offsets), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(mos_predict(z, offsets).score, expected, rtol=2e-5, atol=0)
