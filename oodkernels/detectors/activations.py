@@ -207,34 +207,17 @@ class _Sums(HeadDetector):
     _tensors: ClassVar[Mapping[str, str]] = {**HEAD, "sums": "k d", "counts": "k"}
     sums: Tensor
     counts: Tensor
-    _known: ClassVar[Mapping[Hashable, Tensor]] = {}  # what follows from them and the head
 
     @property
     def means(self) -> Tensor:
         """(k, d) float64: of every class, or of all samples, k = 1."""
         return self.sums / self.counts[:, None]
 
-    def _once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What ``compute`` gave when ``key`` was first asked for since the fit."""
-        if torch.compiler.is_compiling():
-            return compute()
-        if key not in self._known:
-            vars(self)["_known"] = {**self._known, key: compute()}
-        return self._known[key]
-
     def _means(self, features: Tensor) -> Tensor:
         """The means for features of this type, 0 where a class has none."""
         like = floats(features[:0])
         key = ("means", like.dtype, like.device)
         return self._once(key, lambda: self.means.nan_to_num().to(like))
-
-    def _reset(self) -> None:
-        super()._reset()
-        vars(self).pop("_known", None)
-
-    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        super()._load_state(tensors)
-        vars(self).pop("_known", None)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Merge what the processes of a group were given by :meth:`partial_fit`.
@@ -249,7 +232,6 @@ class _Sums(HeadDetector):
     def _add(self, where: str, features: Tensor, classes: Tensor, k: int) -> None:
         """Sum features (N, d) by classes (N,) in 0..k - 1."""
         check_finite(where, features)
-        vars(self).pop("_known", None)
         if "sums" not in vars(self):
             self.width = features.shape[1]
             self.sums = features.new_zeros(k, self.width, dtype=torch.float64)
@@ -259,7 +241,6 @@ class _Sums(HeadDetector):
         self.counts += torch.bincount(classes, minlength=k)
 
     def _finish(self, where: str) -> None:
-        vars(self).pop("_known", None)
         if not self.counts.sum():
             raise ValueError(f"{where}: there must be ID samples to fit to, got none")
 
@@ -323,7 +304,6 @@ class FDBD(_Mean):
         if normalize not in ("mean", "norm"):
             raise ValueError(f"FDBD: normalize must be mean or norm, got {normalize!r}")
         self.normalize = normalize
-        self._table: tuple[tuple[object, ...], Tensor] | None = None
 
     def _score(self, batch: Batch) -> Tensor:
         z = batch.class_logits(self.absent)
@@ -360,12 +340,8 @@ class FDBD(_Mean):
     def _distances_kept(self, batch: Batch, weight: Tensor) -> Tensor:
         """1 / |w_p - w_c| of the head's rows, (C, C); 0 where they are equal."""
         every = torch.arange(len(weight), device=weight.device)
-        if torch.compiler.is_compiling():
-            return _inverse_distances(weight, every)
-        key = (self.absent_of(batch), weight.dtype, weight.device)
-        if self._table is None or self._table[0] != key:
-            self._table = key, _inverse_distances(weight, every)
-        return self._table[1]
+        key = ("distances", self.absent_of(batch), weight.dtype, weight.device)
+        return self._once(key, lambda: _inverse_distances(weight, every))
 
 
 def _inverse_distances(weight: Tensor, classes: Tensor) -> Tensor:
@@ -598,12 +574,10 @@ class PNML(HeadDetector):
         model: Model | None = None,
     ) -> None:
         super().__init__(head, model, absent)
-        self._roots: dict[tuple[torch.dtype, torch.device], tuple[Tensor, bool]] = {}
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Sum over processes, like :class:`SHE`'s."""
         dist.all_reduce(self.gram, group=group)
-        self._roots = {}
         self._status, self.threshold = "pending", None
         return self
 
@@ -611,28 +585,23 @@ class PNML(HeadDetector):
         features = present(batch.features)
         check_finite(where, features)
         self.width = features.shape[1]
-        self._roots = {}
         for rows in blocks(features, max(1, _CHUNK // self.width)):
             u = normalize(rows.double(), dim=1)
             self.gram = u.T @ u + vars(self).get("gram", 0)
 
-    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        super()._load_state(tensors)
-        self._roots = {}
-
     def _inverse_root(self, like: Tensor) -> tuple[Tensor, bool]:
         """R with R R^T the pseudo-inverse of the Gram matrix, and whether it is triangular."""
-        key = (like.dtype, like.device)
-        if key not in self._roots:
+
+        def compute() -> tuple[Tensor, bool]:
             values, vectors = torch.linalg.eigh(self.gram)
             least = values[-1] * len(values) * torch.finfo(torch.float64).eps
             root = inverse_root(self.gram) if values[0] > least else None
             if root is not None:
-                self._roots[key] = root.to(like), True
-            else:
-                root = vectors[:, values > least] * values[values > least].rsqrt()
-                self._roots[key] = root.to(like), False
-        return self._roots[key]
+                return root.to(like), True
+            root = vectors[:, values > least] * values[values > least].rsqrt()
+            return root.to(like), False
+
+        return self._once(("root", like.dtype, like.device), compute)
 
     def _score(self, batch: Batch) -> Tensor:
         x = floats(present(batch.features))

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -42,6 +42,8 @@ from oodkernels.metrics.threshold import Threshold, ThresholdSource, is_below
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 __all__ = [
     "DETECTORS",
@@ -121,6 +123,7 @@ class OODDetector:
     _verified: tuple[Threshold, Model | None, dict[str, Any]] | None = None
     _carried: ClassVar[frozenset[str]] = frozenset({"num_classes", "width", "statistics", "_new"})
     # What fitting sets, of what ``__init__`` sets too.
+    _known: ClassVar[Mapping[Hashable, Any]] = {}  # what follows from what was fitted
     _loaded = False  # from a file
     _lent = False  # what was fitted is another's, too
     passes = 1
@@ -648,8 +651,18 @@ class OODDetector:
             variant._ready(where)
         return lambda batch: torch.stack([variant._score(batch) for variant in variants], 1)
 
+    def _once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What ``compute`` gave when ``key`` was first asked for since the state last changed."""
+        found: T | None = self._known.get(key)
+        if found is None:
+            found = compute()
+            if not torch.compiler.is_compiling():  # anew, as copies and other threads read it too
+                vars(self)["_known"] = {**self._known, key: found}
+        return found
+
     def _reset(self) -> None:
         """Forget what was learnt."""
+        vars(self).pop("_known", None)
         self._status = "unfitted"
         self._loaded = self._lent = False
         self.num_classes = self.width = self.threshold = None
@@ -675,6 +688,7 @@ class OODDetector:
         if tensors.keys() != self._tensors.keys():
             raise ValueError(f"tensors must be {sorted(self._tensors)}, got {sorted(tensors)}")
         check_axes(tensors, self._tensors, {"d": self.width, "C": self.num_classes})
+        vars(self).pop("_known", None)
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
@@ -704,6 +718,7 @@ class OODDetector:
             raise NotFittedError(f"{where}: fit must come first: {type(self).__name__}(...).fit")
         with _FINISHING:
             if self._status == "pending":
+                vars(self).pop("_known", None)
                 self._finish(where)
             self._status = "fitted"
 

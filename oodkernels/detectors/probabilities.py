@@ -207,11 +207,6 @@ class KLMatching(OODDetector):
 
     def __init__(self, *, absent: int | None = None, model: Model | None = None) -> None:
         super().__init__(model, absent)
-        self._table: Tensor | None = None
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._table = None
 
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         z = _checked_classes(where, self, batch)
@@ -231,7 +226,6 @@ class KLMatching(OODDetector):
     def _finish(self, where: str) -> None:
         if not self.counts.sum():
             raise ValueError(f"{where}: there must be ID samples to fit to, got none")
-        self._table = None
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Merge what the processes of a group were given by :meth:`partial_fit`.
@@ -258,13 +252,13 @@ class KLMatching(OODDetector):
     def _log_means(self, z: Tensor) -> Tensor:
         """(C, predicted classes), log d."""
         kind = accumulate_type(z.dtype)
-        table = self._table
-        if table is None or table.dtype != kind or table.device != z.device:
+
+        def compute() -> Tensor:
             seen = self.counts > 0
             means = self.sums[seen] / self.counts[seen, None]
-            table = means.log().clamp(min=_FLOOR).T.to(z.device, kind).contiguous()
-            self._table = table
-        return table
+            return means.log().clamp(min=_FLOOR).T.to(z.device, kind).contiguous()
+
+        return self._once(("log means", kind, z.device), compute)
 
 
 @register("weighted-energy", "A", "Du et al., ICLR 2022")
@@ -388,16 +382,10 @@ class OpenMax(OODDetector):
         self.alpha = check_count("OpenMax", "alpha", alpha)
         self.distance = distance
         self._new: list[tuple[Tensor, Tensor]] = []
-        self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     def _reset(self) -> None:
         super()._reset()
         self._new = []
-        self._kept = None
-
-    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        super()._load_state(tensors)
-        self._kept = None
 
     def _update(self, where: str, batch: Batch, labels: Tensor | None) -> None:
         z, y = _class_logits_and_labels(where, self, batch, labels)
@@ -406,7 +394,6 @@ class OpenMax(OODDetector):
 
     def _finish(self, where: str) -> None:
         z, y = _joined(where, self._new)
-        self._kept = None
         classes = z.shape[1]
         tails = z.new_full((classes, self.tail), torch.nan, dtype=torch.float64)
         self.means = torch.zeros(classes, classes, dtype=torch.float64, device=z.device)
@@ -474,14 +461,12 @@ class OpenMax(OODDetector):
     def _table(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The means for logits of this type, and their norms, (C,)."""
         kind = accumulate_type(z.dtype)
-        key = (kind, z.device)
-        if torch.compiler.is_compiling() or self._kept is None or self._kept[0] != key:
+
+        def compute() -> tuple[Tensor, Tensor]:
             means = self.means.to(z.device, kind).contiguous()
-            found = means, means.norm(dim=1).clamp(min=1e-8)
-            if torch.compiler.is_compiling():
-                return found
-            self._kept = key, found
-        return self._kept[1]
+            return means, means.norm(dim=1).clamp(min=1e-8)
+
+        return self._once(("means", kind, z.device), compute)
 
 
 def _weibull(x: Tensor) -> tuple[Tensor, Tensor]:

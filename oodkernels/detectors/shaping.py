@@ -331,27 +331,20 @@ class DICE(_Mean, _Shaped):
     ) -> None:
         super().__init__(head, model, absent)
         self.percentile = check_percentile("DICE", percentile)
-        self._sparse: tuple[object, Tensor] | None = None
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._sparse = None
-
-    def _finish(self, where: str) -> None:
-        super()._finish(where)
-        self._sparse = None
 
     def _shape_(self, x: Tensor) -> Tensor:
         return x
 
     def _weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
         weight, bias = self._linear(batch)
-        key = (self.percentile, self.absent_of(batch), weight.dtype, weight.device)
-        if self._sparse is None or self._sparse[0] != key:
+
+        def sparse() -> Tensor:
             share = weight.double() * self.means[0].to(weight.device)
             least = _quantiles(share, [self.percentile])
-            self._sparse = key, torch.where(share > least, weight, 0)
-        return self._sparse[1], bias
+            return torch.where(share > least, weight, 0)
+
+        key = (self.percentile, self.absent_of(batch), weight.dtype, weight.device)
+        return self._once(key, sparse), bias
 
 
 @register(

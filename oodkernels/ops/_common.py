@@ -21,6 +21,11 @@ def check_like(op: str, name: str, t: Tensor, expected: Tensor) -> None:
     check_device(op, name, t, "logits", expected)
 
 
+def mapped_first(t: Tensor, dim: int | None, n: int) -> Tensor:
+    """A tensor with the dimension that is mapped over first; None: n times the same."""
+    return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
 def register_batch_rule(op: str, batched: tuple[int, ...], shared: tuple[int, ...] = ()) -> None:
     """Let ``torch.func.vmap`` treat a mapped dimension as one more leading dimension.
 
@@ -39,11 +44,7 @@ def register_batch_rule(op: str, batched: tuple[int, ...], shared: tuple[int, ..
                 )
         moved = list(args)
         for i in batched:
-            dim = in_dims[i]
-            if dim is None:
-                moved[i] = args[i].unsqueeze(0).expand(info.batch_size, *args[i].shape)
-            else:
-                moved[i] = args[i].movedim(dim, 0)
+            moved[i] = mapped_first(args[i], in_dims[i], info.batch_size)
         out = call(*moved)
         return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
 

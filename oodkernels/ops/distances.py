@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from oodkernels._checks import accumulate_type, check_device, check_dtype, check_floating
-from oodkernels.ops._common import register_not_differentiable
+from oodkernels.ops._common import mapped_first, register_not_differentiable
 
 
 class IndexedDistances(NamedTuple):
@@ -73,12 +73,12 @@ def _vmap(
 ) -> tuple[Any, Any]:
     """Rows more than there are; of tables that are mapped over one below the other."""
     n, (at, tables, named) = info.batch_size, in_dims
-    x = x.expand(n, *x.shape) if at is None else x.movedim(at, 0)
-    index = index.expand(n, *index.shape) if named is None else index.movedim(named, 0)
+    x, index = mapped_first(x, at, n), mapped_first(index, named, n)
     if tables is not None:
         table = table.movedim(tables, 0)
         first = torch.arange(n, device=index.device) * table.shape[1]
-        index = index + first.view(-1, *[1] * (index.dim() - 1))
+        inside = (index >= 0) & (index < table.shape[1])  # of its own table, and not of another
+        index = torch.where(inside, index + first.view(-1, *[1] * (index.dim() - 1)), -1)
         table = table.flatten(0, 1)
     out = torch.ops.oodk.indexed_distances(x, table, index)
     return out, tuple(0 for _ in out)

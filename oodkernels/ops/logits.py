@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from oodkernels._checks import accumulate_type, check_classes, check_device, check_dtype
-from oodkernels.ops._common import register_batch_rule, register_not_differentiable
+from oodkernels.ops._common import (
+    mapped_first,
+    register_batch_rule,
+    register_not_differentiable,
+)
 
 
 class LogitScores(NamedTuple):
@@ -165,10 +169,8 @@ def _scaled_energy_vmap(
     bias: Tensor | None = None,
 ) -> tuple[Any, Any]:
     """Rows more than there are; biases that are mapped over one after the other."""
-    rows = []
-    for dim, tensor in zip(in_dims[:2], (logits, scale), strict=True):
-        mapped = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor
-        rows.append(mapped if dim is None else mapped.movedim(dim, 0))
+    n = info.batch_size
+    rows = mapped_first(logits, in_dims[0], n), mapped_first(scale, in_dims[1], n)
     at = in_dims[2] if len(in_dims) > 2 else None
     if bias is None or at is None:
         return torch.ops.oodk.scaled_energy(*rows, bias), 0

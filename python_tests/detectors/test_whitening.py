@@ -8,15 +8,23 @@ from typing import Any
 import pytest
 import torch
 from head_world import world
-from torch import Tensor
+from torch import Tensor, nn
 
 from oodkernels.detectors import (
+    DICE,
+    FDBD,
     GMM,
+    NCI,
     PNML,
     RMDS,
+    SHE,
+    CADRef,
+    HeadDetector,
+    KLMatching,
     Mahalanobis,
     MahalanobisPlusPlus,
     OODDetector,
+    OpenMax,
     Residual,
     RMDSPlusPlus,
     ViM,
@@ -145,14 +153,21 @@ def test_subspaces_share_and_score_as_alone(
         torch.testing.assert_close(W.score(varied[name]), W.score(W.fit(detector)))
 
 
-@pytest.mark.parametrize("make", [lambda: PNML(head=W.head), GMM])
-def test_a_state_taken_in_is_scored_by(make: Callable[[], OODDetector]) -> None:
+@pytest.mark.parametrize("kind", [PNML, GMM, FDBD, DICE, NCI, SHE, CADRef, KLMatching, OpenMax])
+def test_a_state_taken_in_is_scored_by(kind: type[OODDetector]) -> None:
     """Not by what was made of the one before."""
-    one, other = W.fit(make()), make()
-    features = 2 * W.features[:200] + 1
-    given = {} if "labels" not in other.trained_on else {"labels": W.labels[:200]}
-    other.fit(features=features, **given)
-    assert not torch.equal(W.score(other), W.score(one))
+
+    def made(head: nn.Linear) -> OODDetector:
+        return kind(head=head) if issubclass(kind, HeadDetector) else kind()
+
+    head = nn.Linear(20, 7).double().requires_grad_(False)
+    head.weight.copy_(1.25 * W.head.weight.detach().flip(0))
+    head.bias.copy_(1.5 * W.head.bias.detach().flip(0))
+    one, other = W.fit(made(W.head)), made(head)
+    features = 1.2 * W.features
+    given = {"features": features, "logits": head(features), "labels": 6 - W.labels}
+    other.fit(**{name: given[name] for name in sorted(other.trained_on)})
+    assert not torch.equal(other.score(features=W.test, logits=head(W.test)), W.score(one))
     other.load_state_dict(one.state_dict())
     assert torch.equal(W.score(other), W.score(one))
 

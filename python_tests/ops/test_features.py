@@ -7,7 +7,7 @@ import torch
 
 from oodkernels import feature_stats, scaled_energy
 from oodkernels.detectors import LTS, SCALE, activations, batch, score_all
-from oodkernels.ops import shape_features_
+from oodkernels.ops import indexed_distances, shape_features_
 
 ROWS = {
     "rectified": lambda x: (x - 0.3).relu(),
@@ -103,3 +103,14 @@ def test_shaping_refuses_what_needs_gradients() -> None:
         shape_features_(x, "ash-p", percentile=50.0)
     with torch.no_grad():
         shape_features_(x, "ash-p", percentile=50.0)
+
+
+@pytest.mark.parametrize(("table", "wrong"), [(1, -1), (0, 5)])
+def test_no_row_of_another_table_is_named(table: int, wrong: int) -> None:
+    x, tables = torch.randn(3, 4), torch.randn(2, 5, 4)
+    index = torch.tensor([[[0], [4], [1]], [[2], [0], [3]]])
+    each = torch.func.vmap(indexed_distances, in_dims=(None, 0, 0))
+    assert each(x, tables, index).l2.shape == (2, 3, 1)
+    index[table, 1] = wrong
+    with pytest.raises(ValueError, match="index must name rows of table"):
+        each(x, tables, index)
